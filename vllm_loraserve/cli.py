@@ -1,0 +1,38 @@
+"""`vllm-loraserve`: one command line; each subcommand lives in the room that does its work."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from vllm_loraserve import __version__
+
+SUBCOMMANDS: dict[str, tuple[str, str]] = {}
+"""name -> (module, one-line help). The module has `add_arguments(parser)` and `run(args) -> int`; it is
+imported only when its subcommand is asked for, so that `status` does not pay for torch."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit status (2: wrong usage)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="vllm-loraserve", description=__import__("vllm_loraserve").__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    asked = next((a for a in argv if not a.startswith("-")), None)
+    modules = {}
+    for name, (module, text) in SUBCOMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        if name == asked:
+            modules[name] = importlib.import_module(module)
+            modules[name].add_arguments(sub)
+    args = parser.parse_args(argv)
+    try:
+        return int(modules[args.command].run(args))
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

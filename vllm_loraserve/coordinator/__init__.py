@@ -1,0 +1,1 @@
+"""msgspec messages over ZMQ: membership, adapter registry, placement loop, routing table."""

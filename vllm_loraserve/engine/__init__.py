@@ -1,0 +1,1 @@
+"""Inside one vLLM instance: flags, LoRA manager, scheduler, resolver, agent, metrics."""

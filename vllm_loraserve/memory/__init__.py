@@ -1,0 +1,1 @@
+"""Device arena, host tier, page allocator and eviction; the Python face of csrc/."""

@@ -1,0 +1,1 @@
+"""Discrete-event cluster that runs the very same cluster/ code."""

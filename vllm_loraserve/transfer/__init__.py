@@ -1,0 +1,1 @@
+"""Moving pages between instances: verbs, same host, TCP; one interface."""
