@@ -1,0 +1,280 @@
+"""The wire protocol between coordinator, instances, routers and tools: one msgspec struct per message.
+
+Requests go DEALER -> ROUTER as three frames: header, correlation id (8 bytes, chosen by the sender), msgpack payload;
+the reply carries the same correlation id. The header is b"LRS" and one version byte. The routing table is published
+by PUB as (TABLE_TOPIC, header, payload) on every change and once a second besides, so that a subscriber that joined late
+or missed one is right again within a second. Times are seconds since the epoch of the sender's clock; rates are
+tokens (prompt + generated) per second; sizes are bytes; ranks are rank rows.
+
+Every struct is tagged with its name. Unknown fields are ignored and new fields need defaults: both sides of an upgrade
+understand each other within one PROTOCOL_VERSION.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL_VERSION = 1
+HEADER = b"LRS" + bytes([PROTOCOL_VERSION])
+TABLE_TOPIC = b"table"
+MAX_MESSAGE_BYTES = 64 << 20
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$", max_length=160)]
+"""Adapter or instance name: what may stand in a URL, a metric label and a file name without escaping."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Base of every message."""
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of everything that travels inside a message."""
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------
+
+
+class AdapterRecord(Part):
+    """One registered adapter, as the durable registry holds it."""
+
+    name: Name
+    source: str
+    """Directory of a PEFT checkpoint, or a hub id."""
+    rank: int
+    target_modules: tuple[str, ...]
+    size_bytes: int
+    sha256: str
+    """Content identity: weights and configuration. Same name with another digest is a conflict, never an overwrite."""
+    base_model: str
+    added_at: float
+    state: Literal["active", "draining", "failed"] = "active"
+    reason: str = ""
+    """Why it is `failed`."""
+    adapter_id: int = 0
+    """The id engines use for it (vLLM's lora_int_id): from the registry, so the same on every instance."""
+
+
+class Capacity(Part):
+    """What an instance can hold and do; fixed while it lives."""
+
+    slots: int
+    """Adapters that one batch may mix."""
+    rank_rows: int
+    """Rank rows its device arena holds."""
+    host_bytes: int = 0
+    device: str = ""
+    tensor_parallel: int = 1
+    kv_tokens: int = 0
+    max_rank: int = 256
+
+
+class Load(Part):
+    """What an instance is doing now."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    """0..1."""
+    tokens_per_s: float = 0.0
+
+
+class AdapterDemand(Part):
+    """Tokens and requests of one adapter (`""`: the base model) on one instance in the last window."""
+
+    name: str
+    tokens_per_s: float
+    requests_per_s: float = 0.0
+
+
+class Residency(Part):
+    """An adapter that an instance holds, and where."""
+
+    name: Name
+    sha256: str
+    tier: Literal["arena", "host"] = "arena"
+    generation: int = 0
+
+
+class Command(Part):
+    """What the coordinator wants an instance to do with one adapter; repeated until acknowledged."""
+
+    id: int
+    action: Literal["prefetch", "release"]
+    adapter: AdapterRecord
+
+
+class CommandResult(Part):
+    """An instance's answer to a Command."""
+
+    id: int
+    ok: bool
+    error: str = ""
+
+
+class Route(Part):
+    """One choice for an adapter: instance and fraction phi of its requests; the fractions of an adapter sum to 1."""
+
+    instance: Name
+    phi: float
+
+
+class AdapterRoutes(Part):
+    """Where an adapter's requests go."""
+
+    adapter: AdapterRecord
+    routes: tuple[Route, ...]
+
+
+class InstanceEntry(Part):
+    """One live instance as routers see it."""
+
+    name: Name
+    incarnation: str
+    url: str
+    load: Load
+    capacity: Capacity
+    resident: tuple[Residency, ...] = ()
+    transfer: str = ""
+    """Endpoint of its transfer service, or empty."""
+    last_seen: float = 0.0
+
+
+# ---- requests of instances ---------------------------------------------------------------------------------------
+
+
+class Register(Message):
+    """An instance joins, or joins again after either side restarted. Reply: Registered or Error."""
+
+    instance: Name
+    incarnation: str
+    """Random per process: tells a restarted instance from a slow one."""
+    url: str
+    base_model: str
+    capacity: Capacity
+    module_shapes: dict[str, tuple[int, int]] = {}
+    """Module suffix (`q_proj`) -> (in, out) features, unsharded; new adapters are checked against it."""
+    resident: tuple[Residency, ...] = ()
+    transfer: str = ""
+
+
+class Registered(Message):
+    """`epoch` rises with every coordinator start; `expiry_s` of silence ends the membership."""
+
+    epoch: int
+    expiry_s: float
+
+
+class Heartbeat(Message):
+    """State of an instance since the last one. Reply: HeartbeatReply, or Error `unknown_instance`: register again."""
+
+    instance: Name
+    incarnation: str
+    load: Load
+    demand: tuple[AdapterDemand, ...] = ()
+    resident: tuple[Residency, ...] = ()
+    results: tuple[CommandResult, ...] = ()
+
+
+class HeartbeatReply(Message):
+    """What the coordinator wants done."""
+
+    epoch: int
+    commands: tuple[Command, ...] = ()
+
+
+class Leave(Message):
+    """An instance goes in good order. Reply: Ok."""
+
+    instance: Name
+    incarnation: str
+
+
+# ---- requests of routers and tools --------------------------------------------------------------------------------
+
+
+class AddAdapter(Message):
+    """Registers an adapter for the whole cluster. Reply: AdapterReply, or Error (`conflict`: other content, same name)."""
+
+    name: Name
+    source: str
+
+
+class RemoveAdapter(Message):
+    """Stops routing to the adapter, lets running requests finish (up to `drain_s`), releases it everywhere. Reply: Ok."""
+
+    name: Name
+    drain_s: float = 30.0
+
+
+class GetAdapter(Message):
+    """Reply: AdapterReply or Error `not_found`."""
+
+    name: str
+
+
+class AdapterReply(Message):
+    """One registry record; `created` is False when the same content was registered before."""
+
+    adapter: AdapterRecord
+    created: bool = False
+
+
+class GetTable(Message):
+    """Reply: RoutingTable."""
+
+
+class GetStatus(Message):
+    """Reply: Status."""
+
+
+class RoutingTable(Message):
+    """The whole routing table. Newer = larger (epoch, version). Adapters with no live instance have no routes."""
+
+    epoch: int
+    version: int
+    base_model: str
+    instances: tuple[InstanceEntry, ...]
+    adapters: tuple[AdapterRoutes, ...]
+    made_at: float = 0.0
+
+
+class Status(Message):
+    """What `vllm-loraserve status` shows."""
+
+    table: RoutingTable
+    uptime_s: float
+    demand: tuple[AdapterDemand, ...]
+    counters: dict[str, int]
+    """Messages handled, malformed, unknown, by name."""
+    pending: tuple[tuple[str, Command], ...] = ()
+
+
+class Ok(Message):
+    """Done."""
+
+
+ErrorCode = Literal[
+    "malformed",
+    "unknown_message",
+    "version",
+    "unknown_instance",
+    "not_found",
+    "conflict",
+    "invalid",
+    "forbidden",
+    "internal",
+]
+
+
+class Error(Message):
+    """The request was not carried out; `message` is one sentence for a person."""
+
+    code: ErrorCode
+    message: str
+
+
+Request = Register | Heartbeat | Leave | AddAdapter | RemoveAdapter | GetAdapter | GetTable | GetStatus
+Reply = Registered | HeartbeatReply | AdapterReply | RoutingTable | Status | Ok | Error
