@@ -9,44 +9,33 @@ import msgspec
 from msgspec import Meta
 
 
+InstanceName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]{0,127}$")]
+
+
 class ConfigError(ValueError):
     """An option that can't be used; the message is one line naming key, value and limit."""
 
 
-class LoRAServeConfig(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
-):
+class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Options of one vLLM instance; the value of `--loraserve-config` and of `additional_config["loraserve"]`."""
 
-    max_rank: Annotated[
-        int, Meta(ge=1, le=512, description="Largest adapter rank accepted, in rank rows.")
-    ] = 256
+    max_rank: Annotated[int, Meta(ge=1, le=512, description="Largest adapter rank accepted, in rank rows.")] = 256
     adapter_roots: Annotated[
         tuple[str, ...],
-        Meta(
-            description="Directories that adapter checkpoints may be read from; empty: any path the coordinator names."
-        ),
+        Meta(description="Directories that adapter checkpoints may be read from; empty: any path."),
     ] = ()
     coordinator: Annotated[
         str | None,
-        Meta(
-            description="ZMQ endpoint of the coordinator, such as tcp://127.0.0.1:5700; unset: stand alone."
-        ),
+        Meta(description="ZMQ endpoint of the coordinator, such as tcp://127.0.0.1:5700; unset: stand alone."),
     ] = None
     instance: Annotated[
-        str | None,
-        Meta(
-            pattern=r"^[A-Za-z0-9][\w.\-]{0,127}$",
-            description="This instance's name in the cluster; unset: host:port.",
-        ),
+        InstanceName | None, Meta(description="This instance's name in the cluster; unset: host-port of its server.")
     ] = None
     advertise_url: Annotated[
         str | None,
         Meta(description="HTTP base URL under which routers reach this instance; unset: from --host/--port."),
     ] = None
-    heartbeat_s: Annotated[
-        float, Meta(gt=0, le=60, description="Seconds between heartbeats to the coordinator.")
-    ] = 1.0
+    heartbeat_s: Annotated[float, Meta(gt=0, le=60, description="Seconds between heartbeats to the coordinator.")] = 1.0
 
 
 def parse_config(raw: Mapping[str, Any] | LoRAServeConfig | None) -> LoRAServeConfig:
@@ -64,9 +53,7 @@ def parse_config(raw: Mapping[str, Any] | LoRAServeConfig | None) -> LoRAServeCo
     known = {f.encode_name: f for f in msgspec.structs.fields(LoRAServeConfig)}
     for key, value in raw.items():
         if key not in known:
-            raise ConfigError(
-                f"loraserve-config: unknown key {key!r}; known keys: {', '.join(sorted(known))}"
-            )
+            raise ConfigError(f"loraserve-config: unknown key {key!r}; known keys: {', '.join(sorted(known))}")
         try:
             msgspec.convert(value, known[key].type, strict=True)
         except msgspec.ValidationError as error:

@@ -2,8 +2,8 @@
 
 Requests go DEALER -> ROUTER as three frames: header, correlation id (8 bytes, chosen by the sender), msgpack payload;
 the reply carries the same correlation id. The header is b"LRS" and one version byte. The routing table is published
-by PUB as (TABLE_TOPIC, header, payload) on every change and once a second besides, so that a subscriber that joined late
-or missed one is right again within a second. Times are seconds since the epoch of the sender's clock; rates are
+by PUB as (TABLE_TOPIC, header, payload) on every change and once a second besides, so that a subscriber that joined
+late or missed one is right again within a second. Times are seconds since the epoch of the sender's clock; rates are
 tokens (prompt + generated) per second; sizes are bytes; ranks are rank rows.
 
 Every struct is tagged with its name. Unknown fields are ignored and new fields need defaults: both sides of an upgrade
@@ -34,10 +34,10 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of everything that travels inside a message."""
 
 
-# ---- parts -----------------------------------------------------------------------------------------------------
+# ---- parts ----
 
 
-class AdapterRecord(Part):
+class AdapterRecord(Part, frozen=True):
     """One registered adapter, as the durable registry holds it."""
 
     name: Name
@@ -57,7 +57,7 @@ class AdapterRecord(Part):
     """The id engines use for it (vLLM's lora_int_id): from the registry, so the same on every instance."""
 
 
-class Capacity(Part):
+class Capacity(Part, frozen=True):
     """What an instance can hold and do; fixed while it lives."""
 
     slots: int
@@ -71,7 +71,7 @@ class Capacity(Part):
     max_rank: int = 256
 
 
-class Load(Part):
+class Load(Part, frozen=True):
     """What an instance is doing now."""
 
     running: int = 0
@@ -81,7 +81,7 @@ class Load(Part):
     tokens_per_s: float = 0.0
 
 
-class AdapterDemand(Part):
+class AdapterDemand(Part, frozen=True):
     """Tokens and requests of one adapter (`""`: the base model) on one instance in the last window."""
 
     name: str
@@ -89,7 +89,7 @@ class AdapterDemand(Part):
     requests_per_s: float = 0.0
 
 
-class Residency(Part):
+class Residency(Part, frozen=True):
     """An adapter that an instance holds, and where."""
 
     name: Name
@@ -98,7 +98,7 @@ class Residency(Part):
     generation: int = 0
 
 
-class Command(Part):
+class Command(Part, frozen=True):
     """What the coordinator wants an instance to do with one adapter; repeated until acknowledged."""
 
     id: int
@@ -106,7 +106,7 @@ class Command(Part):
     adapter: AdapterRecord
 
 
-class CommandResult(Part):
+class CommandResult(Part, frozen=True):
     """An instance's answer to a Command."""
 
     id: int
@@ -114,21 +114,21 @@ class CommandResult(Part):
     error: str = ""
 
 
-class Route(Part):
+class Route(Part, frozen=True):
     """One choice for an adapter: instance and fraction phi of its requests; the fractions of an adapter sum to 1."""
 
     instance: Name
     phi: float
 
 
-class AdapterRoutes(Part):
+class AdapterRoutes(Part, frozen=True):
     """Where an adapter's requests go."""
 
     adapter: AdapterRecord
     routes: tuple[Route, ...]
 
 
-class InstanceEntry(Part):
+class InstanceEntry(Part, frozen=True):
     """One live instance as routers see it."""
 
     name: Name
@@ -142,10 +142,10 @@ class InstanceEntry(Part):
     last_seen: float = 0.0
 
 
-# ---- requests of instances ---------------------------------------------------------------------------------------
+# ---- requests of instances ----
 
 
-class Register(Message):
+class Register(Message, frozen=True):
     """An instance joins, or joins again after either side restarted. Reply: Registered or Error."""
 
     instance: Name
@@ -160,14 +160,14 @@ class Register(Message):
     transfer: str = ""
 
 
-class Registered(Message):
+class Registered(Message, frozen=True):
     """`epoch` rises with every coordinator start; `expiry_s` of silence ends the membership."""
 
     epoch: int
     expiry_s: float
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """State of an instance since the last one. Reply: HeartbeatReply, or Error `unknown_instance`: register again."""
 
     instance: Name
@@ -178,59 +178,59 @@ class Heartbeat(Message):
     results: tuple[CommandResult, ...] = ()
 
 
-class HeartbeatReply(Message):
+class HeartbeatReply(Message, frozen=True):
     """What the coordinator wants done."""
 
     epoch: int
     commands: tuple[Command, ...] = ()
 
 
-class Leave(Message):
+class Leave(Message, frozen=True):
     """An instance goes in good order. Reply: Ok."""
 
     instance: Name
     incarnation: str
 
 
-# ---- requests of routers and tools --------------------------------------------------------------------------------
+# ---- requests of routers and tools ----
 
 
-class AddAdapter(Message):
-    """Registers an adapter for the whole cluster. Reply: AdapterReply, or Error (`conflict`: other content, same name)."""
+class AddAdapter(Message, frozen=True):
+    """Registers an adapter cluster-wide. Reply: AdapterReply, or Error (`conflict`: same name, other content)."""
 
     name: Name
     source: str
 
 
-class RemoveAdapter(Message):
-    """Stops routing to the adapter, lets running requests finish (up to `drain_s`), releases it everywhere. Reply: Ok."""
+class RemoveAdapter(Message, frozen=True):
+    """Stops routing to the adapter, lets running requests finish (up to `drain_s`), then releases it. Reply: Ok."""
 
     name: Name
     drain_s: float = 30.0
 
 
-class GetAdapter(Message):
+class GetAdapter(Message, frozen=True):
     """Reply: AdapterReply or Error `not_found`."""
 
     name: str
 
 
-class AdapterReply(Message):
+class AdapterReply(Message, frozen=True):
     """One registry record; `created` is False when the same content was registered before."""
 
     adapter: AdapterRecord
     created: bool = False
 
 
-class GetTable(Message):
+class GetTable(Message, frozen=True):
     """Reply: RoutingTable."""
 
 
-class GetStatus(Message):
+class GetStatus(Message, frozen=True):
     """Reply: Status."""
 
 
-class RoutingTable(Message):
+class RoutingTable(Message, frozen=True):
     """The whole routing table. Newer = larger (epoch, version). Adapters with no live instance have no routes."""
 
     epoch: int
@@ -241,7 +241,7 @@ class RoutingTable(Message):
     made_at: float = 0.0
 
 
-class Status(Message):
+class Status(Message, frozen=True):
     """What `vllm-loraserve status` shows."""
 
     table: RoutingTable
@@ -252,7 +252,7 @@ class Status(Message):
     pending: tuple[tuple[str, Command], ...] = ()
 
 
-class Ok(Message):
+class Ok(Message, frozen=True):
     """Done."""
 
 
@@ -269,7 +269,7 @@ ErrorCode = Literal[
 ]
 
 
-class Error(Message):
+class Error(Message, frozen=True):
     """The request was not carried out; `message` is one sentence for a person."""
 
     code: ErrorCode
