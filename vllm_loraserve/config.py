@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-
 InstanceName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]{0,127}$")]
 
 
