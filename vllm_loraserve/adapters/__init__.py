@@ -1,1 +1,1 @@
-"""What an adapter is: PEFT checkpoint validation, and its pages of rank rows. Imports nothing else of this package."""
+"""What an adapter is: PEFT checkpoint validation and its pages of rank rows. Imports no other room."""
