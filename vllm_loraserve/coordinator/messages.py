@@ -87,6 +87,8 @@ class AdapterDemand(Part, frozen=True):
     name: str
     tokens_per_s: float
     requests_per_s: float = 0.0
+    running: int = 0
+    """Requests inside the instance now; an adapter is released only when this is 0 everywhere."""
 
 
 class Residency(Part, frozen=True):
