@@ -80,7 +80,9 @@ class Placement(msgspec.Struct):
     def on(self, server: str) -> list[str]:
         """Adapters that `server` holds (in the order of `phi`, then standby copies)."""
         held = [a for a, routes in self.phi.items() if server in routes]
-        return held + [a for a, ss in self.standby.items() if server in ss and server not in self.phi.get(a, {})]
+        return held + [
+            a for a, ss in self.standby.items() if server in ss and server not in self.phi.get(a, {})
+        ]
 
     def by_server(self) -> dict[str, list[str]]:
         """Server -> adapters it holds, in one pass."""
