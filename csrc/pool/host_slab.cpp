@@ -1,0 +1,90 @@
+// Host memory of the pool: one memfd mapping, so that a process on the same host can map it; huge pages and
+// page-locking are asked for and, where the machine refuses, left out and reported as not granted.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "dynlib.h"
+#include "error.h"
+#include "pool.h"
+
+namespace {
+
+constexpr uint64_t HUGE_BYTES = 2ull << 20;
+
+#ifndef MFD_HUGE_2MB
+#define MFD_HUGE_2MB (21u << 26)
+#endif
+
+// A memfd of `size` bytes, mapped; MAP_FAILED and errno where the kernel refuses.
+void* map_memfd(uint64_t size, unsigned flags, int map_flags, int& fd) {
+  fd = memfd_create("loraserve-pool", MFD_CLOEXEC | flags);
+  if (fd < 0) return MAP_FAILED;
+  void* address = MAP_FAILED;
+  if (ftruncate(fd, static_cast<off_t>(size)) == 0)
+    address = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | map_flags, fd, 0);
+  if (address == MAP_FAILED) {
+    int code = errno;
+    close(fd);
+    fd = -1;
+    errno = code;
+  }
+  return address;
+}
+
+}  // namespace
+
+LSP_API int lsp_host_alloc(uint64_t size, uint32_t flags, lsp_slab* out) {
+  if (size == 0 || !out) return lsp::fail(-EINVAL, "a host slab needs a size above 0");
+  uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  uint64_t unit = flags & LSP_HUGE ? HUGE_BYTES : page;
+  uint64_t bytes = (size + unit - 1) / unit * unit;
+  if (bytes < size) return lsp::fail(-EINVAL, "a host slab of %llu bytes is too large", (unsigned long long)size);
+  int fd = -1;
+  uint32_t granted = 0;
+  void* address = MAP_FAILED;
+  int populate = flags & LSP_POPULATE ? MAP_POPULATE : 0;
+  if (flags & LSP_HUGE) {
+    // hugetlb reserves at mmap, so success here means that the pages are really there.
+    address = map_memfd(bytes, MFD_HUGETLB | MFD_HUGE_2MB, populate, fd);
+    if (address != MAP_FAILED) granted |= LSP_HUGE;
+  }
+  if (address == MAP_FAILED) {
+    address = map_memfd(bytes, MFD_ALLOW_SEALING, 0, fd);
+    if (address == MAP_FAILED)
+      return lsp::fail(-errno, "cannot map %llu bytes of host memory: %s", (unsigned long long)bytes, strerror(errno));
+    // A peer maps this file; sealed, it cannot be shrunk under that peer's mapping.
+    fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW);
+    if (flags & LSP_HUGE) madvise(address, bytes, MADV_HUGEPAGE);
+    if (populate) memset(address, 0, bytes);
+  }
+  if (populate) granted |= LSP_POPULATE;
+  if (flags & LSP_LOCKED && mlock(address, bytes) == 0) granted |= LSP_LOCKED;
+  if (flags & LSP_PINNED && lsp::cuda().loaded) {
+    int count = 0;
+    lsp::CUdevice device;
+    lsp::CUcontext context = nullptr, popped = nullptr;
+    const lsp::Cuda& c = lsp::cuda();
+    if (c.device_count(&count) == 0 && count > 0 && c.device_get(&device, 0) == 0 &&
+        c.context_retain(&context, device) == 0 && c.context_push(context) == 0) {
+      if (c.host_register(address, bytes, 1 /* portable */) == 0) granted |= LSP_PINNED;
+      c.context_pop(&popped);
+    }
+  }
+  madvise(address, bytes, MADV_DONTFORK);  // a forked child must not hold registered pages
+  *out = lsp_slab{reinterpret_cast<uint64_t>(address), bytes, fd, granted, -1, 0, 0};
+  return 0;
+}
+
+LSP_API int lsp_host_free(lsp_slab* slab) {
+  if (!slab || slab->device != -1 || !slab->address) return lsp::fail(-EINVAL, "not a live host slab");
+  void* address = reinterpret_cast<void*>(slab->address);
+  if (slab->flags & LSP_PINNED) lsp::cuda().host_unregister(address);
+  munmap(address, slab->size);
+  if (slab->fd >= 0) close(slab->fd);
+  *slab = lsp_slab{0, 0, -1, 0, -1, 0, 0};
+  return 0;
+}
