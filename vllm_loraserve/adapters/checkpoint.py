@@ -102,9 +102,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
         return max(module.rank for module in self.modules) if self.modules else 0
 
 
-def open_checkpoint(
-    path: str | Path, *, max_rank: int = 256, allow_modules_to_save: bool = False
-) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, max_rank: int = 256, allow_modules_to_save: bool = False) -> Checkpoint:
     """Read the config and the safetensors header of `path` and check that they agree.
 
     Reads no weights. Raises AdapterError, see `inspect_checkpoint`.
@@ -124,9 +122,7 @@ def open_checkpoint(
                 f"'{directory}' has only {pickles[0]}, a pickle that could run code; save it again with "
                 "PEFT's safe_serialization=True.",
             )
-        raise AdapterError(
-            "invalid", f"'{directory}' has no readable {WEIGHTS_FILE}; save the adapter with PEFT."
-        )
+        raise AdapterError("invalid", f"'{directory}' has no readable {WEIGHTS_FILE}; save the adapter with PEFT.")
     entries = read_header(weights)
     modules, full = _pair_tensors(weights, entries, config, allow_modules_to_save)
     for module in modules:
@@ -236,9 +232,7 @@ def _pair_tensors(
             )
     modules = tuple(_module(weights, name, parts, config) for name, parts in sorted(halves.items()))
     if not modules and not full:
-        raise AdapterError(
-            "invalid", f"'{weights}' holds no LoRA weights; check target_modules in its {CONFIG_FILE}."
-        )
+        raise AdapterError("invalid", f"'{weights}' holds no LoRA weights; check target_modules in its {CONFIG_FILE}.")
     return modules, tuple(full)
 
 
@@ -246,9 +240,7 @@ def _module(weights: Path, name: str, parts: Mapping[str, TensorEntry], config: 
     embedding = "embedding_A" in parts or "embedding_B" in parts
     a, b = (parts.get(f"embedding_{half}" if embedding else half) for half in "AB")
     if a is None or b is None:
-        raise AdapterError(
-            "invalid", f"'{weights}' has only one of A and B for '{name}'; save the adapter again."
-        )
+        raise AdapterError("invalid", f"'{weights}' has only one of A and B for '{name}'; save the adapter again.")
     rank, scaling = config.rank_and_scaling(name)
     # Stacked experts of a fused MoE layer keep rank x experts rows; vLLM's own path knows their layout.
     stacked = ".experts" in name and (len(a.shape) != 2 or a.shape[0] != rank)

@@ -87,9 +87,7 @@ def read_peft_config(directory: Path, *, allow_modules_to_save: bool = False) ->
             "invalid", f"'{directory}' has no {CONFIG_FILE}; save the adapter with PEFT's save_pretrained."
         ) from None
     except OSError as error:
-        raise AdapterError(
-            "invalid", f"'{path}' cannot be read ({error.strerror}); check its permissions."
-        ) from None
+        raise AdapterError("invalid", f"'{path}' cannot be read ({error.strerror}); check its permissions.") from None
     try:
         config = msgspec.json.decode(raw, type=PeftConfig)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -102,9 +102,7 @@ def _raw_tensors(path: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tup
             file.seek(entry.start)
             data = file.read(entry.end - entry.start)
             if len(data) != entry.end - entry.start:
-                raise AdapterError(
-                    "invalid", f"'{path}' became shorter while '{name}' was read; copy it again."
-                )
+                raise AdapterError("invalid", f"'{path}' became shorter while '{name}' was read; copy it again.")
             yield name, np.frombuffer(data, dtype=_EXPONENT[entry.dtype][0]), entry.dtype
 
 

@@ -23,9 +23,7 @@ def resolve_source(source: str, allowed_roots: Sequence[str | Path], *, allow_do
     Raises AdapterError: `forbidden` (outside every root, a `..`, a symlink that leads out), `not_found`.
     """
     if not source or "\0" in source:
-        raise AdapterError(
-            "invalid", "The adapter source is empty or has a NUL byte; give a path or a hub id."
-        )
+        raise AdapterError("invalid", "The adapter source is empty or has a NUL byte; give a path or a hub id.")
     if ".." in Path(source).parts:
         raise AdapterError("forbidden", f"The adapter source '{source}' has a '..'; give a path without it.")
     roots = [Path(os.path.realpath(os.path.expanduser(root))) for root in allowed_roots]
@@ -53,8 +51,7 @@ def resolve_source(source: str, allowed_roots: Sequence[str | Path], *, allow_do
         if not _inside(directory / name, roots):
             raise AdapterError(
                 "forbidden",
-                f"'{name}' of the adapter '{source}' is a link that leads outside {_named(roots)}; "
-                "copy the file.",
+                f"'{name}' of the adapter '{source}' is a link that leads outside {_named(roots)}; copy the file.",
             )
     return Path(os.path.realpath(directory))
 

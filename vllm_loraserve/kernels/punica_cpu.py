@@ -1,0 +1,118 @@
+"""The Punica wrapper of an engine on a CPU: vLLM's seam between LoRA layers and kernels.
+
+Tokens are grouped by adapter once per step; every LoRA operation then visits each adapter of the batch once.
+A base-model token is in no group: its rows are never read or written, so base requests answer bit for bit as
+without LoRA.
+"""
+
+from typing import Any
+
+import torch
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as StockPunicaWrapperCPU
+
+from vllm_loraserve.kernels import cpu_padded
+from vllm_loraserve.kernels.grouping import NO_GROUPS, TokenGroups, group_by_slot, slots_of
+
+
+class PunicaWrapperCPU(StockPunicaWrapperCPU):
+    """Rank-aware, grouped LoRA operations; MoE and classifier operations are inherited."""
+
+    token_groups: TokenGroups = NO_GROUPS
+    """Groups of the tokens of this step."""
+    sampler_groups: TokenGroups = NO_GROUPS
+    """Groups of the rows that the logits are computed for."""
+
+    def update_metadata(
+        self,
+        mapping: LoRAMapping,
+        lora_index_to_id: list[int | None],
+        max_loras: int,
+        vocab_size: int,
+        **kwargs: Any,
+    ) -> None:
+        super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
+        slot_of_id = {lora: slot for slot, lora in enumerate(lora_index_to_id) if lora is not None}
+        self.token_groups = group_by_slot(slots_of(mapping.index_mapping, slot_of_id))
+        self.sampler_groups = group_by_slot(slots_of(mapping.prompt_mapping, slot_of_id))
+
+    def add_shrink(
+        self,
+        y: tuple[torch.Tensor, ...] | torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        x = x.view(-1, x.shape[-1])
+        for index, a_stacked in enumerate(lora_a_stacked):
+            cpu_padded.shrink(y[index], x, a_stacked, self.token_groups, scale)
+
+    def add_expand(
+        self,
+        y: torch.Tensor,
+        x: tuple[torch.Tensor, ...] | torch.Tensor,
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        y, start = y.view(-1, y.shape[-1]), offset_start
+        for index, (b_stacked, size) in enumerate(zip(lora_b_stacked, output_slices, strict=True)):
+            cpu_padded.expand(y, x[index], b_stacked, self.token_groups, start=start, size=size, add_inputs=add_inputs)
+            start += size
+
+    def add_lora_embedding(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        cpu_padded.expand(y, x, lora_b_stacked, self.token_groups, add_inputs=add_inputs)
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: tuple[torch.Tensor, ...] | None = None,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if len(self.token_groups.slots):
+            cpu_padded.linear(
+                y.view(-1, y.shape[-1]),
+                x.view(-1, x.shape[-1]),
+                lora_a_stacked,
+                lora_b_stacked,
+                output_slices,
+                self.token_groups,
+                scale=scale,
+                add_inputs=add_inputs,
+            )
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        *,
+        buffer: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        groups = self.sampler_groups
+        if not len(groups.slots):
+            return
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        h = torch.zeros((x.shape[0], lora_b_stacked.shape[-1]), dtype=torch.float32)
+        cpu_padded.shrink(h, x, lora_a_stacked, groups, scale)
+        cpu_padded.expand(y, h, lora_b_stacked, groups)
