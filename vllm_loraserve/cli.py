@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 from vllm_loraserve import __version__
 
-SUBCOMMANDS: dict[str, tuple[str, str]] = {}
+SUBCOMMANDS: dict[str, tuple[str, str]] = {
+    "router": ("vllm_loraserve.router.cli", "serve the OpenAI API for a cluster, choosing an instance per request"),
+}
 """name -> (module, one-line help). The module has `add_arguments(parser)` and `run(args) -> int`; it is
 imported only when its subcommand is asked for, so that `status` does not pay for torch."""
 

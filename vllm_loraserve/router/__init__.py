@@ -1,1 +1,1 @@
-"""The OpenAI-compatible front door of a cluster."""
+"""The OpenAI-compatible front door of a cluster: one URL before any number of instances, any number of routers."""

@@ -1,0 +1,130 @@
+"""A stand-in for a vLLM server: does what its script says, step by step, and stops at gates instead of sleeping.
+
+Steps: `json` (a complete answer that names the stub), `status:N` (an error answer), `hold` (wait until `release`),
+`headers` (begin an event stream), `event` (send the next event), `half` (send half an event), `done` (end the stream),
+`die` (reset the connection), `sleep:S`. Run as a program it prints its port, then `arrived` for every request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Sequence
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+EVENT = 'data: {{"choices": [{{"text": "{name}-{n}"}}]}}\n\n'
+
+
+class Stub:
+    """One server; `script` may be changed between requests, each request runs the one it finds."""
+
+    def __init__(self, name: str, script: Sequence[str] = ("json",)) -> None:
+        self.name = name
+        self.script = list(script)
+        self.models = ["base"]
+        self.bodies: list[bytes] = []
+        self.headers: list[CIMultiDict[str]] = []
+        self.arrived = asyncio.Semaphore(0)
+        self.left = asyncio.Semaphore(0)
+        """One for every request whose client went away."""
+        self.running = 0
+        self.port = 0
+        self.loud = False
+        self._gate = asyncio.Event()
+        self._runner: web.AppRunner | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def release(self) -> None:
+        """Lets every request go on that is at a gate, or comes to one later."""
+        self._gate.set()
+
+    def hold(self) -> None:
+        """Closes the gate again."""
+        self._gate.clear()
+
+    async def start(self, port: int = 0) -> Stub:
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/{path:.*}", self._serve)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.0, access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", port).start()
+        self.port = self._runner.addresses[0][1]
+        return self
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _models(self, request: web.Request) -> web.Response:
+        cards = [{"id": name, "parent": None if name == "base" else "base", "root": name} for name in self.models]
+        return web.json_response({"object": "list", "data": cards})
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        self.bodies.append(await request.read())
+        self.headers.append(CIMultiDict(request.headers))
+        self.running += 1
+        self.arrived.release()
+        if self.loud:
+            print("arrived", flush=True)
+        try:
+            return await self._run(request, list(self.script))
+        except (asyncio.CancelledError, ConnectionError):
+            self.left.release()
+            raise
+        finally:
+            self.running -= 1
+
+    async def _run(self, request: web.Request, script: list[str]) -> web.StreamResponse:
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        sent = 0
+        for step in script:
+            verb, _, argument = step.partition(":")
+            if verb == "hold":
+                await self._gate.wait()
+            elif verb == "sleep":
+                await asyncio.sleep(float(argument))
+            elif verb == "json":
+                return web.json_response({"served_by": self.name})
+            elif verb == "status":
+                error = {"message": f"stub {self.name}", "type": "Stub", "param": None, "code": int(argument)}
+                return web.json_response({"error": error}, status=int(argument))
+            elif verb == "headers":
+                await stream.prepare(request)
+            elif verb == "event":
+                await stream.write(EVENT.format(name=self.name, n=sent).encode())
+                sent += 1
+            elif verb == "half":
+                await stream.write(EVENT.format(name=self.name, n=sent).encode()[:20])
+            elif verb == "die":
+                assert request.transport is not None
+                request.transport.abort()
+                raise ConnectionResetError("as the script says")
+            elif verb == "done":
+                await stream.write(b"data: [DONE]\n\n")
+            else:
+                raise ValueError(f"no step {step!r}")
+        await stream.write_eof()
+        return stream
+
+
+async def _main(arguments: argparse.Namespace) -> None:
+    stub = Stub(arguments.name, arguments.script)
+    stub.loud = True
+    await stub.start()
+    print(json.dumps({"port": stub.port}), flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--name", default="stub")
+    parser.add_argument("script", nargs="*", default=["json"])
+    asyncio.run(_main(parser.parse_args()))

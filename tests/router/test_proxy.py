@@ -1,0 +1,322 @@
+"""One request through the router: bytes, headers, streams, retries, and the client that leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import statistics
+import time
+
+import pytest
+
+from vllm_loraserve.router.errors import ApiError
+from vllm_loraserve.router.proxy import LARGEST_EVENT, complete_events, requested_model
+
+from .conftest import Serve, Served, routes
+
+BODY = b'{"stream": false,  "model": "base", "prompt": "h\\u00e9llo", "unknown": [1, {"model": "not this"}]}'
+
+
+async def settled(served: Served) -> None:
+    """Waits until all counters are zero; fails when they do not get there."""
+    async with asyncio.timeout(5):
+        while not served.idle():
+            await asyncio.sleep(0.005)
+
+
+async def events(answer: object) -> list[bytes]:
+    return [line async for line in answer.content if line.strip()]  # type: ignore[attr-defined]
+
+
+async def test_body_and_answer_pass_unchanged(serve: Serve) -> None:
+    served = await serve(1)
+    async with served.client.post("/v1/completions?x=1", data=BODY, headers={"Content-Type": "application/json"}) as r:
+        assert r.status == 200
+        assert await r.json() == {"served_by": "a"}
+        assert r.headers["X-Request-Id"]
+    assert served.stubs[0].bodies == [BODY]
+    assert served.stubs[0].headers[0]["Content-Type"] == "application/json"
+    assert served.idle()
+
+
+async def test_request_id_is_echoed_and_forwarded(serve: Serve) -> None:
+    served = await serve(1)
+    for given, kept in (("my-id-1", True), ("bad id", False), ("x" * 129, False)):
+        async with served.client.post("/v1/completions", data=BODY, headers={"X-Request-Id": given}) as r:
+            assert (r.headers["X-Request-Id"] == given) is kept
+            assert served.stubs[0].headers[-1]["X-Request-Id"] == r.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"x"', b'{"model": 3}', b"\xff\xfe", b"[" * 100_000, b'{"model": "base"} trailing']
+)
+async def test_a_body_that_is_no_request_is_a_400(serve: Serve, body: bytes) -> None:
+    served = await serve(1)
+    async with served.client.post("/v1/chat/completions", data=body) as r:
+        assert r.status == 400
+        error = (await r.json())["error"]
+        assert error["type"] == "BadRequestError"
+        assert error["code"] == 400
+    assert served.stubs[0].bodies == []
+    assert served.idle()
+
+
+async def test_unknown_model_is_vllms_404(serve: Serve) -> None:
+    served = await serve(1)
+    async with served.client.post("/v1/completions", json={"model": "nobody"}) as r:
+        assert r.status == 404
+        assert await r.json() == {
+            "error": {
+                "message": "The model `nobody` does not exist.",
+                "type": "NotFoundError",
+                "param": "model",
+                "code": 404,
+            }
+        }
+
+
+async def test_adapter_goes_where_its_routes_point(serve: Serve) -> None:
+    served = await serve(3)
+    served.publish([routes("one", b=1.0), routes("orphan"), routes("away", gone=1.0)])
+    for _ in range(4):
+        async with served.client.post("/v1/completions", json={"model": "one"}) as r:
+            assert await r.json() == {"served_by": "b"}
+    for name in ("orphan", "away"):  # no live route: any instance resolves it
+        async with served.client.post("/v1/completions", json={"model": name}) as r:
+            assert r.status == 200
+
+
+async def test_body_over_the_limit_is_a_413(serve: Serve) -> None:
+    served = await serve(1, max_body_bytes=1000)
+    async with served.client.post("/v1/completions", data=b'{"model": "base", "prompt": "' + b"x" * 2000 + b'"}') as r:
+        assert r.status == 413
+        assert "1000 bytes" in (await r.json())["error"]["message"]
+    assert served.idle()
+
+
+async def test_errors_of_the_instance_pass_through(serve: Serve) -> None:
+    served = await serve(2)
+    for stub in served.stubs:
+        stub.script = ["status:422"]
+    async with served.client.post("/v1/completions", data=BODY) as r:
+        assert r.status == 422
+        assert (await r.json())["error"]["type"] == "Stub"
+    assert len(served.stubs[0].bodies) + len(served.stubs[1].bodies) == 1
+
+
+async def test_stream_is_forwarded_event_by_event(serve: Serve) -> None:
+    served = await serve(1)
+    served.stubs[0].script = ["headers", *["event", "sleep:0.05"] * 12, "done"]
+    async with served.client.post("/v1/completions", data=BODY) as r:
+        assert r.headers["Content-Type"].startswith("text/event-stream")
+        arrivals = [(time.monotonic(), chunk) async for chunk in r.content.iter_any()]
+    assert b"".join(chunk for _, chunk in arrivals).count(b"data: ") == 13
+    gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(arrivals)]
+    assert len(arrivals) >= 10  # a busy machine may join two now and then; lumps would leave a few
+    assert 0.025 < statistics.median(gaps) < 0.1  # the stub's own 50 ms
+    assert served.idle()
+
+
+async def test_events_reach_the_client_while_the_stream_is_held(serve: Serve) -> None:
+    served = await serve(1)
+    stub = served.stubs[0]
+    stub.script = ["headers", "event", "hold", "event", "done"]
+    async with served.client.post("/v1/completions", data=BODY) as r:
+        first = await r.content.readuntil(b"\n\n")
+        assert b"a-0" in first  # the second has not been made yet
+        stub.release()
+        assert b"a-1" in await r.content.readuntil(b"\n\n")
+        assert await r.content.read() == b"data: [DONE]\n\n"
+    await settled(served)
+
+
+@pytest.mark.parametrize("script", [["die"], ["headers", "die"], ["headers", "half", "die"]])
+async def test_death_before_the_first_event_is_invisible(serve: Serve, script: list[str]) -> None:
+    served = await serve(2)
+    served.publish([routes("one", a=1.0)])
+    served.stubs[0].script = script
+    served.stubs[1].script = ["headers", "event", "done"]
+    async with served.client.post("/v1/completions", json={"model": "one", "stream": True}) as r:
+        assert r.status == 200
+        assert await events(r) == [b'data: {"choices": [{"text": "b-0"}]}\n', b"data: [DONE]\n"]
+    assert len(served.stubs[0].bodies) == 1
+    assert served.stubs[0].bodies == served.stubs[1].bodies
+    await settled(served)
+
+
+async def test_half_an_answer_is_not_seen_but_retried(serve: Serve) -> None:
+    """A non-streamed answer counts only when it is complete."""
+    served = await serve(2)
+
+    async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"served_by": ')
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(half, "127.0.0.1", 0)
+    broken = served.stubs[0]
+    await broken.stop()
+    broken.port = server.sockets[0].getsockname()[1]
+    served.publish([routes("one", a=1.0)])
+    async with served.client.post("/v1/completions", json={"model": "one"}) as r:
+        assert await r.json() == {"served_by": "b"}
+    server.close()
+    await settled(served)
+
+
+async def test_death_after_the_first_event_ends_in_an_error_event(serve: Serve) -> None:
+    served = await serve(2)
+    for stub in served.stubs:
+        stub.script = ["headers", "event", "half", "hold", "die"]
+    async with served.client.post("/v1/completions", data=BODY) as r:
+        first = await r.content.readuntil(b"\n\n")
+        for stub in served.stubs:
+            stub.release()
+        rest = await r.content.read()
+    assert first.startswith(b"data: ")
+    error, done, nothing = rest.split(b"\n\n")
+    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == 502  # well formed: no half event before it
+    assert (done, nothing) == (b"data: [DONE]", b"")
+    assert len(served.stubs[0].bodies) + len(served.stubs[1].bodies) == 1
+    await settled(served)
+
+
+async def test_refused_connection_goes_elsewhere_and_is_avoided_for_a_while(serve: Serve) -> None:
+    served = await serve(2)
+    served.publish([routes("one", a=1.0)])
+    await served.stubs[0].stop()
+    for _ in range(5):
+        async with served.client.post("/v1/completions", json={"model": "one"}) as r:
+            assert await r.json() == {"served_by": "b"}
+    async with served.client.get("/metrics") as r:
+        text = await r.text()
+    assert 'loraserve:router_retries_total{reason="ClientConnectorError"} 1.0' in text  # four did not even try it
+    assert 'loraserve:router_breaker_open{instance="a"} 1.0' in text
+
+
+async def test_all_instances_dead_is_a_503_with_retry_after(serve: Serve) -> None:
+    served = await serve(2)
+    for stub in served.stubs:
+        stub.script = ["die"]
+    async with served.client.post("/v1/completions", data=BODY) as r:
+        assert r.status == 503
+        assert int(r.headers["Retry-After"]) >= 1
+    assert sum(len(stub.bodies) for stub in served.stubs) == 3
+    await settled(served)
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_server_error_is_tried_on_one_other_instance(serve: Serve, status: int) -> None:
+    served = await serve(3)
+    served.publish([routes("one", a=1.0)])
+    served.stubs[0].script = [f"status:{status}"]
+    async with served.client.post("/v1/completions", json={"model": "one"}) as r:
+        assert r.status == 200
+    for stub in served.stubs:
+        stub.script = [f"status:{status}"]
+        stub.bodies.clear()
+    async with served.client.post("/v1/completions", json={"model": "one"}) as r:
+        assert r.status == status
+    assert sum(len(stub.bodies) for stub in served.stubs) == 2  # a poisonous request does not visit all three
+
+
+async def test_no_instance_is_a_503(serve: Serve) -> None:
+    served = await serve(1)
+    served.publish(stubs=[])
+    async with served.client.post("/v1/completions", data=BODY) as r:
+        assert r.status == 503
+        assert r.headers["Retry-After"] == "2"
+    async with served.client.get("/health") as r:
+        assert r.status == 503
+
+
+@pytest.mark.parametrize("script", [["hold", "json"], ["headers", "event", "hold"]])
+async def test_client_that_leaves_cancels_the_instance(serve: Serve, script: list[str]) -> None:
+    served = await serve(2)
+    stub = served.stubs[0]
+    served.publish([routes("one", a=1.0)])
+    stub.script = script
+    answer = asyncio.ensure_future(served.client.post("/v1/completions", json={"model": "one"}))
+    async with asyncio.timeout(5):
+        await stub.arrived.acquire()
+        if "event" in script:
+            r = await answer
+            await r.content.readuntil(b"\n\n")
+            r.close()
+        else:
+            answer.cancel()
+        await stub.left.acquire()
+    await settled(served)
+    assert served.stubs[1].bodies == []  # not retried for nobody
+    async with served.client.get("/metrics") as r:
+        assert 'endpoint="/v1/completions",rank="8",status="499"} 1.0' in await r.text()
+
+
+async def test_silent_instance_is_a_504_before_and_an_error_event_in_a_stream(serve: Serve) -> None:
+    served = await serve(1, idle_timeout_s=0.2)
+    stub = served.stubs[0]
+    stub.script = ["hold"]
+    async with served.client.post("/v1/completions", data=BODY) as r:
+        assert r.status == 504
+    stub.script = ["headers", "event", "hold"]
+    async with served.client.post("/v1/completions", data=BODY) as r:
+        assert b'"error"' in (await r.content.read())
+    await settled(served)
+
+
+async def test_request_on_an_instance_that_left_the_table_is_taken_back(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unreachable host sends no reset: its requests hang until the table says that it is gone."""
+    served = await serve(2)
+    served.publish([routes("one", a=1.0)])
+    stub = served.stubs[0]
+    stub.script = ["hold"]
+    monkeypatch.setattr("vllm_loraserve.router.directory.ORPHAN_S", 0.0)
+    answer = asyncio.ensure_future(served.client.post("/v1/completions", json={"model": "one"}))
+    async with asyncio.timeout(5):
+        await stub.arrived.acquire()
+        served.publish([routes("one", b=1.0)], stubs=served.stubs[1:])
+        async with await answer as r:
+            assert await r.json() == {"served_by": "b"}
+    await settled(served)
+
+
+async def test_stream_on_an_instance_that_left_the_table_ends_in_an_error_event(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await serve(1)
+    served.stubs[0].script = ["headers", "event", "hold"]
+    async with served.client.post("/v1/completions", data=BODY) as r:
+        await r.content.readuntil(b"\n\n")
+        monkeypatch.setattr("vllm_loraserve.router.directory.ORPHAN_S", 0.0)
+        served.publish(stubs=[])
+        assert b'"error"' in await r.content.read()
+
+
+async def test_session_keeps_its_instance(serve: Serve) -> None:
+    served = await serve(4)
+    seen = set()
+    for _ in range(12):
+        async with served.client.post("/v1/completions", data=BODY, headers={"X-Session-Id": "s"}) as r:
+            seen.add((await r.json())["served_by"])
+    assert len(seen) == 1
+
+
+def test_complete_events() -> None:
+    assert complete_events(b"data: 1\n\n") == (b"data: 1\n\n", b"")
+    assert complete_events(b"data: 1\n\ndata: 2") == (b"data: 1\n\n", b"data: 2")
+    assert complete_events(b"data: 1") == (b"", b"data: 1")
+    assert complete_events(b"data: 1\r\n\r\ndata") == (b"data: 1\r\n\r\n", b"data")
+    assert complete_events(b"") == (b"", b"")
+    assert complete_events(b"x" * (LARGEST_EVENT + 1)) == (b"x" * (LARGEST_EVENT + 1), b"")
+
+
+def test_requested_model_takes_none_and_the_last_of_duplicates() -> None:
+    assert requested_model(b"{}") is None
+    assert requested_model(b'{"model": null}') is None
+    assert requested_model(b'{"model": "a", "model": "b"}') == "b"  # as Python's json, and so vLLM, reads it
+    with pytest.raises(ApiError):
+        requested_model(b'{"model": {}}')

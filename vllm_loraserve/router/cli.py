@@ -1,0 +1,149 @@
+"""`vllm-loraserve router`: options, and the server's life from start to drained end."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from aiohttp import web
+
+from vllm_loraserve.router.app import Router, RouterConfig
+from vllm_loraserve.router.auth import ADMIN_KEY_ENV, API_KEY_ENV, UPSTREAM_KEY_ENV, load_keys
+
+logger = logging.getLogger(__name__)
+
+
+def _number(kind: type[int] | type[float], least: float, unit: str):  # type: ignore[no-untyped-def]
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of {unit}") from None
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is below {least:g} {unit}")
+        return value
+
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vllm-loraserve router`."""
+    defaults = RouterConfig()
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--coordinator", metavar="ENDPOINT", help="coordinator, such as tcp://127.0.0.1:5700")
+    where.add_argument(
+        "--instances",
+        nargs="+",
+        metavar="URL",
+        help="vLLM base URLs, in place of a coordinator; adapters as they list",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=_number(int, 0, "port"), default=8000, help="0: any free (default: %(default)s)")
+    parser.add_argument("--reuse-port", action="store_true", help="share the port with other routers on this host")
+    for option, variable, what in (
+        ("api-key", API_KEY_ENV, ""),
+        ("admin-api-key", ADMIN_KEY_ENV, " to load and unload adapters"),
+    ):
+        parser.add_argument(
+            f"--{option}-file",
+            type=Path,
+            metavar="FILE",
+            help=f"keys that clients must send{what}, one a line (also: environment {variable})",
+        )
+    for option, kind, least, unit, help_text in (
+        ("max-concurrency", int, 1, "requests", "requests this router has under way on one instance"),
+        ("max-queue", int, 0, "requests", "requests that may wait when all instances are full; more get 429"),
+        ("queue-timeout-s", float, 0.001, "seconds", "longest wait in that queue, then 429"),
+        ("max-attempts", int, 1, "tries", "instances tried for one request before it fails with 503"),
+        ("max-body-bytes", int, 1, "bytes", "largest request body; larger ones get 413"),
+        ("idle-timeout-s", float, 0.001, "seconds", "longest silence of an instance in an answer, then 504"),
+        ("connect-timeout-s", float, 0.001, "seconds", "longest time to connect to an instance"),
+        ("unload-drain-s", float, 0, "seconds", "time that running requests get when their adapter is unloaded"),
+    ):
+        default = getattr(defaults, option.replace("-", "_"))
+        parser.add_argument(
+            f"--{option}",
+            type=_number(kind, least, unit),
+            default=default,
+            metavar=unit.upper(),
+            help=f"{help_text} (default: {default:g})",
+        )
+    parser.add_argument(
+        "--drain-s",
+        type=_number(float, 0, "seconds"),
+        default=30.0,
+        help="time that running requests get when the router is told to stop (default: %(default)g)",
+    )
+    parser.add_argument("--access-log", action="store_true", help="log every request")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+
+
+def config_from(args: argparse.Namespace) -> RouterConfig:
+    """The configuration that parsed arguments and the environment describe. Raises ValueError for bad key files."""
+    names = ("max_concurrency", "max_queue", "queue_timeout_s", "max_attempts", "max_body_bytes", "idle_timeout_s")
+    return RouterConfig(
+        coordinator=args.coordinator,
+        instances=tuple(args.instances or ()),
+        keys=load_keys(os.environ, API_KEY_ENV, args.api_key_file),
+        admin_keys=load_keys(os.environ, ADMIN_KEY_ENV, args.admin_api_key_file),
+        upstream_key=os.environ.get(UPSTREAM_KEY_ENV, ""),
+        connect_timeout_s=args.connect_timeout_s,
+        unload_drain_s=args.unload_drain_s,
+        **{name: getattr(args, name) for name in names},
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until SIGINT or SIGTERM, then lets running requests finish; 1 when the port can't be had."""
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        config = config_from(args)
+    except ValueError as error:
+        print(f"vllm-loraserve router: {error}", file=sys.stderr)
+        return 2
+    try:
+        import uvloop
+    except ImportError:  # not on every platform; slower, otherwise the same
+        logger.warning("uvloop is not installed; the router takes about half as many requests")
+        factory = asyncio.new_event_loop
+    else:
+        factory = uvloop.new_event_loop
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(_serve(config, args))
+    except OSError as error:
+        print(f"vllm-loraserve router: can't listen on {args.host}:{args.port}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(config: RouterConfig, args: argparse.Namespace) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    runner = web.AppRunner(
+        Router(config).app,
+        access_log=logging.getLogger("vllm_loraserve.router.access") if args.access_log else None,
+        handler_cancellation=True,
+        shutdown_timeout=args.drain_s,
+        keepalive_timeout=75.0,
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, args.host, args.port, reuse_port=args.reuse_port or None, backlog=1024).start()
+        host, port = runner.addresses[0][:2]
+        logger.info("Router listens on http://%s:%d", host, port)
+        # What exists now lives as long as the process; scanning it again and again only adds pauses.
+        gc.collect()
+        gc.freeze()
+        await stop.wait()
+        logger.info("Router stops; running requests have %g s", args.drain_s)
+    finally:
+        await runner.cleanup()

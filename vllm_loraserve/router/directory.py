@@ -1,0 +1,158 @@
+"""What the router knows of the cluster: the newest routing table, indexed for lookups, and the instances in it.
+
+The table may be old: with the coordinator away the last one stays in force. After a coordinator's restart its first
+tables can lack instances that are alive and about to register again; those stay eligible for `LINGER_S`. An instance
+that leaves the table otherwise is gone: it gets no new requests, and requests that have been silent for
+`ORPHAN_S` are taken back and tried elsewhere (an unreachable host sends no reset).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from vllm_loraserve.coordinator.messages import AdapterRoutes, RoutingTable
+from vllm_loraserve.router.errors import ApiError, unknown_model
+from vllm_loraserve.router.upstream import Upstream
+
+logger = logging.getLogger(__name__)
+
+LINGER_S = 10.0
+ORPHAN_S = 5.0
+STALE_S = 10.0
+"""A table with a smaller epoch is taken when the one in force is this old: its coordinator was replaced."""
+
+
+class Target:
+    """What a request asks for: the adapter's eligible instances with their fractions phi (empty: any), its rank."""
+
+    __slots__ = ("name", "rank", "routes")
+
+    def __init__(self, name: str, routes: dict[str, float], rank: int) -> None:
+        self.name = name
+        self.routes = routes
+        self.rank = rank
+
+
+class Directory:
+    """Models and instances by name. `clock` gives monotonic seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.table: RoutingTable | None = None
+        self.received = 0.0
+        self.upstreams: dict[str, Upstream] = {}
+        self.adapters: dict[str, AdapterRoutes] = {}
+        self.on_change: Callable[[], None] = lambda: None
+        self.on_removed: Callable[[Upstream], None] = lambda upstream: None
+        self._targets: dict[str, Target] = {}
+        self._epoch_since = 0.0
+        self._leaving: set[Upstream] = set()
+
+    @property
+    def base_model(self) -> str:
+        """Name of the base model; empty until an instance has been seen."""
+        return self.table.base_model if self.table else ""
+
+    def age_s(self) -> float:
+        """Seconds since a table came in; infinite before the first."""
+        return self.clock() - self.received if self.table else float("inf")
+
+    def apply(self, table: RoutingTable) -> bool:
+        """Takes a table in force; False when it is older than the present one.
+
+        A table equal in (epoch, version) brings fresh loads and is taken too.
+        """
+        now = self.clock()
+        old = self.table
+        if old is not None and (table.epoch, table.version) < (old.epoch, old.version):
+            if now - self.received < STALE_S:
+                return False
+            logger.warning("Took a routing table of epoch %d in place of %d", table.epoch, old.epoch)
+        if old is None or table.epoch != old.epoch:
+            self._epoch_since = now
+        self.received = now
+        if not table.base_model and old is not None and old.base_model:
+            table = _with_base_model(table, old.base_model)
+        self.table = table
+        self.adapters = {routes.adapter.name: routes for routes in table.adapters}
+        for entry in table.instances:
+            known = self.upstreams.get(entry.name)
+            if known is None or known.entry.incarnation != entry.incarnation or known.entry.url != entry.url:
+                if known is not None:
+                    self._remove(known)
+                self.upstreams[entry.name] = Upstream(entry, table.epoch)
+                logger.info("Instance %s at %s is in", entry.name, entry.url)
+            else:
+                known.entry = entry
+                known.epoch = table.epoch
+        self.sweep()
+        self._targets = {}
+        self.on_change()
+        return True
+
+    def sweep(self) -> None:
+        """Drops instances that left the table, and calls back requests that wait for a dead one; run it often."""
+        now = self.clock()
+        table = self.table
+        if table is None:
+            return
+        listed = {entry.name for entry in table.instances}
+        for name, upstream in list(self.upstreams.items()):
+            if name not in listed and (upstream.epoch == table.epoch or now - self._epoch_since >= LINGER_S):
+                del self.upstreams[name]
+                self._targets = {}
+                self._remove(upstream)
+        for upstream in list(self._leaving):
+            for attempt in list(upstream.attempts):
+                if now - attempt.last_byte >= ORPHAN_S:
+                    attempt.call_back()
+            if not upstream.attempts:
+                self._leaving.discard(upstream)
+
+    def _remove(self, upstream: Upstream) -> None:
+        upstream.gone = True
+        self._leaving.add(upstream)
+        self.on_removed(upstream)
+        logger.info("Instance %s is out, %d requests under way", upstream.name, upstream.in_flight)
+
+    def live(self) -> list[Upstream]:
+        """Instances in the table (or lingering), whether or not their breaker is open."""
+        return list(self.upstreams.values())
+
+    def resolve(self, model: str | None) -> Target:
+        """The target of a request for `model` (none or empty: the base model, as vLLM takes it).
+
+        Raises ApiError 404 for a name that is not registered or on its way out, 503 for an adapter that failed.
+        """
+        name = model or self.base_model
+        target = self._targets.get(name)
+        if target is not None:
+            return target
+        if name == self.base_model:
+            target = Target(name, {}, 0)
+        else:
+            known = self.adapters.get(name)
+            if known is None or known.adapter.state == "draining":
+                raise unknown_model(name)
+            if known.adapter.state == "failed":
+                raise ApiError(
+                    503, "ServiceUnavailableError", f"The adapter `{name}` can't be served: {known.adapter.reason}"
+                )
+            routes = {route.instance: route.phi for route in known.routes if route.instance in self.upstreams}
+            target = Target(name, routes, known.adapter.rank)
+        self._targets[name] = target
+        return target
+
+
+def _with_base_model(table: RoutingTable, name: str) -> RoutingTable:
+    """A restarted coordinator knows no base model until the first instance is back; its name does not change."""
+    return RoutingTable(
+        epoch=table.epoch,
+        version=table.version,
+        base_model=name,
+        instances=table.instances,
+        adapters=table.adapters,
+        made_at=table.made_at,
+    )

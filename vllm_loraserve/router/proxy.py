@@ -1,0 +1,308 @@
+"""Forwarding one request: resolve its model, get a place, send the bytes on, try again while the client has seen none.
+
+The body goes through unchanged; of it only `model` is decoded. Nothing reaches the client before the instance has
+shown that it answers: an ordinary answer is complete, a stream has produced its first event. Up to then a lost
+connection or a dying instance means another instance, `max_attempts` in all; after it a stream is ended by an error
+event. Complete events only are passed on, each as soon as it is there, so that the error event is always well formed.
+
+A client that leaves cancels the handler; leaving the `async with` around the instance's answer closes that connection,
+which makes vLLM abort the request. Places are released in `finally`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Final
+
+import msgspec
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, SocketTimeoutError, web
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from vllm_loraserve.router.adapters import Adapters
+from vllm_loraserve.router.directory import Directory, Target
+from vllm_loraserve.router.errors import ApiError, error_body, invalid, unavailable
+from vllm_loraserve.router.metrics import RouterMetrics
+from vllm_loraserve.router.queue import Admission
+from vllm_loraserve.router.upstream import Attempt, Upstream
+
+logger = logging.getLogger(__name__)
+
+FORWARDED = ("Content-Type", "traceparent", "tracestate", "baggage", "X-Session-Id", "anthropic-version")
+"""Request headers that instances get; the rest concerns the connection to the router."""
+HOP_BY_HOP = frozenset(
+    (
+        "connection",
+        "content-length",
+        "date",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-connection",
+        "server",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "x-request-id",
+    )
+)
+EVENT_STREAM = "text/event-stream"
+SESSION_HEADER = "X-Session-Id"
+"""A conversation's id: requests that carry the same one go to the same instance while loads allow."""
+RETRIED_STATUSES = frozenset((500, 502, 503, 504))
+"""An instance whose engine has died answers 500 before its server goes; one that is starting or full answers 503."""
+LARGEST_EVENT: Final = 1 << 20
+PAUSE_S = 0.05
+"""Before an instance that just failed a request is asked again because there is no other."""
+
+
+class Call:
+    """One client request, for logs and metrics; `rank` is set once the model is known (-1: not yet)."""
+
+    __slots__ = ("came", "endpoint", "id", "rank")
+
+    def __init__(self, endpoint: str, request_id: str, came: float) -> None:
+        self.endpoint = endpoint
+        self.id = request_id
+        self.came = came
+        self.rank = -1
+
+
+class _Head(msgspec.Struct):
+    """The part of a request body that routing needs."""
+
+    model: str | None = None
+
+
+_head = msgspec.json.Decoder(_Head)
+
+
+class ClientLeft(Exception):
+    """The client's connection is gone."""
+
+
+class _Died(Exception):
+    """The instance did not answer, or stopped in the middle, before the client saw anything."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class _Refused(Exception):
+    """The instance answered with a status that another instance may not; kept to be passed on if all do."""
+
+    def __init__(self, response: web.Response) -> None:
+        super().__init__(str(response.status))
+        self.response = response
+
+
+def requested_model(body: bytes) -> str | None:
+    """The `model` of a JSON request body. Raises ApiError 400 for what is not a JSON object with a string there."""
+    try:
+        return _head.decode(body).model
+    except msgspec.ValidationError as error:
+        raise invalid(f"The request body does not fit: {error}.", "model") from None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise invalid(f"The request body is not JSON: {error}.") from None
+
+
+class Proxy:
+    """Forwards requests to instances."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        admission: Admission,
+        adapters: Adapters,
+        metrics: RouterMetrics,
+        session: ClientSession,
+        *,
+        max_attempts: int = 3,
+        upstream_key: str = "",
+        forward_authorization: bool = True,
+        idle_timeout_s: float = 600.0,
+        connect_timeout_s: float = 2.0,
+    ) -> None:
+        self._directory = directory
+        self._admission = admission
+        self._adapters = adapters
+        self._metrics = metrics
+        self._session = session
+        self._max_attempts = max_attempts
+        self._authorization = f"Bearer {upstream_key}" if upstream_key else ""
+        self._forward_authorization = forward_authorization
+        self._timeout = ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=idle_timeout_s)
+        self._idle_timeout_s = idle_timeout_s
+
+    async def forward(self, request: web.Request, call: Call) -> web.StreamResponse:
+        """Answers `request` from an instance. Raises ApiError."""
+        body = await request.read()
+        target = await self._resolve(requested_model(body))
+        call.rank = target.rank
+        headers = self._headers(request.headers, call.id)
+        affinity = request.headers.get(SESSION_HEADER)
+        tried: list[str] = []
+        refusal: web.Response | None = None
+        while len(tried) < self._max_attempts:
+            waiting_since = time.monotonic()
+            upstream = await self._admission.acquire(target, tried, affinity, again=bool(tried))
+            self._metrics.queued(time.monotonic() - waiting_since)
+            try:
+                return await self._attempt(request, upstream, body, headers, call)
+            except _Refused as refused:
+                refusal, reason = refused.response, "status"
+                logger.warning("Instance %s answered %s to %s", upstream.name, refused, call.id)
+            except _Died as died:
+                reason = died.reason
+                upstream.failed(time.monotonic())
+                logger.warning("Instance %s failed request %s: %s (%s)", upstream.name, call.id, died, reason)
+            finally:
+                self._admission.release(upstream)
+            known = self._directory.upstreams
+            only = known.keys() <= {upstream.name, *tried}
+            if refusal is not None and (tried or only):
+                return refusal  # a request that breaks engines must not get to break them all
+            tried.append(upstream.name)
+            if len(tried) < self._max_attempts:
+                self._metrics.retries.labels(reason).inc()
+                if only:
+                    await asyncio.sleep(PAUSE_S * len(tried))
+        raise unavailable(f"The request failed on {len(tried)} tries, instances are dying; try again shortly.", 1.0)
+
+    async def _resolve(self, model: str | None) -> Target:
+        try:
+            return self._directory.resolve(model)
+        except ApiError as error:
+            if error.status != 404 or not await self._adapters.discover():
+                raise
+            return self._directory.resolve(model)
+
+    def _headers(self, given: CIMultiDictProxy[str], request_id: str) -> dict[str, str]:
+        headers = {name: given[name] for name in FORWARDED if name in given}
+        headers["X-Request-Id"] = request_id
+        if self._authorization:
+            headers["Authorization"] = self._authorization
+        elif self._forward_authorization and "Authorization" in given:
+            headers["Authorization"] = given["Authorization"]
+        return headers
+
+    async def _attempt(
+        self, request: web.Request, upstream: Upstream, body: bytes, headers: dict[str, str], call: Call
+    ) -> web.StreamResponse:
+        """One try. Raises _Died or _Refused when another instance may be tried, ApiError when not."""
+        task = asyncio.current_task()
+        assert task is not None
+        attempt = Attempt(task, time.monotonic())
+        upstream.attempts.add(attempt)
+        try:
+            async with self._session.post(
+                upstream.url + request.raw_path,
+                data=body,
+                headers=headers,
+                timeout=self._timeout,
+                allow_redirects=False,
+            ) as answer:
+                attempt.last_byte = time.monotonic()
+                if answer.content_type == EVENT_STREAM:
+                    return await self._stream(request, upstream, answer, attempt, call)
+                whole = await answer.read()
+        except (ClientError, OSError) as error:
+            raise self._fault(error) from None
+        except asyncio.CancelledError:
+            raise _taken_back(attempt) from None
+        finally:
+            upstream.attempts.discard(attempt)
+        upstream.succeeded()
+        response = web.Response(status=answer.status, body=whole, headers=_kept_headers(answer.headers))
+        if answer.status in RETRIED_STATUSES:
+            raise _Refused(response)
+        self._metrics.first_byte(call.rank, time.monotonic() - call.came)
+        return response
+
+    async def _stream(
+        self, request: web.Request, upstream: Upstream, answer: ClientResponse, attempt: Attempt, call: Call
+    ) -> web.StreamResponse:
+        """Passes server-sent events on. Raises only before the client has seen a byte, or because it left."""
+        stream = web.StreamResponse(status=answer.status, headers=_kept_headers(answer.headers))
+        stream.headers["X-Request-Id"] = call.id
+        read = answer.content.readany
+        begun = False
+        tail = b""
+        while True:
+            try:
+                data = await read()
+            except (ClientError, OSError) as error:
+                fault: BaseException = self._fault(error)
+                if not begun:
+                    raise fault from None
+                break
+            except asyncio.CancelledError:
+                fault = _taken_back(attempt)
+                if not begun or isinstance(fault, asyncio.CancelledError):
+                    raise fault from None
+                break
+            attempt.last_byte = time.monotonic()
+            ended = not data
+            # An unfinished event at the end, or an empty stream, is the instance's own doing: passed on as it came.
+            data, tail = (tail, b"") if ended else complete_events(tail + data)
+            if data or ended:
+                try:
+                    if not begun:
+                        begun = True
+                        upstream.succeeded()
+                        self._metrics.first_byte(call.rank, attempt.last_byte - call.came)
+                        await stream.prepare(request)
+                    if data:
+                        await stream.write(data)
+                    if ended:
+                        await stream.write_eof()
+                        return stream
+                except OSError as error:
+                    raise ClientLeft from error
+        if isinstance(fault, _Died):
+            upstream.failed(time.monotonic())
+        self._metrics.broken_streams.inc()
+        logger.warning("Instance %s broke off stream %s: %s", upstream.name, call.id, fault)
+        message = "The instance that served this stream failed; the answer is incomplete."
+        event = error_body(502, "BadGatewayError", message)
+        # As vLLM ends a stream whose engine fails: clients raise on the error, and none waits for more.
+        try:
+            await stream.write(b"data: " + event + b"\n\ndata: [DONE]\n\n")
+            await stream.write_eof()
+        except OSError as error:
+            raise ClientLeft from error
+        return stream
+
+    def _fault(self, error: BaseException) -> _Died | ApiError:
+        """What an exception of the HTTP client means: _Died can be tried elsewhere, ApiError can't."""
+        if isinstance(error, SocketTimeoutError):
+            return ApiError(504, "GatewayTimeoutError", f"The instance was silent for {self._idle_timeout_s:g} s.")
+        return _Died(type(error).__name__, str(error) or type(error).__name__)
+
+
+def _taken_back(attempt: Attempt) -> _Died | asyncio.CancelledError:
+    """What a cancellation means: _Died when the directory called the attempt back, else the client has left."""
+    if attempt.called_back and attempt.task.uncancel() == 0:
+        return _Died("gone", "left the routing table without an answer")
+    return asyncio.CancelledError()
+
+
+def complete_events(data: bytes) -> tuple[bytes, bytes]:
+    """Splits server-sent events into those that are complete and the unfinished rest.
+
+    A rest longer than `LARGEST_EVENT` bytes counts as complete: memory is bounded, whatever an instance sends.
+    """
+    if data.endswith(b"\n\n"):
+        return data, b""
+    end = data.rfind(b"\n\n") + 2
+    with_returns = data.rfind(b"\r\n\r\n") + 4
+    end = max(end if end > 1 else 0, with_returns if with_returns > 3 else 0)
+    if len(data) - end > LARGEST_EVENT:
+        end = len(data)
+    return data[:end], data[end:]
+
+
+def _kept_headers(given: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    return CIMultiDict((name, value) for name, value in given.items() if name.lower() not in HOP_BY_HOP)

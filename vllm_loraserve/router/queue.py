@@ -1,0 +1,190 @@
+"""Admission: how many requests run on each instance, how many may wait, and when to tell a client to come back.
+
+A request takes a place on an instance: one of its adapter's by phi and live load (`cluster.routing.choose`), else, when
+those are full or failing, any live one (its resolver loads the adapter). With every instance full it waits in one
+first-come queue of bounded length; a place that comes free goes to the head of the queue, so nobody overtakes. A full
+queue is an ApiError 429 whose Retry-After comes from the rate at which requests have been finishing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+
+from vllm_loraserve.cluster.routing import choose
+from vllm_loraserve.router.directory import Directory, Target
+from vllm_loraserve.router.errors import overloaded, unavailable
+from vllm_loraserve.router.upstream import Upstream
+
+NO_INSTANCE_RETRY_S = 2.0
+"""About what a restarted instance or a table takes to arrive."""
+LONGEST_RETRY_S = 60.0
+
+
+class DrainRate:
+    """Requests finished per second, over the last one to two windows of `window_s`."""
+
+    def __init__(self, clock: Callable[[], float], window_s: float = 5.0) -> None:
+        self._clock = clock
+        self._window = window_s
+        self._start = clock()
+        self._count = 0
+        self._previous = 0
+
+    def add(self) -> None:
+        """One request finished."""
+        self._roll()
+        self._count += 1
+
+    def per_s(self) -> float:
+        """The rate now; 0 when nothing has finished lately."""
+        elapsed = self._roll()
+        return (self._previous + self._count) / (self._window + elapsed if self._previous else max(elapsed, 1.0))
+
+    def _roll(self) -> float:
+        elapsed = self._clock() - self._start
+        if elapsed >= self._window:
+            self._previous = self._count if elapsed < 2 * self._window else 0
+            self._count = 0
+            self._start += elapsed - elapsed % self._window
+            elapsed %= self._window
+        return elapsed
+
+
+class _Waiter:
+    __slots__ = ("affinity", "exclude", "place", "target")
+
+    def __init__(
+        self, target: Target, exclude: Collection[str], affinity: str | None, place: asyncio.Future[Upstream]
+    ) -> None:
+        self.target = target
+        self.exclude = exclude
+        self.affinity = affinity
+        self.place = place
+
+
+class Admission:
+    """Hands out places on instances. Every `acquire` that returns is paired with one `release`."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        max_concurrency: int = 256,
+        max_queue: int = 1024,
+        queue_timeout_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.directory = directory
+        self.max_concurrency = max_concurrency
+        self.max_queue = max_queue
+        self.queue_timeout_s = queue_timeout_s
+        self.drain = DrainRate(clock)
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._queue: deque[_Waiter] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that hold a place on an instance of the table."""
+        return sum(upstream.in_flight for upstream in self.directory.live())
+
+    async def acquire(
+        self, target: Target, exclude: Collection[str] = (), affinity: str | None = None, again: bool = False
+    ) -> Upstream:
+        """A place for one request, waiting for it when there is none free.
+
+        `exclude`: instances that failed this request; they are taken only when no other is left. `again`: a retry of
+        an admitted request goes to the head of the queue and is never refused by its length. Raises ApiError 429
+        (queue full, or waited `queue_timeout_s`) or 503 (no live instance); cancelling gives up the wait.
+        """
+        if not self._queue or again:
+            upstream = self._pick(target, exclude, affinity)
+            if upstream is not None:
+                upstream.started()
+                return upstream
+        if not self.directory.upstreams:
+            raise unavailable("No instance is alive; try again shortly.", NO_INSTANCE_RETRY_S)
+        if not again and len(self._queue) >= self.max_queue:
+            raise overloaded(
+                f"All instances are busy and {len(self._queue)} requests wait; try again later.", self.retry_after_s()
+            )
+        place: asyncio.Future[Upstream] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(target, exclude, affinity, place)
+        (self._queue.appendleft if again else self._queue.append)(waiter)
+        try:
+            async with asyncio.timeout(self.queue_timeout_s):
+                return await place
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if place.done() and not place.cancelled() and place.exception() is None:
+                self.release(place.result())  # granted in the very moment of giving up
+            else:
+                self._forget(waiter)
+            if isinstance(error, TimeoutError):
+                raise overloaded(
+                    f"Waited {self.queue_timeout_s:g} s for a free instance; try again later.", self.retry_after_s()
+                ) from None
+            raise
+
+    def release(self, upstream: Upstream) -> None:
+        """Gives a place back; the head of the queue gets it."""
+        upstream.finished()
+        self.drain.add()
+        if self._queue:
+            self.grant()
+
+    def grant(self) -> None:
+        """Serves the queue while there are places; also called when the table changes."""
+        while self._queue:
+            waiter = self._queue[0]
+            if not self.directory.upstreams:
+                self._queue.popleft()
+                waiter.place.set_exception(unavailable("No instance is alive; try again shortly.", NO_INSTANCE_RETRY_S))
+                continue
+            upstream = self._pick(waiter.target, waiter.exclude, waiter.affinity)
+            if upstream is None:
+                return
+            self._queue.popleft()
+            upstream.started()
+            waiter.place.set_result(upstream)
+
+    def retry_after_s(self) -> float:
+        """When the queue of now will have drained, at the rate of the last seconds."""
+        rate = self.drain.per_s()
+        return min(LONGEST_RETRY_S, (len(self._queue) + 1) / rate) if rate > 0 else LONGEST_RETRY_S
+
+    def _forget(self, waiter: _Waiter) -> None:
+        try:
+            self._queue.remove(waiter)
+        except ValueError:
+            return
+
+    def _pick(self, target: Target, exclude: Collection[str], affinity: str | None) -> Upstream | None:
+        """An instance with a free place, or None when all are full.
+
+        Held back as long as another can serve: those that failed this request, and those with an open breaker.
+        """
+        now = self._clock()
+        known = self.directory.upstreams
+        usable = [u for n, u in known.items() if n not in exclude and u.available(now)]
+        if not usable:
+            usable = [u for n, u in known.items() if n not in exclude] or list(known.values())
+        candidates = {u.entry.name: u for u in usable if u.in_flight < self.max_concurrency}
+        if not candidates:
+            return None
+        routes = {n: phi for n, phi in target.routes.items() if n in candidates} or dict.fromkeys(candidates, 1.0)
+        if len(routes) == 1:
+            (name,) = routes
+        else:
+            loads = {n: candidates[n].load() for n in routes}
+            name = choose(routes, loads, self._rng, affinity) or next(iter(routes))
+        return candidates[name]

@@ -1,0 +1,87 @@
+"""One vLLM instance as this router sees it: where it is, what it is doing, whether it can be trusted just now.
+
+The circuit breaker is closed while requests succeed. A lost or refused connection opens it for `FIRST_PAUSE_S`,
+doubled with every further failure up to `LONGEST_PAUSE_S`; after the pause one request is let through to try, and
+its success closes the breaker. An answered request, whatever its status, proves the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from vllm_loraserve.coordinator.messages import InstanceEntry
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 30.0
+
+
+class Upstream:
+    """An instance and this router's own counts of it. Times are of the caller's monotonic clock, in seconds."""
+
+    __slots__ = ("attempts", "entry", "epoch", "failures", "gone", "in_flight", "opened_until", "trial", "url")
+
+    def __init__(self, entry: InstanceEntry, epoch: int = 0) -> None:
+        self.entry = entry
+        self.url = entry.url.rstrip("/")
+        self.in_flight = 0
+        self.failures = 0
+        self.opened_until = 0.0
+        self.trial = False
+        self.epoch = epoch
+        """Of the last table that listed it."""
+        self.gone = False
+        """Out of the table: no new requests; those that run may finish."""
+        self.attempts: set[Attempt] = set()
+
+    @property
+    def name(self) -> str:
+        """The instance's name in the cluster."""
+        return self.entry.name
+
+    def available(self, now: float) -> bool:
+        """Whether a request may go there: in the table and the breaker closed, or open and due for a trial."""
+        return not self.gone and (self.failures == 0 or (now >= self.opened_until and not self.trial))
+
+    def load(self) -> float:
+        """Requests there, the larger of what it reports (all routers, a heartbeat old) and what we sent (now)."""
+        reported = self.entry.load.running + self.entry.load.waiting
+        return float(reported if reported > self.in_flight else self.in_flight)
+
+    def started(self) -> None:
+        """A request is sent: counts it, and takes the trial of an open breaker."""
+        self.in_flight += 1
+        if self.failures:
+            self.trial = True
+
+    def finished(self) -> None:
+        """A request is over, however it ended."""
+        self.in_flight -= 1
+        self.trial = False
+
+    def succeeded(self) -> None:
+        """The instance answered: the breaker closes."""
+        self.failures = 0
+
+    def failed(self, now: float) -> None:
+        """The connection was refused, timed out or died: the breaker opens, or stays open for longer."""
+        if now < self.opened_until:
+            return  # requests that were under way when it died tell nothing new
+        self.failures += 1
+        self.opened_until = now + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self.failures - 1))
+
+
+class Attempt:
+    """One request under way to one instance, so that it can be called back when the instance is declared dead."""
+
+    __slots__ = ("called_back", "last_byte", "task")
+
+    def __init__(self, task: asyncio.Task[object], now: float) -> None:
+        self.task = task
+        self.last_byte = now
+        self.called_back = False
+
+    def call_back(self) -> None:
+        """Makes the attempt fail as if its connection had died."""
+        if not self.called_back:
+            self.called_back = True
+            self.task.cancel("instance declared dead")
