@@ -11,6 +11,10 @@ from msgspec import Meta
 InstanceName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]{0,127}$")]
 
 
+ADDITIONAL_CONFIG_KEY = "loraserve"
+"""Where vLLM's `additional_config` carries the options; its presence is what turns the plugin on."""
+
+
 class ConfigError(ValueError):
     """An option that can't be used; the message is one line naming key, value and limit."""
 

@@ -1,0 +1,129 @@
+"""The API-server process: joins the cluster once the server listens, leaves when it stops, resolves unknown adapters.
+
+Nothing here acts unless `coordinator` is configured. With several API-server processes only the first runs the agent;
+all of them resolve adapters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import socket
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolverRegistry
+
+from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.engine.engine_config import config_of
+
+logger = init_logger("vllm.loraserve.api_server")
+
+RESOLVER_NAME = "loraserve"
+STOP_TIMEOUT_S = 5.0
+
+
+def register_resolver(config: LoRAServeConfig) -> None:
+    """Registers the cluster's resolver with vLLM, once per process, when a coordinator is configured."""
+    if config.coordinator is None or RESOLVER_NAME in LoRAResolverRegistry.get_supported_resolvers():
+        return
+    from vllm_loraserve.engine.resolver import LoRAServeResolver
+
+    LoRAResolverRegistry.register_resolver(RESOLVER_NAME, LoRAServeResolver(config))
+
+
+def advertised_url(sock: socket.socket | None, config: LoRAServeConfig, tls: bool) -> str:
+    """The base URL under which others reach this server; raises ValueError when a Unix socket has none."""
+    if config.advertise_url is not None:
+        return config.advertise_url.rstrip("/")
+    if sock is None or sock.family == socket.AF_UNIX:
+        raise ValueError("loraserve-config: advertise_url is needed when the server listens on a Unix socket")
+    host, port = sock.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        from vllm.utils.network_utils import get_ip
+
+        host = get_ip()
+    if ":" in host:
+        host = f"[{host}]"
+    return f"{'https' if tls else 'http'}://{host}:{port}"
+
+
+def wrap_serve_http(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """The function that runs uvicorn, with the agent's life inside the server's."""
+
+    @functools.wraps(original)
+    async def serve_http(app: Any, sock: socket.socket | None, *args: Any, **kwargs: Any) -> Any:
+        engine_client = app.state.engine_client
+        vllm_config = getattr(engine_client, "vllm_config", None)
+        config = config_of(vllm_config) if vllm_config is not None else None
+        if config is None or config.coordinator is None or vllm_config.parallel_config._api_process_rank > 0:
+            return await original(app, sock, *args, **kwargs)
+        url = advertised_url(sock, config, tls=bool(kwargs.get("ssl_keyfile")))
+        starting = asyncio.get_running_loop().create_task(_start_agent_when_listening(app, config, url))
+        try:
+            return await original(app, sock, *args, **kwargs)
+        finally:
+            await _stop_agent(starting)
+
+    return serve_http
+
+
+async def _start_agent_when_listening(app: Any, config: LoRAServeConfig, url: str) -> Any:
+    from vllm_loraserve.engine.agent import start_agent
+
+    while not getattr(getattr(app.state, "server", None), "started", False):
+        await asyncio.sleep(0.02)
+    engine_client = app.state.engine_client
+    try:
+        agent = await start_agent(
+            engine_client, engine_client.vllm_config, config, url, app.state.openai_serving_models
+        )
+    except Exception:
+        logger.exception("This instance could not join the cluster at %s; it serves alone.", config.coordinator)
+        return None
+    logger.info("Joining the cluster at %s as %s.", config.coordinator, url)
+    return agent
+
+
+async def _stop_agent(starting: asyncio.Task[Any]) -> None:
+    if not starting.done():
+        starting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        agent = await starting
+        if agent is not None:
+            try:
+                await asyncio.wait_for(agent.stop(), STOP_TIMEOUT_S)
+            except Exception:
+                logger.exception("This instance did not leave the cluster in good order.")
+
+
+def wrap_check_model(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """BaseServing._check_model that asks resolvers also where runtime updating by HTTP is not allowed.
+
+    vLLM asks its resolvers only when VLLM_ALLOW_RUNTIME_LORA_UPDATING is set, which opens the load and unload endpoints
+    to everybody; a cluster's registry needs the first and not the second.
+    """
+
+    @functools.wraps(original)
+    async def check_model(self: Any, request: Any) -> Any:
+        name = request.model
+        if (
+            RESOLVER_NAME in LoRAResolverRegistry.get_supported_resolvers()
+            and name
+            and not self._is_model_supported(name)
+            and name not in self.models.lora_requests
+        ):
+            result = await self.models.resolve_lora(name)
+            if isinstance(result, LoRARequest):
+                return None
+            if result.error.code == HTTPStatus.BAD_REQUEST.value:
+                return result
+        return await original(self, request)
+
+    return check_model
+
+

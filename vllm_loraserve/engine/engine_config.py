@@ -1,0 +1,103 @@
+"""What the flag changes in vLLM's configuration, before and after vLLM makes it.
+
+`--enable-loraserve` implies LoRA; the accepted rank follows `max_rank`; the scheduler is ours. Nothing here runs without
+the flag.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, get_args
+
+import msgspec
+from vllm.config.lora import LoRAConfig, MaxLoRARanks
+from vllm.logger import init_logger
+
+from vllm_loraserve.config import ADDITIONAL_CONFIG_KEY, ConfigError, LoRAServeConfig, parse_config
+
+logger = init_logger("vllm.loraserve.engine_config")
+
+
+def config_of(vllm_config: Any) -> LoRAServeConfig | None:
+    """The options that a VllmConfig carries; None: the plugin is off for this engine."""
+    additional = getattr(vllm_config, "additional_config", None)
+    if not isinstance(additional, dict) or additional.get(ADDITIONAL_CONFIG_KEY) is None:
+        return None
+    return parse_config(additional[ADDITIONAL_CONFIG_KEY])
+
+
+def prepare_engine_args(args: Any) -> LoRAServeConfig | None:
+    """Fills in what the flag implies on an EngineArgs; None: the flag is off and nothing was touched.
+
+    Raises ConfigError in one line naming key, value and limit.
+    """
+    if not isinstance(args.additional_config, dict) or args.additional_config.get(ADDITIONAL_CONFIG_KEY) is None:
+        return None
+    raw = args.additional_config[ADDITIONAL_CONFIG_KEY]
+    config = parse_config(raw)
+    given_rank = args.max_lora_rank if args.max_lora_rank != LoRAConfig.max_lora_rank else None
+    if given_rank is not None and "max_rank" not in msgspec.to_builtins(config):
+        config = msgspec.structs.replace(config, max_rank=given_rank)
+    if given_rank is not None and given_rank < config.max_rank:
+        raise ConfigError(
+            f"loraserve-config: max_rank={config.max_rank}: larger than --max-lora-rank {given_rank}; "
+            "give only one of the two"
+        )
+    args.enable_lora = True
+    args.max_lora_rank = min(rank for rank in get_args(MaxLoRARanks) if rank >= config.max_rank)
+    args.additional_config = {**args.additional_config, ADDITIONAL_CONFIG_KEY: msgspec.to_builtins(config)}
+    return config
+
+
+def adapt_vllm_config(vllm_config: Any) -> None:
+    """Names our scheduler in a finished VllmConfig, unless the user named one."""
+    scheduler = vllm_config.scheduler_config
+    if scheduler.scheduler_cls is not None:
+        logger.warning("Scheduler %s was asked for: no rank-aware batching.", scheduler.scheduler_cls)
+        return
+    if importlib.util.find_spec("vllm_loraserve.engine.scheduler") is None:
+        return
+    kind = "RankAwareAsyncScheduler" if scheduler.async_scheduling else "RankAwareScheduler"
+    scheduler.scheduler_cls = f"vllm_loraserve.engine.scheduler.{kind}"
+
+
+def wrap_create_engine_config(original: Callable[..., Any], refusal: Callable[[], str | None]) -> Callable[..., Any]:
+    """EngineArgs.create_engine_config that acts on the flag; without it the original runs alone."""
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, usage_context: Any = None, *args: Any, **kwargs: Any) -> Any:
+        try:
+            config = prepare_engine_args(self)
+            if config is not None:
+                _require_hooks(refusal, server=_is_server(usage_context))
+        except ConfigError as error:
+            if _is_server(usage_context):
+                raise SystemExit(f"vllm serve: error: {error}") from None
+            raise
+        vllm_config = original(self, usage_context, *args, **kwargs)
+        if config is not None:
+            adapt_vllm_config(vllm_config)
+            if _is_server(usage_context):
+                from vllm_loraserve.engine.api_server import register_resolver
+
+                register_resolver(config)
+            logger.info("vllm-loraserve is on: %s", msgspec.json.encode(config).decode())
+        return vllm_config
+
+    return create_engine_config
+
+
+def _require_hooks(refusal: Callable[[], str | None], server: bool) -> None:
+    """Raises ConfigError when the plugin can't be used here; completes the hooks of an API-server process."""
+    from vllm_loraserve import plugin
+
+    reason = refusal() or (plugin.install_server_hooks() if server else None)
+    if reason is not None:
+        raise ConfigError(reason)
+
+
+def _is_server(usage_context: Any) -> bool:
+    """True where a command line, and not a Python caller, waits for the error."""
+    return getattr(usage_context, "name", None) == "OPENAI_API_SERVER"

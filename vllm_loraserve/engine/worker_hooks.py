@@ -1,0 +1,66 @@
+"""The worker process: which LoRA manager and which kernels an engine with the flag uses.
+
+The choice is made from the engine's own VllmConfig, at the moment its LoRA manager is made; an engine without the flag,
+even in the same process, gets vLLM's classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.engine.engine_config import config_of
+
+MANAGER = "vllm_loraserve.engine.lora_manager.LoRAServeWorkerManager"
+PUNICA_WRAPPERS = {
+    "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU": "vllm_loraserve.kernels.punica_cpu.PunicaWrapperCPU",
+    "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU": "vllm_loraserve.kernels.punica_gpu.PunicaWrapperGPU",
+}
+"""vLLM's wrapper -> ours, as qualified names."""
+
+_current: LoRAServeConfig | None = None
+"""Options of the engine whose LoRA manager this process made last; a manager asks for its kernels right after."""
+
+
+def offered(qualname: str) -> bool:
+    """True when `qualname` can be imported; an error inside an existing module is raised, not hidden."""
+    module, _, name = qualname.rpartition(".")
+    return importlib.util.find_spec(module) is not None and hasattr(importlib.import_module(module), name)
+
+
+def wrap_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A factory in place of vLLM's worker LoRA manager class; same arguments, one of two classes."""
+
+    @functools.wraps(original, updated=())
+    def make_lora_manager(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        global _current
+        _current = config_of(vllm_config)
+        return lora_manager_class(_current, original)(vllm_config, *args, **kwargs)
+
+    return make_lora_manager
+
+
+def lora_manager_class(config: LoRAServeConfig | None, stock: Callable[..., Any]) -> Callable[..., Any]:
+    """The manager class for an engine with these options (None: the flag is off)."""
+    if config is None or not offered(MANAGER):
+        return stock
+    module, _, name = MANAGER.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def wrap_get_punica_wrapper(original: Callable[..., str]) -> Callable[..., str]:
+    """Platform.get_punica_wrapper that names our kernels for an engine with the flag."""
+
+    @functools.wraps(original)
+    def get_punica_wrapper(cls: Any) -> str:
+        stock = original(cls)
+        ours = PUNICA_WRAPPERS.get(stock)
+        if _current is None or ours is None or not offered(ours):
+            return stock
+        return ours
+
+    return get_punica_wrapper

@@ -1,0 +1,234 @@
+"""Entry point `vllm.general_plugins`: every place where vllm-loraserve attaches to vLLM, in one table.
+
+vLLM runs `register` in its front end, in every engine core and in every worker, before it knows any option. So hooks
+that are needed before the options exist are put in place always and decide later, from the options of the engine at
+hand: with no `--enable-loraserve` they call what they replaced and nothing else. Hooks of the API server are put in
+place when an engine with the flag is configured there.
+
+A hook is put in place only after a check that what it replaces is what it was written for; one failed check, or a vLLM
+outside SUPPORTED_VLLM, leaves vLLM as it is, and asking for `--enable-loraserve` then ends with one line saying why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vllm_loraserve import SUPPORTED_VLLM
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One attachment: `wrap(original)` takes the place of `target`."""
+
+    name: str
+    target: str
+    """`module:attribute.path`."""
+    kind: Literal["official", "semi", "hook"]
+    """official: documented extension point; semi: public option, unstable interface; hook: replaced at run time."""
+    wrap: Callable[[Any], Any] | None
+    """None for what is set in the configuration and replaces nothing."""
+    parameters: tuple[str, ...] = ()
+    """Names of the parameters that the replaced callable must have, in order."""
+    used_by: tuple[str, str] | None = None
+    """(`module:attribute.path`, text): where vLLM uses the target, and how; the source there must contain the text."""
+    when: Literal["always", "server"] = "always"
+    """always: by `register`; server: by `install_server_hooks`, in an API-server process that uses the flag."""
+    patch: str | None = None
+    """Diff under `patches/` that would make the hook unnecessary."""
+
+    def check(self) -> str | None:
+        """Why this hook doesn't fit the installed vLLM, or None."""
+        try:
+            original = _underlying(*_locate(self.target)[1:])
+            if self.parameters and tuple(inspect.signature(original).parameters) != self.parameters:
+                return f"{self.target} has other parameters than {self.parameters}"
+            if self.used_by is not None:
+                where, text = self.used_by
+                if text not in inspect.getsource(_underlying(*_locate(where)[1:])):
+                    return f"{where} no longer contains {text!r}"
+        except (ImportError, AttributeError, OSError) as error:
+            return f"{self.target}: {error}"
+        return None
+
+    def install(self) -> None:
+        """Puts the replacement in place, once."""
+        if self.wrap is None:
+            return
+        _, owner, attribute = _locate(self.target)
+        static = inspect.getattr_static(owner, attribute)
+        if getattr(_underlying(owner, attribute), "__loraserve_hook__", None) == self.name:
+            return
+        replacement = self.wrap(_underlying(owner, attribute))
+        replacement.__loraserve_hook__ = self.name
+        if isinstance(static, staticmethod | classmethod):
+            replacement = type(static)(replacement)
+        setattr(owner, attribute, replacement)
+
+
+def _locate(target: str) -> tuple[str, Any, str]:
+    """`module:a.b` -> (module name, object `a`, "b"); `module:<platform>.b`: the class of the platform in use."""
+    module, _, path = target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, attribute = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    if not inspect.ismodule(owner) and not inspect.isclass(owner):
+        owner = type(owner)
+    return module, owner, attribute
+
+
+def _underlying(owner: Any, attribute: str) -> Any:
+    """The plain function (or class) behind an attribute, without binding it."""
+    static = inspect.getattr_static(owner, attribute)
+    return static.__func__ if isinstance(static, staticmethod | classmethod) else static
+
+
+_refusal: str | None = None
+"""Why the plugin can't be used in this process, in one line; None: it can."""
+
+
+def refusal() -> str | None:
+    """Why the plugin can't be used with the installed vLLM, in one line; None: it can."""
+    return _refusal
+
+
+def hooks() -> tuple[Hook, ...]:
+    """The table. The first two rows are needed to refuse in a clear line, so they come first."""
+    from vllm_loraserve.engine import api_server, engine_config, flags, worker_hooks
+
+    return (
+        Hook(
+            name="command line flags",
+            target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
+            kind="hook",
+            wrap=lambda original: flags.wrap_add_cli_args(original, refusal),
+            parameters=("parser",),
+            used_by=("vllm.engine.arg_utils:AsyncEngineArgs.add_cli_args", "EngineArgs.add_cli_args(parser)"),
+            patch="0001-engine-args-cli-extensions.patch",
+        ),
+        Hook(
+            name="engine configuration",
+            target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
+            kind="hook",
+            wrap=lambda original: engine_config.wrap_create_engine_config(original, refusal),
+            parameters=("self", "usage_context", "headless"),
+            patch="0002-engine-args-config-extensions.patch",
+        ),
+        Hook(
+            name="options for every process",
+            target="vllm.config:VllmConfig.additional_config",
+            kind="official",
+            wrap=None,
+        ),
+        Hook(
+            name="scheduler class",
+            target="vllm.config:SchedulerConfig.scheduler_cls",
+            kind="semi",
+            wrap=None,
+        ),
+        Hook(
+            name="worker LoRA manager",
+            target="vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
+            kind="hook",
+            wrap=worker_hooks.wrap_lora_manager,
+            used_by=(
+                "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model",
+                "self.lora_manager = LRUCacheWorkerLoRAManager(\n",
+            ),
+            patch="0003-lora-manager-class.patch",
+        ),
+        Hook(
+            name="LoRA kernels",
+            target="vllm.platforms:current_platform.get_punica_wrapper",
+            kind="hook",
+            wrap=worker_hooks.wrap_get_punica_wrapper,
+            parameters=("cls",),
+            used_by=(
+                "vllm.lora.punica_wrapper.punica_selector:get_punica_wrapper",
+                "current_platform.get_punica_wrapper()",
+            ),
+            patch="0004-punica-wrapper-class.patch",
+        ),
+        Hook(
+            name="start and stop of the API server",
+            target="vllm.entrypoints.launchers.api_server.entry:serve_http",
+            kind="hook",
+            wrap=api_server.wrap_serve_http,
+            parameters=("app", "sock", "enable_ssl_refresh", "peer_loads", "uvicorn_kwargs"),
+            used_by=(
+                "vllm.entrypoints.launchers.api_server.entry:build_and_serve",
+                "return await serve_http(\n        app,\n        sock=sock,",
+            ),
+            when="server",
+            patch="0005-api-server-extensions.patch",
+        ),
+        Hook(
+            name="adapter resolver",
+            target="vllm.lora.resolver:LoRAResolverRegistry.register_resolver",
+            kind="official",
+            wrap=None,
+        ),
+        Hook(
+            name="resolve unknown adapters",
+            target="vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+            kind="hook",
+            wrap=api_server.wrap_check_model,
+            parameters=("self", "request"),
+            used_by=(
+                "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+                "await self.models.resolve_lora(request.model)",
+            ),
+            when="server",
+            patch="0006-resolve-registered-adapters.patch",
+        ),
+    )
+
+
+def unsupported_version() -> str | None:
+    """One line when the installed vLLM is outside SUPPORTED_VLLM, else None; the distribution's name doesn't matter."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+    from vllm import __version__ as installed
+
+    try:
+        if SpecifierSet(SUPPORTED_VLLM, prereleases=True).contains(Version(installed)):
+            return None
+    except InvalidVersion:
+        pass
+    return f"vllm-loraserve supports vLLM {SUPPORTED_VLLM}; installed is {installed}: --enable-loraserve can't be used"
+
+
+def register() -> None:
+    """Puts the hooks of every process in place; may be called any number of times in one process."""
+    global _refusal
+    from vllm.logger import init_logger
+
+    table = tuple(hook for hook in hooks() if hook.when == "always")
+    _refusal = unsupported_version() or _problem(table)
+    if _refusal is not None:
+        init_logger("vllm.loraserve.plugin").warning("%s", _refusal)
+        table = tuple(hook for hook in table[:2] if hook.check() is None)
+    for hook in table:
+        hook.install()
+
+
+def install_server_hooks() -> str | None:
+    """Puts the API server's hooks in place, or says in one line why they don't fit."""
+    table = tuple(hook for hook in hooks() if hook.when == "server")
+    if (problem := _problem(table)) is not None:
+        return problem
+    for hook in table:
+        hook.install()
+    return None
+
+
+def _problem(table: tuple[Hook, ...]) -> str | None:
+    """The first failed check, in one line."""
+    for hook in table:
+        if (problem := hook.check()) is not None:
+            return f"vllm-loraserve doesn't fit this vLLM: hook {hook.name!r}: {problem}"
+    return None
