@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import importlib
 import socket
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -31,9 +32,8 @@ def register_resolver(config: LoRAServeConfig) -> None:
     """Registers the cluster's resolver with vLLM, once per process, when a coordinator is configured."""
     if config.coordinator is None or RESOLVER_NAME in LoRAResolverRegistry.get_supported_resolvers():
         return
-    from vllm_loraserve.engine.resolver import LoRAServeResolver
-
-    LoRAResolverRegistry.register_resolver(RESOLVER_NAME, LoRAServeResolver(config))
+    resolver = importlib.import_module("vllm_loraserve.engine.resolver").LoRAServeResolver(config)
+    LoRAResolverRegistry.register_resolver(RESOLVER_NAME, resolver)
 
 
 def advertised_url(sock: socket.socket | None, config: LoRAServeConfig, tls: bool) -> str:
@@ -59,8 +59,13 @@ def wrap_serve_http(original: Callable[..., Awaitable[Any]]) -> Callable[..., Aw
     async def serve_http(app: Any, sock: socket.socket | None, *args: Any, **kwargs: Any) -> Any:
         engine_client = app.state.engine_client
         vllm_config = getattr(engine_client, "vllm_config", None)
-        config = config_of(vllm_config) if vllm_config is not None else None
-        if config is None or config.coordinator is None or vllm_config.parallel_config._api_process_rank > 0:
+        config = config_of(vllm_config)
+        if (
+            vllm_config is None
+            or config is None
+            or config.coordinator is None
+            or vllm_config.parallel_config._api_process_rank > 0
+        ):
             return await original(app, sock, *args, **kwargs)
         url = advertised_url(sock, config, tls=bool(kwargs.get("ssl_keyfile")))
         starting = asyncio.get_running_loop().create_task(_start_agent_when_listening(app, config, url))
@@ -73,8 +78,7 @@ def wrap_serve_http(original: Callable[..., Awaitable[Any]]) -> Callable[..., Aw
 
 
 async def _start_agent_when_listening(app: Any, config: LoRAServeConfig, url: str) -> Any:
-    from vllm_loraserve.engine.agent import start_agent
-
+    start_agent = importlib.import_module("vllm_loraserve.engine.agent").start_agent
     while not getattr(getattr(app.state, "server", None), "started", False):
         await asyncio.sleep(0.02)
     engine_client = app.state.engine_client
@@ -125,5 +129,3 @@ def wrap_check_model(original: Callable[..., Awaitable[Any]]) -> Callable[..., A
         return await original(self, request)
 
     return check_model
-
-

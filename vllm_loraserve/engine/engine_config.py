@@ -1,7 +1,7 @@
 """What the flag changes in vLLM's configuration, before and after vLLM makes it.
 
-`--enable-loraserve` implies LoRA; the accepted rank follows `max_rank`; the scheduler is ours. Nothing here runs without
-the flag.
+`--enable-loraserve` implies LoRA; the accepted rank follows `max_rank`; the scheduler is ours. Nothing here runs
+without the flag.
 """
 
 from __future__ import annotations

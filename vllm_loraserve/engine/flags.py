@@ -11,7 +11,7 @@ import argparse
 import functools
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from msgspec import Meta, structs
 
@@ -57,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser, refusal: str | None = None) -
     _guard_additional_config(parser, refusal)
 
 
+def _fail(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Ends the program in one line; argparse's own `error` would print a page of usage before it."""
+    parser.exit(2, f"{parser.prog}: error: {message}\n")
+    raise AssertionError("unreachable")
+
+
 class _LoRAServeAction(argparse.Action):
     """Base: merges into `namespace.additional_config["loraserve"]` and turns LoRA on."""
 
@@ -66,7 +72,7 @@ class _LoRAServeAction(argparse.Action):
 
     def merge(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, update: Any) -> None:
         if self.refusal is not None:
-            parser.error(self.refusal)
+            _fail(parser, self.refusal)
         additional = dict(getattr(namespace, "additional_config", None) or {})
         try:
             if not isinstance(update, dict):
@@ -74,7 +80,7 @@ class _LoRAServeAction(argparse.Action):
             merged = {**(additional.get(ADDITIONAL_CONFIG_KEY) or {}), **update}
             parse_config(merged)
         except ConfigError as error:
-            parser.error(str(error))
+            _fail(parser, str(error))
         additional[ADDITIONAL_CONFIG_KEY] = merged
         namespace.additional_config = additional
         namespace.enable_lora = True
@@ -110,7 +116,7 @@ class _ConfigAction(_LoRAServeAction):
         try:
             update = json.loads(values)
         except ValueError as error:
-            parser.error(f"loraserve-config: not JSON: {values!r}: {error}")
+            _fail(parser, f"loraserve-config: not JSON: {values!r}: {error}")
         self.merge(parser, namespace, update)
 
 
