@@ -11,6 +11,9 @@ from vllm_loraserve import __version__
 
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "router": ("vllm_loraserve.router.cli", "serve the OpenAI API for a cluster, choosing an instance per request"),
+    "coordinator": ("vllm_loraserve.coordinator.cli", "run the coordinator: registry, placement, routing table"),
+    "status": ("vllm_loraserve.coordinator.status", "show instances, adapters and where they are"),
+    "keygen": ("vllm_loraserve.coordinator.keygen", "make the keys that protect a cluster across machines"),
 }
 """name -> (module, one-line help). The module has `add_arguments(parser)` and `run(args) -> int`; it is
 imported only when its subcommand is asked for, so that `status` does not pay for torch."""

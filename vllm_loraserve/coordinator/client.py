@@ -25,9 +25,11 @@ from vllm_loraserve.coordinator.messages import (
     HEADER,
     MAX_MESSAGE_BYTES,
     TABLE_TOPIC,
+    AddAdapter,
     Error,
     ErrorCode,
     Message,
+    RemoveAdapter,
     Reply,
     RoutingTable,
 )
@@ -73,6 +75,13 @@ def _configure(socket: zmq.asyncio.Socket, keys: MemberKeys | None) -> None:
         keys.apply(socket)
 
 
+def _own_time(message: Message) -> float:
+    """Seconds that a request may take by its nature: a drain; reading and hashing a checkpoint."""
+    if isinstance(message, RemoveAdapter):
+        return message.drain_s + 15.0
+    return 120.0 if isinstance(message, AddAdapter) else 0.0
+
+
 class CoordinatorClient:
     """Asks the coordinator at `endpoint`; any number of requests may be in flight. Connects on first use."""
 
@@ -99,9 +108,9 @@ class CoordinatorClient:
         """Sends `message` and returns the reply, which is never an Error.
 
         Raises CoordinatorError for an Error reply, CoordinatorUnavailable when none came within `timeout_s` seconds
-        (default: the client's). Repeating a request is always safe.
+        (default: the client's, and what the request itself takes). Repeating a request is always safe.
         """
-        timeout = self.timeout_s if timeout_s is None else timeout_s
+        timeout = self.timeout_s + _own_time(message) if timeout_s is None else timeout_s
         socket = self._open()
         correlation = next(self._ids).to_bytes(8, "big")
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -236,8 +245,10 @@ class TableSubscriber:
             self._socket = None
 
     async def offer(self, table: RoutingTable) -> bool:
-        """Takes a table that came another way (a reply to GetTable); True if it was newer."""
+        """Takes a table that came another way (a reply to GetTable); True if it was newer, and not one with holes."""
         last = self.table
+        if not table.settled:
+            return False
         if last is not None and (table.epoch, table.version) <= (last.epoch, last.version):
             return False
         self.table = table

@@ -205,7 +205,10 @@ class AddAdapter(Message, frozen=True):
 
 
 class RemoveAdapter(Message, frozen=True):
-    """Stops routing to the adapter, lets running requests finish (up to `drain_s`), then releases it. Reply: Ok."""
+    """Stops routing to the adapter, lets running requests finish (up to `drain_s`), then releases it.
+
+    Reply: Ok when it is gone, so wait longer than `drain_s` (the client does); the removal goes on if nobody waits.
+    """
 
     name: Name
     drain_s: float = 30.0
@@ -241,6 +244,8 @@ class RoutingTable(Message, frozen=True):
     instances: tuple[InstanceEntry, ...]
     adapters: tuple[AdapterRoutes, ...]
     made_at: float = 0.0
+    settled: bool = True
+    """False only in a reply to GetTable just after a restart: instances are still coming back; not published."""
 
 
 class Status(Message, frozen=True):
@@ -252,6 +257,12 @@ class Status(Message, frozen=True):
     counters: dict[str, int]
     """Messages handled, malformed, unknown, by name."""
     pending: tuple[tuple[str, Command], ...] = ()
+    """(instance, command) not answered yet."""
+    policy: str = ""
+    problems: tuple[str, ...] = ()
+    """One sentence each: what an operator should know."""
+    decisions: tuple[tuple[float, str], ...] = ()
+    """The last placement decisions: time and reason."""
 
 
 class Ok(Message, frozen=True):

@@ -1,0 +1,153 @@
+"""Real checkpoints of a toy model, instances that are only messages, and a Controller under a clock of its own."""
+
+import socket as sockets
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from vllm_loraserve.cluster.placement import make_policy
+from vllm_loraserve.coordinator.control import Controller, ControlOptions
+from vllm_loraserve.coordinator.messages import (
+    AdapterDemand,
+    AdapterRecord,
+    Capacity,
+    CommandResult,
+    Heartbeat,
+    Load,
+    Register,
+    Residency,
+)
+from vllm_loraserve.coordinator.registry import Registry
+
+HIDDEN = 16
+SHAPES = {"q_proj": (HIDDEN, HIDDEN), "v_proj": (HIDDEN, HIDDEN)}
+
+
+def free_endpoint() -> str:
+    """A TCP endpoint whose next port is free as well."""
+    while True:
+        with sockets.socket() as one, sockets.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            try:
+                two.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return f"tcp://127.0.0.1:{port}"
+
+
+def write_adapter(directory: Path, *, rank: int = 8, seed: int = 0, hidden: int = HIDDEN) -> Path:
+    """A PEFT checkpoint of two modules with random weights."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for module in ("q_proj", "v_proj"):
+        prefix = f"base_model.model.model.layers.0.self_attn.{module}"
+        tensors[f"{prefix}.lora_A.weight"] = rng.standard_normal((rank, hidden)).astype(np.float32)
+        tensors[f"{prefix}.lora_B.weight"] = rng.standard_normal((hidden, rank)).astype(np.float32)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(
+        f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": {rank}, "target_modules": ["q_proj", "v_proj"], '
+        '"base_model_name_or_path": "toy", "bias": "none", "task_type": "CAUSAL_LM"}'
+    )
+    return directory
+
+
+def record(name: str, *, rank: int = 8, sha256: str = "", source: str = "/a") -> AdapterRecord:
+    return AdapterRecord(
+        name=name, source=source, rank=rank, target_modules=("q_proj",), size_bytes=1000 * rank,
+        sha256=sha256 or f"sha-{name}", base_model="toy", added_at=1.0,
+    )  # fmt: skip
+
+
+class FakeInstance:
+    """What an instance says, without an engine: carries out commands when asked to."""
+
+    def __init__(
+        self, name: str, *, incarnation: str = "1", rank_rows: int = 1024, slots: int = 16, port: int = 0
+    ) -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self.capacity = Capacity(slots=slots, rank_rows=rank_rows)
+        self.url = f"http://127.0.0.1:{port or 8000 + sum(name.encode())}"
+        self.resident: dict[str, Residency] = {}
+        self.running: dict[str, int] = {}
+        self.rates: dict[str, float] = {}
+        self.results: list[CommandResult] = []
+        self.done: list[tuple[str, str]] = []
+        self.broken: set[str] = set()
+
+    def hello(self, base_model: str = "toy") -> Register:
+        return Register(
+            instance=self.name, incarnation=self.incarnation, url=self.url, base_model=base_model,
+            capacity=self.capacity, module_shapes=SHAPES, resident=tuple(self.resident.values()),
+        )  # fmt: skip
+
+    def beat(self) -> Heartbeat:
+        names = self.running.keys() | self.rates.keys()
+        results, self.results = tuple(self.results), []
+        return Heartbeat(
+            instance=self.name, incarnation=self.incarnation, load=Load(running=sum(self.running.values())),
+            demand=tuple(
+                AdapterDemand(name=n, tokens_per_s=self.rates.get(n, 0.0), running=self.running.get(n, 0))
+                for n in names
+            ),
+            resident=tuple(self.resident.values()), results=results,
+        )  # fmt: skip
+
+    def obey(self, commands) -> None:
+        for c in commands:
+            self.done.append((c.action, c.adapter.name))
+            if c.adapter.name in self.broken and c.action == "prefetch":
+                self.results.append(CommandResult(id=c.id, ok=False, error="no such file"))
+                continue
+            if c.action == "prefetch":
+                self.resident[c.adapter.name] = Residency(name=c.adapter.name, sha256=c.adapter.sha256)
+            else:
+                self.resident.pop(c.adapter.name, None)
+            self.results.append(CommandResult(id=c.id, ok=True))
+
+
+class Bench:
+    """A Controller under a clock of its own."""
+
+    def __init__(self, path: Path, policy: str = "rank-weighted", **options) -> None:
+        self.path = path
+        self.now = 1000.0
+        self.policy = policy
+        self.options = ControlOptions(**options)
+        self.instances: dict[str, FakeInstance] = {}
+        self.start()
+
+    def start(self) -> None:
+        self.registry = Registry(self.path)
+        self.controller = Controller(self.registry, make_policy(self.policy), self.options, self.now)
+
+    def restart(self) -> None:
+        self.registry.close()
+        self.start()
+
+    def join(self, name: str, **kw) -> FakeInstance:
+        instance = self.instances[name] = FakeInstance(name, **kw)
+        self.controller.register(instance.hello(), self.now)
+        return instance
+
+    def beat(self, *names: str) -> None:
+        for name in names or self.instances:
+            instance = self.instances[name]
+            instance.obey(self.controller.heartbeat(instance.beat(), self.now).commands)
+
+    def run(self, seconds: float, *names: str) -> None:
+        """Lets time pass, with a heartbeat of the named (default all) instances every half second."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now += 0.5
+            self.beat(*names)
+            self.controller.tick(self.now)
+
+    def routes(self) -> dict[str, dict[str, float]]:
+        return {
+            a.adapter.name: {r.instance: round(r.phi, 6) for r in a.routes}
+            for a in self.controller.table(self.now).adapters
+        }

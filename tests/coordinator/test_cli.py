@@ -1,0 +1,169 @@
+"""The commands as processes: kill -9 and restart, one database for one coordinator, status, keygen."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from coordinator_bench import FakeInstance, free_endpoint, write_adapter
+
+from vllm_loraserve.coordinator.client import (
+    CoordinatorClient,
+    CoordinatorError,
+    CoordinatorUnavailable,
+    TableSubscriber,
+)
+from vllm_loraserve.coordinator.messages import AddAdapter, GetStatus, GetTable, HeartbeatReply, RoutingTable
+
+COMMAND = [sys.executable, "-m", "vllm_loraserve.cli"]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts `vllm-loraserve coordinator` on one database and endpoint; kills what is left."""
+    endpoint = free_endpoint()
+    processes = []
+
+    def run(*extra: str) -> subprocess.Popen:
+        arguments = ["coordinator", "--bind", endpoint, "--database", str(tmp_path / "r.sqlite"),
+                     "--adapter-root", str(tmp_path / "adapters"), *extra]  # fmt: skip
+        processes.append(subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    run.endpoint = endpoint
+    yield run
+    for p in processes:
+        if p.poll() is None:
+            p.kill()
+        p.communicate()
+
+
+async def up(client: CoordinatorClient) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await client.request(GetStatus(), timeout_s=0.5)
+                return
+            except CoordinatorUnavailable:
+                continue
+
+
+async def live(client: CoordinatorClient, instance: FakeInstance) -> None:
+    """An instance's loop: heartbeats, and registration whenever it is unknown."""
+    while True:
+        try:
+            reply = await client.ask(instance.beat(), HeartbeatReply, timeout_s=0.5)
+            instance.obey(reply.commands)
+        except CoordinatorUnavailable:
+            pass
+        except CoordinatorError as error:
+            if error.code != "unknown_instance":
+                raise
+            await client.request(instance.hello(), timeout_s=0.5)
+        await asyncio.sleep(0.3)
+
+
+async def test_kill_9_and_restart_has_every_adapter_and_instance_within_5_s(start, tmp_path):
+    process = start()
+    tables = []
+    instances = [FakeInstance(n) for n in ("one", "two")]
+    clients = [CoordinatorClient(start.endpoint) for _ in instances]
+    subscriber = TableSubscriber(start.endpoint, tables.append)
+    async with CoordinatorClient(start.endpoint) as client:
+        await up(client)
+        subscriber.start()
+        lives = [asyncio.create_task(live(c, i)) for c, i in zip(clients, instances, strict=True)]
+        for i in range(5):
+            write_adapter(tmp_path / "adapters" / f"a{i}", seed=i)
+            await client.request(AddAdapter(name=f"a{i}", source=f"a{i}"))
+        async with asyncio.timeout(20):
+            while sum(len(i.resident) for i in instances) < 5 or len(subscriber.table.instances) < 2:
+                await asyncio.sleep(0.05)
+        before = await client.ask(GetTable(), RoutingTable)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        killed = len(tables)
+        await asyncio.sleep(1.0)
+        assert subscriber.table.epoch == before.epoch, "the last table stays"
+        restarted = time.monotonic()
+        start()
+        async with asyncio.timeout(30):
+            while subscriber.table.epoch == before.epoch:
+                await asyncio.sleep(0.02)
+        took = time.monotonic() - restarted
+        for task in lives:
+            assert not task.done()
+            task.cancel()
+        await subscriber.stop()
+        for c in clients:
+            await c.close()
+
+    def places(table: RoutingTable) -> dict:
+        return {a.adapter.name: a.routes for a in table.adapters}
+
+    assert took < 5.0, f"took {took:.1f} s"
+    assert len(before.adapters) == 5
+    for table in tables[killed:]:
+        assert [i.name for i in table.instances] == ["one", "two"], "never a table with holes"
+        assert places(table) == places(before)
+
+
+async def test_second_coordinator_on_one_database_is_refused_in_one_line(start, tmp_path):
+    start()
+    async with CoordinatorClient(start.endpoint) as client:
+        await up(client)
+        second = start("--publish", "tcp://127.0.0.1:0")
+        _, error = await asyncio.to_thread(second.communicate, timeout=20)
+        assert second.returncode == 1
+        assert error.count("\n") == 1
+        assert "in use by another coordinator" in error
+
+
+async def test_sigterm_ends_it_in_good_order_and_status_shows_the_cluster(start, tmp_path):
+    process = start()
+    write_adapter(tmp_path / "adapters" / "a", rank=32)
+    async with CoordinatorClient(start.endpoint) as client:
+        await up(client)
+        await client.request(FakeInstance("one").hello())
+        await client.request(AddAdapter(name="word-a", source="a"))
+    status = [*COMMAND, "status", "--coordinator", start.endpoint]
+    shown = await asyncio.to_thread(
+        subprocess.run, status, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
+    assert shown.returncode == 0
+    assert "word-a" in shown.stdout
+    assert "one 100%" in shown.stdout
+    as_json = await asyncio.to_thread(subprocess.run, [*status, "--json"], capture_output=True, text=True)
+    assert json.loads(as_json.stdout)["table"]["adapters"][0]["adapter"]["rank"] == 32
+    process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(process.wait, 10) == 0
+    gone = await asyncio.to_thread(subprocess.run, [*status, "--timeout", "0.3"], capture_output=True, text=True)
+    assert gone.returncode == 1
+    assert "is it running?" in gone.stderr
+
+
+def test_unusable_options_are_one_line(tmp_path):
+    database = ["--database", str(tmp_path / "r.sqlite")]
+    for extra, says in (
+        (["--bind", "tcp://0.0.0.0:45871"], "--insecure"),
+        (["--policy", "wishful"], "unknown placement policy"),
+        (["--keys", str(tmp_path)], "keygen"),
+        (["--bind", "tcp://127.0.0.1"], "no usable port"),
+    ):
+        done = subprocess.run([*COMMAND, "coordinator", *database, *extra], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 1
+        assert says in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_keygen(tmp_path):
+    made = subprocess.run([*COMMAND, "keygen", str(tmp_path / "k")], capture_output=True, text=True)
+    assert made.returncode == 0
+    assert "LORASERVE_KEYS" in made.stdout
+    again = subprocess.run([*COMMAND, "keygen", str(tmp_path / "k")], capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "already has keys" in again.stderr

@@ -1,0 +1,240 @@
+"""The controller's decisions over time: placement, lazy migration, drains, restarts."""
+
+import pytest
+from coordinator_bench import FakeInstance, record
+
+from vllm_loraserve.coordinator.membership import Refused
+
+
+def add(bench, *names, rank=8):
+    for name in names:
+        bench.controller.add(record(name, rank=rank), bench.now)
+
+
+def test_adapters_are_placed_prefetched_and_routed(bench):
+    b = bench()
+    b.join("one")
+    b.join("two")
+    add(b, *"abcd")
+    assert all(len(r) == 1 for r in b.routes().values()), "placed at once, before anything is resident"
+    b.run(2)
+    held = {name: set(i.resident) for name, i in b.instances.items()}
+    assert sorted(map(len, held.values())) == [2, 2]
+    assert all(set(r) == {i for i in held if a in held[i]} for a, r in b.routes().items())
+    assert sum(sum(r.values()) for r in b.routes().values()) == pytest.approx(4)
+    assert not b.controller.commands.pending()
+
+
+def test_a_dead_instance_loses_its_routes_and_comes_back(bench):
+    b = bench()
+    b.join("one")
+    b.join("two")
+    add(b, *"abcd")
+    b.run(2)
+    b.run(6, "one")
+    assert all(set(r) == {"one"} for r in b.routes().values())
+    assert [i.name for i in b.controller.table(b.now).instances] == ["one"]
+    with pytest.raises(Refused) as refused:
+        b.beat("two")
+    assert refused.value.code == "unknown_instance"
+    b.join("two", incarnation="2")
+    b.run(2)
+    assert [i.name for i in b.controller.table(b.now).instances] == ["one", "two"]
+
+
+def test_restart_waits_for_the_instances_and_keeps_every_place(bench):
+    b = bench()
+    b.join("one")
+    b.join("two")
+    add(b, *"abcdef")
+    b.run(3)
+    before = b.routes()
+    b.restart()
+    assert not b.controller.settled
+    for name in ("two", "one"):
+        assert not b.controller.settled
+        b.controller.register(b.instances[name].hello(), b.now)
+    assert b.controller.settled
+    assert b.routes() == before
+    b.run(3)
+    assert b.routes() == before
+
+
+def test_restart_does_not_wait_for_ever(bench):
+    b = bench(settle_s=4.0)
+    b.join("one")
+    b.join("two")
+    add(b, *"abcd")
+    b.run(2)
+    b.restart()
+    b.controller.register(b.instances["one"].hello(), b.now)
+    b.run(5, "one")
+    assert b.controller.settled
+    assert all(set(r) == {"one"} for r in b.routes().values())
+
+
+def test_migration_routes_to_the_old_copy_until_the_new_one_is_there_then_releases_it(bench):
+    b = bench(release_after_s=5.0)
+    one = b.join("one")
+    add(b, "a")
+    b.run(2)
+    two = b.join("two")
+    b.controller.placement.phi["a"] = {"two": 1.0}
+    b.controller.tick(b.now + 1)
+    assert b.routes()["a"] == {"one": 1.0}, "two has no copy yet"
+    b.beat("two")
+    assert ("prefetch", "a") in two.done
+    b.beat("two")
+    assert b.routes()["a"] == {"two": 1.0}
+    one.running["a"] = 1
+    b.run(8)
+    assert "a" in one.resident, "never while a request of it runs"
+    one.running.clear()
+    b.run(3)
+    assert "a" not in one.resident
+    assert "a" in two.resident
+
+
+def test_the_last_copy_is_not_released(bench):
+    b = bench(release_after_s=1.0)
+    one, two = b.join("one"), b.join("two")
+    add(b, "a")
+    b.run(2)
+    holder, other = (one, two) if "a" in one.resident else (two, one)
+    other.broken.add("a")
+    b.controller.placement.phi["a"] = {other.name: 1.0}
+    b.run(10)
+    assert "a" in holder.resident
+    assert b.routes()["a"] == {holder.name: 1.0}, "the new place can't load it"
+    assert any("no such file" in p for p in b.controller.problems())
+
+
+def test_failed_prefetch_is_tried_again_later_not_at_once(bench):
+    b = bench()
+    one = b.join("one")
+    one.broken.add("a")
+    add(b, "a")
+    b.run(4)
+    assert one.done == [("prefetch", "a")]
+    one.broken.clear()
+    b.run(5)
+    assert one.done == [("prefetch", "a")] * 2
+    assert "a" in one.resident
+    assert not b.controller.problems()
+
+
+def test_removal_drains_then_releases_then_forgets(bench):
+    b = bench()
+    one = b.join("one")
+    add(b, "a", "b")
+    b.run(2)
+    one.running["a"] = 2
+    b.beat()
+    done = b.controller.remove("a", 30.0, b.now)
+    assert b.routes()["a"] == {}
+    with pytest.raises(Refused) as refused:
+        b.controller.check_name("a")
+    assert refused.value.code == "conflict"
+    b.run(5)
+    assert "a" in one.resident
+    assert not done.is_set()
+    one.running["a"] = 0
+    b.run(3)
+    assert done.is_set()
+    assert set(one.resident) == {"b"}
+    assert [r.name for r in b.registry.all()] == ["b"]
+
+
+def test_a_drain_ends_at_its_deadline_and_survives_a_restart(bench):
+    b = bench()
+    one = b.join("one")
+    add(b, "a")
+    b.run(2)
+    one.running["a"] = 1
+    b.beat()
+    b.controller.remove("a", 5.0, b.now)
+    b.restart()
+    b.controller.register(one.hello(), b.now)
+    b.run(8)
+    assert "a" not in one.resident
+    assert not b.registry.all()
+
+
+def test_same_name_other_content_is_a_conflict_and_new_content_replaces_stale_copies(bench):
+    b = bench()
+    one = b.join("one")
+    add(b, "a")
+    b.run(2)
+    assert b.controller.add(record("a"), b.now)[1] is False
+    with pytest.raises(Refused, match="other content") as refused:
+        b.controller.add(record("a", sha256="new"), b.now)
+    assert refused.value.code == "conflict"
+    b.controller.remove("a", 0.0, b.now)
+    b.registry.remove("a")
+    b.controller._drains.clear()
+    fresh, created = b.controller.add(record("a", sha256="new"), b.now)
+    assert created
+    b.run(3)
+    assert one.resident["a"].sha256 == "new"
+    assert ("release", "a") in one.done
+    assert fresh.adapter_id > 1
+
+
+def test_more_adapters_than_memory_are_all_routed_but_not_all_prefetched(bench):
+    b = bench()
+    b.join("one", rank_rows=64, slots=8)
+    b.join("two", rank_rows=64, slots=8)
+    add(b, *(f"a{i}" for i in range(40)), rank=16)
+    b.run(6)
+    assert all(r for r in b.routes().values())
+    assert all(len(i.resident) <= 4 for i in b.instances.values())
+    add(b, "huge", rank=128)
+    assert b.routes()["huge"] == {}
+    assert any("huge" in p and "128 rank rows" in p for p in b.controller.problems())
+
+
+def test_demand_moves_adapters_but_wobble_does_not(bench):
+    b = bench(rebalance_s=5.0)
+    one, two = b.join("one"), b.join("two")
+    add(b, *"abcd", rank=64)
+    b.run(12)
+    settled = b.routes()
+    op = b.controller.op.at(64)
+    for wobble in (0.95, 1.05, 0.97, 1.02):
+        for i in (one, two):
+            i.rates = dict.fromkeys(i.resident, 0.2 * op * wobble)
+        b.run(6)
+        assert b.routes() == settled
+    for i in (one, two):
+        i.rates = dict.fromkeys(i.resident, 0.01 * op)
+    hot = min(one.resident)
+    one.rates = {hot: 1.5 * op}
+    b.run(40)
+    assert set(b.routes()[hot]) == {"one", "two"}, "too hot for one instance"
+
+
+def test_names_urls_and_models_that_do_not_fit_are_refused(bench):
+    b = bench()
+    b.join("one")
+    with pytest.raises(Refused, match="base model's name"):
+        b.controller.check_name("toy")
+    with pytest.raises(Refused, match="serves 'other'"):
+        b.controller.register(FakeInstance("two").hello(base_model="other"), b.now)
+    with pytest.raises(Refused, match="already live"):
+        b.controller.register(FakeInstance("one", incarnation="2", port=1234).hello(), b.now)
+    b.controller.register(FakeInstance("one", incarnation="2").hello(), b.now)
+    with pytest.raises(Refused) as refused:
+        b.controller.remove("nobody", 0.0, b.now)
+    assert refused.value.code == "not_found"
+
+
+def test_leaving_is_at_once(bench):
+    b = bench()
+    one = b.join("one")
+    b.join("two")
+    add(b, *"ab")
+    b.run(2)
+    b.controller.leave("one", "stale incarnation", b.now)
+    assert len(b.controller.table(b.now).instances) == 2
+    b.controller.leave("one", one.incarnation, b.now)
+    assert all(set(r) == {"two"} for r in b.routes().values())

@@ -1,0 +1,118 @@
+"""`vllm-loraserve coordinator`: runs the coordinator until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from vllm_loraserve.cluster.placement import PlacementError, make_policy, policy_names
+from vllm_loraserve.coordinator.control import Controller, ControlOptions
+from vllm_loraserve.coordinator.curve import KEYS_VARIABLE, CoordinatorKeys, KeysError, load_coordinator_keys
+from vllm_loraserve.coordinator.metrics import serve_metrics
+from vllm_loraserve.coordinator.registry import Registry, RegistryError
+from vllm_loraserve.coordinator.server import CoordinatorServer, ServerError, ServerOptions
+
+DEFAULT_POLICY = "rank-weighted"
+
+
+def default_database() -> Path:
+    """Where the registry is unless told otherwise."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "vllm-loraserve" / "registry.sqlite"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-loraserve coordinator`."""
+    server, control = ServerOptions(), ControlOptions()
+    add = parser.add_argument
+    add("--bind", default=server.bind, metavar="ENDPOINT", help=f"where requests are answered (default {server.bind})")
+    add("--publish", default="", metavar="ENDPOINT", help="where tables are published (default: the next port)")
+    add("--database", type=Path, default=default_database(), metavar="FILE", help="SQLite file of the adapter registry")
+    add(
+        "--adapter-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="directory that adapters may be registered from; may be given several times",
+    )
+    add("--allow-download", action="store_true", help="let hub ids be downloaded for inspection")
+    add("--base-model", default="", metavar="NAME", help="model of the cluster (default: the first instance's)")
+    add("--max-rank", type=int, default=control.max_rank, metavar="ROWS", help="largest adapter rank accepted")
+    add(
+        "--policy",
+        default=DEFAULT_POLICY,
+        help=f"placement policy (default {DEFAULT_POLICY}): {', '.join(policy_names())}",
+    )
+    add(
+        "--expiry", type=float, default=control.expiry_s, metavar="S", help="silence that ends an instance's membership"
+    )
+    add(
+        "--rebalance",
+        type=float,
+        default=control.rebalance_s,
+        metavar="S",
+        help="seconds between looks at the placement",
+    )
+    add("--keys", type=Path, metavar="DIR", help=f"CURVE keys of `vllm-loraserve keygen` (or ${KEYS_VARIABLE})")
+    add("--insecure", action="store_true", help="allow a bind beyond loopback without keys")
+    add("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics there")
+    add("--metrics-host", default="127.0.0.1", metavar="HOST", help="address of the metrics port")
+    add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 after SIGINT or SIGTERM, 1 when it can't start (one line says why)."""
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        policy = make_policy(args.policy)
+        directory = args.keys or os.environ.get(KEYS_VARIABLE)
+        keys = load_coordinator_keys(directory) if directory else None
+        registry = Registry(args.database)
+    except (PlacementError, KeysError, RegistryError, OSError) as error:
+        print(f"vllm-loraserve coordinator: {error}", file=sys.stderr)
+        return 1
+    control = ControlOptions(
+        base_model=args.base_model, max_rank=args.max_rank, expiry_s=args.expiry, rebalance_s=args.rebalance
+    )
+    options = ServerOptions(
+        bind=args.bind,
+        publish=args.publish,
+        adapter_roots=tuple(args.adapter_root),
+        allow_download=args.allow_download,
+        insecure=args.insecure,
+    )
+    try:
+        controller = Controller(registry, policy, control, time.monotonic())
+        return asyncio.run(_serve(controller, options, keys, (args.metrics_host, args.metrics_port)))
+    except (ServerError, ValueError, OSError) as error:
+        print(f"vllm-loraserve coordinator: {error}", file=sys.stderr)
+        return 1
+    finally:
+        registry.close()
+
+
+async def _serve(
+    controller: Controller, options: ServerOptions, keys: CoordinatorKeys | None, metrics: tuple[str, int | None]
+) -> int:
+    server = CoordinatorServer(controller, options, keys)
+    metrics_host, metrics_port = metrics
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    with contextlib.ExitStack() as cleanup:
+        if metrics_port is not None:
+            cleanup.callback(serve_metrics(server.controller, server.counters, metrics_host, metrics_port))
+        try:
+            await server.start()
+            await stop.wait()
+        finally:
+            await server.stop()
+    return 0

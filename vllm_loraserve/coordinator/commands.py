@@ -1,0 +1,115 @@
+"""What instances were told to do and have not yet answered; a command is repeated in every reply until it is."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Literal
+
+import msgspec
+
+from vllm_loraserve.coordinator.messages import AdapterRecord, Command, CommandResult
+
+logger = logging.getLogger(__name__)
+
+RETRY_FIRST_S, RETRY_MAX_S = 5.0, 300.0
+"""Pause after a failed command before the same is told again; doubles up to the largest."""
+
+
+class Pending(msgspec.Struct):
+    """A command that was not answered yet."""
+
+    command: Command
+    since: float
+
+
+class Failure(msgspec.Struct):
+    """The last failed attempt at something, and when it may be tried again."""
+
+    error: str
+    pause_s: float
+    retry_at: float
+
+
+class CommandBook:
+    """Pending commands and recent failures, by (instance, adapter): at most one each."""
+
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+        self._pending: dict[tuple[str, str], Pending] = {}
+        self._failures: dict[tuple[str, str], Failure] = {}
+
+    def tell(self, instance: str, action: Literal["prefetch", "release"], adapter: AdapterRecord, now: float) -> bool:
+        """Wants `action` done; False if that is pending or has just failed. The opposite command is replaced."""
+        key = (instance, adapter.name)
+        pending = self._pending.get(key)
+        if (
+            pending is not None
+            and pending.command.action == action
+            and pending.command.adapter.sha256 == adapter.sha256
+        ):
+            return False
+        failure = self._failures.get(key)
+        if action == "prefetch" and failure is not None and now < failure.retry_at:
+            return False
+        self._pending[key] = Pending(Command(id=next(self._ids), action=action, adapter=adapter), now)
+        return True
+
+    def cancel(self, instance: str, adapter: str) -> None:
+        """Takes back a command (it may have been carried out already)."""
+        self._pending.pop((instance, adapter), None)
+
+    def answered(self, instance: str, result: CommandResult, now: float) -> Command | None:
+        """Takes an instance's answer; the command, or None if it is no longer wanted."""
+        for key, pending in list(self._pending.items()):
+            if key[0] == instance and pending.command.id == result.id:
+                del self._pending[key]
+                if result.ok:
+                    self._failures.pop(key, None)
+                else:
+                    before = self._failures.get(key)
+                    pause = RETRY_FIRST_S if before is None else min(2 * before.pause_s, RETRY_MAX_S)
+                    self._failures[key] = Failure(result.error, pause, now + pause)
+                    logger.warning(
+                        "%s could not %s '%s': %s (again in %.0f s)",
+                        instance,
+                        pending.command.action,
+                        key[1],
+                        result.error,
+                        pause,
+                    )
+                return pending.command
+        return None
+
+    def of(self, instance: str) -> tuple[Command, ...]:
+        """What to tell an instance now."""
+        return tuple(p.command for (name, _), p in self._pending.items() if name == instance)
+
+    def pending(self) -> tuple[tuple[str, Command], ...]:
+        """Everything unanswered."""
+        return tuple((name, p.command) for (name, _), p in self._pending.items())
+
+    def waiting_since(self, instance: str, adapter: str, action: str) -> float | None:
+        """When the pending command was first told, or None."""
+        pending = self._pending.get((instance, adapter))
+        return pending.since if pending is not None and pending.command.action == action else None
+
+    def failure(self, instance: str, adapter: str) -> Failure | None:
+        """The failure that still counts."""
+        return self._failures.get((instance, adapter))
+
+    def failures(self) -> dict[tuple[str, str], Failure]:
+        """All failures that still count, by (instance, adapter)."""
+        return dict(self._failures)
+
+    def forget_instance(self, instance: str) -> None:
+        """Its membership ended, or it is a new process."""
+        for book in (self._pending, self._failures):
+            for key in [k for k in book if k[0] == instance]:
+                del book[key]
+
+    def forget_adapter(self, adapter: str) -> None:
+        """It is gone from the registry."""
+        for book in (self._pending, self._failures):
+            for key in [k for k in book if k[1] == adapter]:
+                del book[key]

@@ -1,0 +1,467 @@
+"""The coordinator's state and its decisions, without sockets: `Controller`.
+
+Durable is the registry. Everything else (members, residency, demand, placement, commands) is soft: after a restart the
+instances register again with what they hold, and the placement begins as what is held where. Until the instances that
+were members before are back, or `settle_s` has passed, no table is published, so that routers keep the old one
+instead of one with holes. Times are seconds of a monotonic clock that the caller passes in.
+
+    register, heartbeat --> members --+
+    add, remove adapter --> registry -+--> placement (policy, repair) --> commands to instances
+                                      +--> routes that can be served ---> table for routers
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import time
+from collections.abc import Iterable
+
+import msgspec
+
+from vllm_loraserve.cluster.operating_points import OperatingPoints, shipped_defaults
+from vllm_loraserve.cluster.placement import (
+    AdapterSpec,
+    Placement,
+    PlacementError,
+    PlacementInput,
+    PlacementPolicy,
+    ServerSpec,
+    normalise,
+)
+from vllm_loraserve.coordinator.commands import CommandBook
+from vllm_loraserve.coordinator.membership import Member, Membership, Refused
+from vllm_loraserve.coordinator.messages import (
+    AdapterDemand,
+    AdapterRecord,
+    AdapterRoutes,
+    Heartbeat,
+    HeartbeatReply,
+    InstanceEntry,
+    Register,
+    Registered,
+    Residency,
+    Route,
+    RoutingTable,
+)
+from vllm_loraserve.coordinator.rebalance import effective_routes, moves, repair, worth_adopting
+from vllm_loraserve.coordinator.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+PAGE_ROWS = 8
+"""Rank rows are taken in pages of so many."""
+FETCH_PATIENCE_S = 10.0
+"""An instance that has not confirmed a prefetch by then is routed to all the same: the request itself brings it in."""
+COMMAND_S = 1.0
+"""Time between two looks at what instances should fetch and release, where nothing else asks for one."""
+RELEASE_PATIENCE_S = 10.0
+"""A removal waits so long, after its drain, for instances to confirm the release."""
+
+
+class ControlOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator may choose."""
+
+    base_model: str = ""
+    """Model of the cluster; empty: that of the first instance."""
+    max_rank: int = 256
+    expiry_s: float = 5.0
+    """Silence that ends an instance's membership."""
+    settle_s: float = 4.0
+    """Longest wait, after a restart, for the instances that were members before."""
+    rebalance_s: float = 15.0
+    """Time between two looks at whether another placement would be better."""
+    release_after_s: float = 10.0
+    """A copy that the placement no longer wants is kept so long after the new one is confirmed."""
+
+
+class Drain(msgspec.Struct):
+    """An adapter on its way out: no routes any more, running requests finish, then it is released, then forgotten."""
+
+    started: float
+    deadline: float
+    releasing: bool = False
+    done: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
+
+
+class Controller:
+    """Keeps the cluster's state; `dirty` is set when a new table should be published soon."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        policy: PlacementPolicy,
+        options: ControlOptions,
+        now: float,
+        operating_points: OperatingPoints | None = None,
+    ) -> None:
+        self.registry = registry
+        self.policy = policy
+        self.options = options
+        self.op = operating_points if operating_points is not None else shipped_defaults()
+        self.members = Membership(options.expiry_s)
+        self.commands = CommandBook()
+        self.placement = Placement()
+        self.decisions: collections.deque[tuple[float, str]] = collections.deque(maxlen=200)
+        self.base_model = options.base_model or registry.get_meta("base_model") or ""
+        self.dirty = asyncio.Event()
+        self.version = 0
+        self._drains: dict[str, Drain] = {}
+        self._awaited = registry.known_instances()
+        self._settled_at = now + options.settle_s
+        self._rebalanced_at = now
+        self._commanded_at = now
+        self._spare_since: dict[tuple[str, str], float] = {}
+        for record in registry.all():
+            if record.state == "draining":
+                self._drains[record.name] = Drain(now, now)
+
+    # ---- instances ----
+
+    def register(self, hello: Register, now: float) -> Registered:
+        """An instance joins; Refused when it serves another model or takes a live one's name."""
+        self._check_base_model(hello)
+        known = self.members.get(hello.instance)
+        member = self.members.join(hello, now)
+        if known is None or known.hello.incarnation != hello.incarnation:
+            self.commands.forget_instance(hello.instance)
+            logger.info(
+                "Instance '%s' joined at %s with %d adapters resident", member.name, hello.url, len(member.resident)
+            )
+        self.registry.remember_instance(hello.instance, hello.url, time.time())
+        self._adopt_residents(member)
+        self._awaited.discard(hello.instance)
+        if known is None:
+            self._rebalanced_at = min(self._rebalanced_at, now - self.options.rebalance_s + 1.0)
+        self._place(now)
+        return Registered(epoch=self.registry.epoch, expiry_s=self.options.expiry_s)
+
+    def _check_base_model(self, hello: Register) -> None:
+        if hello.base_model == self.base_model:
+            return
+        if self.base_model and (self.options.base_model or len(self.members) or len(self.registry)):
+            raise Refused(
+                "invalid",
+                f"Instance '{hello.instance}' serves '{hello.base_model}', but this cluster '{self.base_model}'; "
+                "start it with that model, or give it a coordinator of its own.",
+            )
+        self.base_model = hello.base_model
+        self.registry.set_meta("base_model", self.base_model)
+
+    def _adopt_residents(self, member: Member) -> None:
+        """After a restart of ours: what an instance holds is where it was placed."""
+        for name in member.resident:
+            record = self.registry.get(name)
+            if (
+                record is not None
+                and member.holds(name, record.sha256)
+                and (name not in self.placement.phi or not self.settled)
+            ):
+                holders = self.members.holders(name, record.sha256)
+                self.placement.phi[name] = normalise(dict.fromkeys(holders, 1.0))
+
+    def heartbeat(self, beat: Heartbeat, now: float) -> HeartbeatReply:
+        """Takes a report and says what to do; Refused `unknown_instance`: it must register first."""
+        before = self.members.get(beat.instance)
+        held = before.resident if before is not None else {}
+        member = self.members.beat(beat, now)
+        for result in beat.results:
+            self.commands.answered(beat.instance, result, now)
+        if beat.results or member.resident != held:
+            self._command(now)
+            self.dirty.set()
+        return HeartbeatReply(epoch=self.registry.epoch, commands=self.commands.of(beat.instance))
+
+    def leave(self, instance: str, incarnation: str, now: float) -> None:
+        """An instance goes in good order."""
+        if self.members.leave(instance, incarnation):
+            logger.info("Instance '%s' left", instance)
+            self._gone([instance], now)
+
+    def _gone(self, instances: Iterable[str], now: float) -> None:
+        for instance in instances:
+            self.commands.forget_instance(instance)
+            self.registry.forget_instance(instance)
+        self._place(now)
+
+    # ---- adapters ----
+
+    def check_name(self, name: str) -> None:
+        """Refuses a name that no new adapter can have."""
+        record = self.registry.get(name)
+        if name == self.base_model:
+            raise Refused("conflict", f"'{name}' is the base model's name; give the adapter another.")
+        if record is not None and record.state == "draining":
+            raise Refused("conflict", f"Adapter '{name}' is being removed; add it again when that is done.")
+
+    def max_rank(self) -> int:
+        """The largest rank that the cluster takes now."""
+        able = [m.hello.capacity.max_rank for m in self.members.all()]
+        return min(self.options.max_rank, max(able)) if able else self.options.max_rank
+
+    def add(self, inspected: AdapterRecord, now: float) -> tuple[AdapterRecord, bool]:
+        """Stores an inspected adapter; (record, False) if this content is there already, Refused if other."""
+        self.check_name(inspected.name)
+        present = self.registry.get(inspected.name)
+        if present is not None:
+            if present.sha256 != inspected.sha256:
+                raise Refused(
+                    "conflict",
+                    f"Adapter '{inspected.name}' is registered with other content (sha256 {present.sha256[:12]}, "
+                    f"this is {inspected.sha256[:12]}); remove it first or choose another name.",
+                )
+            if present.source != inspected.source:
+                present = self.registry.update(inspected.name, source=inspected.source)
+                self.dirty.set()
+            return present, False
+        record = self.registry.add(inspected)
+        logger.info(
+            "Adapter '%s' added: rank %d, %d bytes, sha256 %s",
+            record.name,
+            record.rank,
+            record.size_bytes,
+            record.sha256[:12],
+        )
+        self._place(now)
+        return record, True
+
+    def remove(self, name: str, drain_s: float, now: float) -> asyncio.Event:
+        """Begins a removal; the event is set when the adapter is gone. Refused `not_found`."""
+        if self.registry.get(name) is None:
+            raise Refused(
+                "not_found", f"There is no adapter '{name}'; see `vllm-loraserve status` for those there are."
+            )
+        drain = self._drains.get(name)
+        if drain is None:
+            drain = self._drains[name] = Drain(now, now + drain_s)
+            self.registry.update(name, state="draining")
+            self.placement.phi.pop(name, None)
+            self.placement.standby.pop(name, None)
+            for member in self.members.all():
+                self.commands.cancel(member.name, name)
+            self.dirty.set()
+            logger.info("Adapter '%s' draining, %d requests running", name, self.members.running(name))
+        else:
+            drain.deadline = min(drain.deadline, now + drain_s)
+        return drain.done
+
+    def _drain(self, now: float) -> None:
+        for name, drain in list(self._drains.items()):
+            record = self.registry.get(name)
+            assert record is not None
+            if not drain.releasing:
+                # Reports from before routers heard of it say nothing about requests still on their way.
+                reported = all(m.seen > drain.started + 0.5 for m in self.members.all())
+                if now < drain.deadline and not (self.settled and reported and self.members.running(name) == 0):
+                    continue
+                drain.releasing = True
+                drain.deadline = now + RELEASE_PATIENCE_S
+                for member in self.members.all():
+                    self.commands.tell(member.name, "release", record, now)
+            waiting = any(c.adapter.name == name for _, c in self.commands.pending())
+            if waiting and now < drain.deadline:
+                continue
+            self.registry.remove(name)
+            self.commands.forget_adapter(name)
+            del self._drains[name]
+            drain.done.set()
+            self.dirty.set()
+            logger.info("Adapter '%s' removed", name)
+
+    # ---- placement ----
+
+    @property
+    def settled(self) -> bool:
+        """Whether the members of before a restart are back, or were waited for long enough."""
+        return not self._awaited
+
+    def placement_input(self, demand: dict[str, float] | None = None) -> PlacementInput:
+        """What a policy gets to see now."""
+        if demand is None:
+            demand = {name: d.tokens_per_s for name, d in self.members.demand().items() if name}
+        return PlacementInput(
+            adapters=[
+                AdapterSpec(r.name, r.rank, -(-r.rank // PAGE_ROWS) * PAGE_ROWS, r.size_bytes)
+                for r in self.registry.all()
+                if r.state == "active"
+            ],
+            servers=[
+                ServerSpec(m.name, m.hello.capacity.rank_rows, m.hello.capacity.host_bytes) for m in self.members.all()
+            ],
+            demand=demand,
+            op=self.op,
+            previous=self.placement,
+        )
+
+    def _place(self, now: float) -> None:
+        """Gives every adapter a place on the present instances, changing as little as possible."""
+        self.dirty.set()
+        # Before everybody is back, "nobody holds it" is not known yet.
+        if len(self.members) and self.settled:
+            self.placement = repair(self.placement_input(), self.placement)
+            self._command(now)
+
+    def _rebalance(self, now: float) -> None:
+        self._rebalanced_at = now
+        if not len(self.members) or not len(self.registry):
+            return
+        inp = self.placement_input()
+        try:
+            proposed = self.policy.place(inp)
+        except PlacementError as error:
+            self._decide(f"kept: policy {self.policy.name} found no placement ({error})")
+            return
+        # What the policy finds no room for keeps its place, or shares one by eviction.
+        proposed = repair(inp, proposed)
+        adopt, why = worth_adopting(inp, self.placement, proposed)
+        changes = moves(inp, self.placement, proposed)
+        if not adopt or not changes:
+            return
+        fetched = [m for m in changes if m.action == "prefetch"]
+        self._decide(f"{why}; {len(fetched)} copies of {sum(m.bytes for m in fetched)} bytes to fetch")
+        self.placement = proposed
+        self._command(now)
+        self.dirty.set()
+
+    def _decide(self, text: str) -> None:
+        self.decisions.append((time.time(), text))
+        logger.info("Placement %s", text)
+
+    def _command(self, now: float) -> None:
+        """Tells instances to fetch what is placed there, and to release what need not be there any more."""
+        if not self.settled:
+            return
+        self._commanded_at = now
+        demand = self.members.demand()
+        wanted: dict[str, list[AdapterRecord]] = {m.name: [] for m in self.members.all()}
+        for name in self.placement.phi:
+            record = self.registry.get(name)
+            if record is not None and record.state == "active":
+                for instance in self.placement.holders(name):
+                    if instance in wanted:
+                        wanted[instance].append(record)
+        for member in self.members.all():
+            records = wanted[member.name]
+            records.sort(key=lambda r: (-(d.tokens_per_s if (d := demand.get(r.name)) else 0.0), r.adapter_id))
+            rows, slots = member.hello.capacity.rank_rows, member.hello.capacity.slots
+            for record in records:
+                # Only what fits together is fetched ahead; the rest comes with its first request, by eviction.
+                rows -= -(-record.rank // PAGE_ROWS) * PAGE_ROWS
+                slots -= 1
+                if rows < 0 or slots < 0:
+                    break
+                if not member.holds(record.name, record.sha256):
+                    self.commands.tell(member.name, "prefetch", record, now)
+            self._release(member, {r.name: r for r in records}, now)
+
+    def _release(self, member: Member, wanted: dict[str, AdapterRecord], now: float) -> None:
+        for name, copy in member.resident.items():
+            key = (member.name, name)
+            record = self.registry.get(name)
+            if record is None or record.sha256 != copy.sha256:
+                self.commands.tell(member.name, "release", record_of(copy), now)
+                continue
+            elsewhere = self.members.holders(name, record.sha256) - {member.name}
+            placed = set(self.placement.phi.get(name, {}))
+            if name in wanted or record.state != "active" or not elsewhere & placed:
+                self._spare_since.pop(key, None)
+                continue
+            since = self._spare_since.setdefault(key, now)
+            running = member.demand[name].running if name in member.demand else 0
+            if running == 0 and now - since >= self.options.release_after_s:
+                self.commands.tell(member.name, "release", record, now)
+
+    # ---- time, table ----
+
+    def tick(self, now: float) -> None:
+        """To be called a few times a second: expiry, drains, commands, at its time the next look at the placement."""
+        if self._awaited and now >= self._settled_at:
+            logger.warning("Instances that did not come back after the restart: %s", ", ".join(sorted(self._awaited)))
+            for instance in self._awaited:
+                self.registry.forget_instance(instance)
+            self._awaited.clear()
+            self._place(now)
+        expired = self.members.expire(now)
+        if expired:
+            logger.warning("Instances silent for %.1f s, now out: %s", self.options.expiry_s, ", ".join(expired))
+            self._gone(expired, now)
+        self._drain(now)
+        if self.settled and now - self._commanded_at >= COMMAND_S:
+            self._command(now)
+        if self.settled and now - self._rebalanced_at >= self.options.rebalance_s:
+            self._rebalance(now)
+
+    def _not_ready(self, name: str, target: Iterable[str], now: float) -> set[str]:
+        out = set()
+        for instance in target:
+            since = self.commands.waiting_since(instance, name, "prefetch")
+            failure = self.commands.failure(instance, name)
+            if (since is not None and now - since < FETCH_PATIENCE_S) or (
+                failure is not None and now < failure.retry_at
+            ):
+                out.add(instance)
+        return out
+
+    def _routes(self, record: AdapterRecord, live: set[str], now: float) -> tuple[Route, ...]:
+        target = self.placement.phi.get(record.name, {})
+        if record.state != "active" or not target:
+            return ()
+        holders = self.members.holders(record.name, record.sha256)
+        routes = effective_routes(target, live, self._not_ready(record.name, target, now), holders)
+        return tuple(Route(instance=s, phi=f) for s, f in routes.items())
+
+    def table(self, now: float) -> RoutingTable:
+        """The routing table of this moment, under the next version."""
+        self.version += 1
+        live = {m.name for m in self.members.all()}
+        wall = time.time()
+        return RoutingTable(
+            epoch=self.registry.epoch,
+            version=self.version,
+            base_model=self.base_model,
+            instances=tuple(
+                InstanceEntry(
+                    name=m.name,
+                    incarnation=m.hello.incarnation,
+                    url=m.hello.url,
+                    load=m.load,
+                    capacity=m.hello.capacity,
+                    resident=tuple(m.resident.values()),
+                    transfer=m.hello.transfer,
+                    last_seen=wall - (now - m.seen),
+                )
+                for m in self.members.all()
+            ),
+            adapters=tuple(AdapterRoutes(adapter=r, routes=self._routes(r, live, now)) for r in self.registry.all()),
+            made_at=wall,
+            settled=self.settled,
+        )
+
+    def demand(self) -> tuple[AdapterDemand, ...]:
+        """Demand by adapter, heaviest first."""
+        return tuple(sorted(self.members.demand().values(), key=lambda d: (-d.tokens_per_s, d.name)))
+
+    def problems(self) -> list[str]:
+        """What an operator should know, one sentence each."""
+        out = [f"'{a}' has no place: it {why}." for a, why in sorted(self.placement.unplaced.items())]
+        out += [
+            f"'{instance}' can't load '{adapter}': {f.error}"
+            for (instance, adapter), f in sorted(self.commands.failures().items())
+        ]
+        out += [f"Waiting for '{name}' to register again after the restart." for name in sorted(self._awaited)]
+        return out
+
+
+def record_of(copy: Residency) -> AdapterRecord:
+    """As much of a record as a copy tells of one that the registry does not have: enough to release it."""
+    return AdapterRecord(
+        name=copy.name,
+        source="",
+        rank=0,
+        target_modules=(),
+        size_bytes=0,
+        sha256=copy.sha256,
+        base_model="",
+        added_at=0.0,
+    )

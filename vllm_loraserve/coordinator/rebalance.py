@@ -1,0 +1,115 @@
+"""Pure decisions between a policy's placement and what is published: repair, adoption, routes, moves.
+
+A policy (`cluster.placement`) says where adapters should be. Here: keep what is there when the cluster changes a
+little (`repair`), take a new placement only when it is worth its moves (`worth_adopting`), and send requests only
+where they can be served (`effective_routes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import msgspec
+
+from vllm_loraserve.cluster.placement import (
+    Capacity,
+    Placement,
+    PlacementInput,
+    normalise,
+    server_loads,
+)
+
+MIN_GAIN, MIN_GAIN_SHARE = 0.05, 0.10
+"""A new placement must lower the highest predicted load by this many servers and by this share of it."""
+
+
+class Move(msgspec.Struct, frozen=True):
+    """A copy that a new placement needs (`bytes` cross the network or are read) or no longer needs (0 bytes)."""
+
+    adapter: str
+    instance: str
+    action: str
+    bytes: int
+
+
+def repair(inp: PlacementInput, previous: Placement) -> Placement:
+    """`previous` with as few changes as the servers and adapters of `inp` allow.
+
+    Fractions on servers that are gone go to the remaining holders of the adapter; an adapter that has none left, or is
+    new, goes whole to the least loaded server that can hold it. One that fits nowhere but whose rank some arena can
+    take is put on the least loaded such server all the same: it then shares memory by eviction, which is slow but
+    serves; only a rank that no arena can take is unplaced.
+    """
+    live = {s.name for s in inp.servers}
+    capacity = Capacity(inp.servers)
+    placed = Placement()
+    homeless = []
+    for adapter in inp.adapters:
+        kept = normalise({s: f for s, f in previous.phi.get(adapter.name, {}).items() if s in live})
+        if not kept:
+            standby = [s for s in previous.standby.get(adapter.name, ()) if s in live]
+            kept = {standby[0]: 1.0} if standby else {}
+        if kept:
+            placed.phi[adapter.name] = kept
+            spare = [s for s in previous.standby.get(adapter.name, ()) if s in live and s not in kept]
+            if spare:
+                placed.standby[adapter.name] = spare
+            for server in placed.holders(adapter.name):
+                capacity.add(adapter, server)
+        else:
+            homeless.append(adapter)
+    load = server_loads(inp, placed)
+    speed = {s.name: s.speed for s in inp.servers}
+    for adapter in sorted(homeless, key=lambda a: (-inp.weight(a), a.name)):
+        able = [s.name for s in inp.servers if adapter.rank_rows <= s.capacity_rank_rows]
+        if not able:
+            placed.unplaced[adapter.name] = capacity.why_not(adapter)
+            continue
+        fitting = [s for s in able if capacity.fits(adapter, s)] or able
+        server = min(fitting, key=lambda s: (load[s], capacity.rows[s], s))
+        capacity.add(adapter, server)
+        load[server] += inp.weight(adapter) / speed[server]
+        placed.phi[adapter.name] = {server: 1.0}
+    return placed
+
+
+def worth_adopting(inp: PlacementInput, current: Placement, proposed: Placement) -> tuple[bool, str]:
+    """Whether `proposed` is enough better than `current`, and why (not), in one sentence for `explain`.
+
+    The damping of the loop: demand that wobbles around an even placement changes nothing.
+    """
+    now, then = (max(server_loads(inp, p).values(), default=0.0) for p in (current, proposed))
+    gain = now - then
+    told = f"highest predicted load {now:.2f} -> {then:.2f}"
+    if gain < MIN_GAIN or gain < MIN_GAIN_SHARE * now:
+        return False, f"kept: {told} is less than the {MIN_GAIN_SHARE:.0%} and {MIN_GAIN} that a move must gain"
+    return True, f"adopted: {told}"
+
+
+def moves(inp: PlacementInput, current: Placement, proposed: Placement) -> list[Move]:
+    """Copies that `proposed` adds and drops, ordered by adapter and instance."""
+    out = []
+    for adapter in sorted(inp.adapters, key=lambda a: a.name):
+        old, new = (set(p.holders(adapter.name)) for p in (current, proposed))
+        out += [Move(adapter.name, s, "prefetch", adapter.bytes) for s in sorted(new - old)]
+        out += [Move(adapter.name, s, "release", 0) for s in sorted(old - new)]
+    return out
+
+
+def effective_routes(
+    target: Mapping[str, float], live: Collection[str], not_ready: Collection[str], holders: Collection[str]
+) -> dict[str, float]:
+    """Fractions to publish for one adapter.
+
+    `target`: the placement's; `not_ready`: instances that are still fetching it or could not; `holders`: live
+    instances that have it, placed there or not. Requests go to the live targets that are ready; while there is none,
+    to whoever still holds a copy (the old place, until the new one has it); with no copy anywhere, to the targets,
+    which load it for the first request.
+    """
+    alive = {s: f for s, f in target.items() if s in live and f > 0.0}
+    ready = {s: f for s, f in alive.items() if s not in not_ready}
+    if ready:
+        return normalise(ready)
+    if holders:
+        return normalise(dict.fromkeys(holders, 1.0))
+    return normalise(alive)
