@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from vllm_loraserve import __version__
 
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
+    "up": ("vllm_loraserve.launcher.up", "start a whole cluster on this machine"),
+    "demo": ("vllm_loraserve.launcher.demo", "start a cluster with a small model and six adapters, and check it"),
     "router": ("vllm_loraserve.router.cli", "serve the OpenAI API for a cluster, choosing an instance per request"),
     "coordinator": ("vllm_loraserve.coordinator.cli", "run the coordinator: registry, placement, routing table"),
     "status": ("vllm_loraserve.coordinator.status", "show instances, adapters and where they are"),
@@ -22,6 +24,9 @@ imported only when its subcommand is asked for, so that `status` does not pay fo
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status (2: wrong usage)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # argparse has no reliable "everything after --" behind optional positionals, so it's taken off here.
+    cut = argv.index("--") if "--" in argv else len(argv)
+    argv, after_dashes = argv[:cut], argv[cut + 1 :]
     parser = argparse.ArgumentParser(prog="vllm-loraserve", description=__import__("vllm_loraserve").__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -32,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == asked:
             modules[name] = importlib.import_module(module)
             modules[name].add_arguments(sub)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(after_dashes=after_dashes))
+    if after_dashes and not getattr(modules[args.command], "TAKES_OPTIONS_AFTER_DASHES", False):
+        parser.error(f"{args.command} takes no options after --")
     try:
         return int(modules[args.command].run(args))
     except KeyboardInterrupt:

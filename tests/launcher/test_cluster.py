@@ -1,0 +1,200 @@
+"""Starting, failing and stopping a cluster, with stubs in place of the servers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import STUB, wait_until_dead
+
+from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError
+from vllm_loraserve.launcher.processes import Server, healthy, is_free
+
+
+def test_everything_starts_in_order_and_stops(plan: Plan) -> None:
+    events: list[tuple[str, str]] = []
+    cluster = Cluster(plan, lambda part, state: events.append((part, state)))
+    with cluster.running():
+        assert healthy(cluster.url)
+        pids = [pid for server in cluster.servers for pid in server.pids()]
+        assert len(pids) == 3 * 4  # guard, server and its child, of four parts
+    assert wait_until_dead(pids, 0.0) == []
+    started = [part for part, state in events if state == "starting"]
+    assert started == ["coordinator", "router", "instance-0", "instance-1"]
+    assert sorted(part for part, state in events if state == "ready") == sorted(started)
+
+
+def test_the_parts_are_told_of_each_other(plan: Plan) -> None:
+    plan = dataclasses.replace(
+        plan, max_rank=64, adapter_roots=("/adapters",), vllm_options=("--max-loras=3", "--dtype", "bfloat16")
+    )
+    cluster = Cluster(plan)
+    command = cluster.instances[1].command
+    config = json.loads(command[command.index("--loraserve-config") + 1])
+    assert config == {
+        "coordinator": cluster.coordinator_endpoint,
+        "instance": "instance-1",
+        "max_rank": 64,
+        "adapter_roots": ["/adapters"],
+    }
+    assert "--enable-loraserve" in command
+    assert command[command.index("--served-model-name") + 1] == "model"
+    assert command[-3:] == ["--max-loras=3", "--dtype", "bfloat16"]
+    assert "--max-loras" not in command
+    assert cluster.coordinator_endpoint in cluster.coordinator.command
+    assert cluster.coordinator_endpoint in cluster.router.command
+    assert len({cluster.plan.port, *cluster.instance_ports}) == 3
+
+
+def test_a_part_that_ends_stops_the_start_and_shows_its_log(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUB_FAILS", "instance")
+    cluster = Cluster(plan)
+    with pytest.raises(StartError, match=r"instance-\d ended with status 3(.|\n)*can't find its thing"):
+        cluster.start()
+    assert all(server.pids() == [] for server in cluster.servers)
+
+
+def test_a_port_that_is_taken_is_said_at_once(plan: Plan) -> None:
+    with Cluster(plan).running(), pytest.raises(StartError, match=f"port {plan.port} is taken"):
+        Cluster(plan)
+
+
+def test_instances_that_never_join_are_an_error(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUB_INSTANCES", "1")
+    cluster = Cluster(plan)
+    cluster.coordinator.start()
+    cluster.router.start()
+    try:
+        with pytest.raises(StartError, match="sees 1 instances"):
+            cluster.wait_for_instances(2, 3.0)
+    finally:
+        cluster.stop()
+
+
+def test_a_refused_adapter_is_reported_in_the_servers_words(plan: Plan) -> None:
+    with Cluster(plan).running() as cluster:
+        cluster.add_adapter("good", "/adapters/good")
+        with pytest.raises(StartError, match=r"bad was not accepted: The adapter 'bad' is broken\."):
+            cluster.add_adapter("bad", "/adapters/bad")
+
+
+def test_kill_takes_everything_of_one_part(plan: Plan) -> None:
+    with Cluster(plan).running() as cluster:
+        pids = cluster.instances[0].pids()
+        cluster.instances[0].kill()
+        assert wait_until_dead(pids) == []
+        assert not healthy(cluster.instance_url(0))
+        assert healthy(cluster.instance_url(1))
+        cluster.instances[0].start()
+        deadline = time.monotonic() + 20
+        while not healthy(cluster.instance_url(0)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+UP = """
+import functools, sys
+from conftest import stub_programs
+from vllm_loraserve.cli import main
+from vllm_loraserve.launcher import up
+up.Plan = functools.partial(up.Plan, programs=stub_programs())
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start_up(plan: Plan, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+    """`vllm-loraserve up` with stubs, in a process of its own."""
+    env = {**os.environ, "STUB_PIDS": str(tmp_path / "pids"), "PYTHONUNBUFFERED": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(STUB).parent), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", UP, "up", plan.model, "--port", str(plan.port), "--state", str(plan.state)]
+    return subprocess.Popen(
+        [*command, *options],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"ended without {text!r}:\n{seen}")
+
+
+def pids_of(tmp_path: Path) -> list[int]:
+    return [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_says_where_and_stops_all_on_a_signal(plan: Plan, tmp_path: Path, number: signal.Signals) -> None:
+    process = start_up(plan, tmp_path)
+    seen = read_until(process, "Ctrl-C stops everything")
+    assert f"http://127.0.0.1:{plan.port}/v1" in seen
+    assert "instance-1 ready" in seen
+    pids = pids_of(tmp_path)
+    assert len(pids) == 8
+    process.send_signal(number)
+    assert process.wait(30) == 0
+    assert wait_until_dead(pids, 0.0) == []
+    assert is_free(plan.port)
+
+
+def test_up_leaves_no_orphan_after_kill_9(plan: Plan, tmp_path: Path) -> None:
+    process = start_up(plan, tmp_path)
+    read_until(process, "Ctrl-C stops everything")
+    pids = pids_of(tmp_path)
+    process.kill()
+    process.wait(30)
+    assert wait_until_dead(pids, 30.0) == []
+
+
+def test_up_registers_the_adapters_of_a_directory(plan: Plan, tmp_path: Path) -> None:
+    adapters = tmp_path / "adapters"
+    for name in ("good", "bad"):
+        (adapters / name).mkdir(parents=True)
+        (adapters / name / "adapter_config.json").write_text("{}")
+    process = start_up(plan, tmp_path, "--adapters", str(adapters))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "adapter bad was not accepted: The adapter 'bad' is broken." in output
+    assert wait_until_dead(pids_of(tmp_path), 0.0) == []
+
+
+def test_up_reports_a_part_that_ends_and_goes_on_until_nobody_is_left(plan: Plan, tmp_path: Path) -> None:
+    process = start_up(plan, tmp_path, "--instances", "2")
+    read_until(process, "Ctrl-C stops everything")
+    pids = pids_of(tmp_path)
+    by_role = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in pids[::2]}
+    instances = [pid for pid, line in by_role.items() if "\0instance\0" in line]
+    os.kill(instances[0], signal.SIGKILL)
+    read_until(process, "ended with status 137")
+    os.kill(instances[1], signal.SIGKILL)
+    assert process.wait(30) == 1
+    assert wait_until_dead(pids, 0.0) == []
+
+
+def test_up_names_a_directory_without_adapters(plan: Plan, tmp_path: Path) -> None:
+    process = start_up(plan, tmp_path, "--adapters", str(tmp_path / "nothing"))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "no such directory" in output
+
+
+def test_a_log_keeps_only_its_tail(tmp_path: Path) -> None:
+    server = Server("x", ["true"], tmp_path / "x.log")
+    assert server.tail() == ""
+    (tmp_path / "x.log").write_text("".join(f"line {i}\n" for i in range(100)))
+    assert server.tail(2) == "line 98\nline 99"

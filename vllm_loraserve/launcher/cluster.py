@@ -1,0 +1,233 @@
+"""A whole cluster on one machine: one coordinator, one router and N vLLM instances, all children of this process.
+
+`Cluster` is what `up`, `demo` and the end-to-end tests share. It starts the parts in the order in which they need each
+other, tells `on_change` what is going on, and knows how each part is asked whether it is ready.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllm_loraserve.launcher.devices import Machine, share, this_machine, value_of
+from vllm_loraserve.launcher.processes import Server, free_ports, healthy, is_free, stop_all
+
+COORDINATOR_PORT = 5700
+POLL_S = 0.2
+JOIN_S = 60.0
+"""Longest time between the health of all instances and their presence in the routing table."""
+
+
+class StartError(RuntimeError):
+    """The cluster could not be started; the message names the part and ends with its log's last lines."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The command lines of the parts, without options; tests put others in their place."""
+
+    coordinator: tuple[str, ...] = (sys.executable, "-m", "vllm_loraserve.cli", "coordinator")
+    router: tuple[str, ...] = (sys.executable, "-m", "vllm_loraserve.cli", "router")
+    instance: tuple[str, ...] = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to start."""
+
+    model: str
+    """Directory or hub id."""
+    state: Path
+    """Directory of the adapter registry and the logs; made when missing."""
+    instances: int = 2
+    host: str = "127.0.0.1"
+    """Where the router listens; everything else stays on the loopback address."""
+    port: int = 8000
+    """The router's port; the instances take the next free ones."""
+    max_rank: int | None = None
+    """Largest adapter rank accepted; None: the option's default."""
+    adapter_roots: tuple[str, ...] = ()
+    vllm_options: tuple[str, ...] = ()
+    """Options for every `vllm serve`, as the user gave them."""
+    coordinator_options: tuple[str, ...] = ()
+    router_options: tuple[str, ...] = ()
+    start_timeout_s: float = 900.0
+    """Longest time for one instance to load and answer."""
+    machine: Machine = field(default_factory=this_machine)
+    programs: Programs = Programs()
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients give as `model`: the user's choice, a hub id, or a directory's last part."""
+        chosen = value_of("--served-model-name", self.vllm_options)
+        return chosen or (Path(self.model).resolve().name if os.path.isdir(self.model) else self.model)
+
+
+Event = Callable[[str, str], None]
+"""Called with (part, state): part is a server's name, state `starting`, `ready`, `ended (status N)` or free text."""
+
+
+class Cluster:
+    """Started by `start`, stopped by `stop`; `running()` does both around a with block."""
+
+    def __init__(self, plan: Plan, on_change: Event | None = None) -> None:
+        self.plan = plan
+        self._on_change = on_change or (lambda part, state: None)
+        self.logs = plan.state / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        if not is_free(plan.port):
+            raise StartError(f"port {plan.port} is taken; choose another with --port")
+        coordinator_port = free_ports(2, COORDINATOR_PORT, consecutive=True)[0]
+        self.coordinator_endpoint = f"tcp://127.0.0.1:{coordinator_port}"
+        self.url = f"http://127.0.0.1:{plan.port}" if plan.host == "0.0.0.0" else f"http://{plan.host}:{plan.port}"
+        self.instance_ports = free_ports(plan.instances, plan.port + 1)
+        self.coordinator = self._server("coordinator", self._coordinator_command())
+        self.router = self._server("router", self._router_command())
+        shares = share(plan.machine, plan.instances, plan.vllm_options)
+        self.instances = [
+            self._server(f"instance-{i}", self._instance_command(i, shares[i].options), shares[i].env)
+            for i in range(plan.instances)
+        ]
+
+    @property
+    def servers(self) -> list[Server]:
+        """All parts, in the order in which they are started."""
+        return [self.coordinator, self.router, *self.instances]
+
+    def instance_url(self, index: int) -> str:
+        """Base URL of one instance itself, past the router."""
+        return f"http://127.0.0.1:{self.instance_ports[index]}"
+
+    def start(self) -> None:
+        """Starts everything and returns when every instance can be reached through the router.
+
+        Raises StartError when a part ends or takes too long; what was started is stopped then.
+        """
+        try:
+            for server in self.servers:
+                self._on_change(server.name, "starting")
+                server.start()
+            waiting = list(enumerate(self.instances))
+            while waiting:
+                self._check_alive()
+                for index, server in list(waiting):
+                    if healthy(self.instance_url(index)):
+                        waiting.remove((index, server))
+                        self._on_change(server.name, "ready")
+                    elif time.monotonic() - server.started_at > self.plan.start_timeout_s:
+                        self._fail(server, f"did not answer within {self.plan.start_timeout_s:g} s")
+                time.sleep(POLL_S)
+            self.wait_for_instances(self.plan.instances)
+            self._on_change("router", "ready")
+            self._on_change("coordinator", "ready")
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait_for_instances(self, count: int, timeout_s: float = JOIN_S) -> None:
+        """Returns when the router knows exactly `count` instances it can send to; raises StartError after a while."""
+        deadline = time.monotonic() + timeout_s
+        seen = "nothing"
+        while time.monotonic() < deadline:
+            self._check_alive(self.coordinator, self.router)
+            try:
+                health = json.loads(self.get("/health"))
+                seen = f"{health['available']} instances"
+                if health["available"] == health["instances"] == count:
+                    return
+            except (OSError, ValueError, KeyError):
+                pass
+            time.sleep(POLL_S)
+        raise StartError(
+            f"the router sees {seen} after {timeout_s:g} s, not {count}; the logs are in {self.logs}\n"
+            + self.coordinator.tail(10)
+        )
+
+    def stop(self) -> None:
+        """Stops everything; returns when no process is left."""
+        stop_all([self.router, *self.instances, self.coordinator])
+
+    @contextmanager
+    def running(self) -> Iterator[Cluster]:
+        """Starts, yields, and stops whatever happens."""
+        self.start()
+        try:
+            yield self
+        finally:
+            self.stop()
+
+    def get(self, path: str, timeout_s: float = 5.0) -> bytes:
+        """Body of a GET from the router, whatever its status; raises OSError when there is no answer."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=timeout_s) as answer:
+                return bytes(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.read()
+
+    def post(self, path: str, body: object, timeout_s: float = 120.0) -> tuple[int, str]:
+        """(status, body) of a JSON POST to the router; raises OSError when there is no answer."""
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("LORASERVE_ADMIN_API_KEY") or os.environ.get("LORASERVE_API_KEY"):
+            headers["Authorization"] = f"Bearer {key.split(',')[0]}"
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def add_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Registers an adapter cluster-wide through the router; raises StartError with the server's sentence."""
+        status, body = self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        if status != 200:
+            with suppress(ValueError, KeyError, TypeError):
+                body = json.loads(body)["error"]["message"]
+            raise StartError(f"adapter {name} was not accepted: {body}")
+
+    def _server(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> Server:
+        return Server(name, list(command), self.logs / f"{name}.log", env)
+
+    def _coordinator_command(self) -> list[str]:
+        plan = self.plan
+        command = [*plan.programs.coordinator, "--bind", self.coordinator_endpoint]
+        command += ["--database", str(plan.state / "registry.sqlite")]
+        for root in plan.adapter_roots:
+            command += ["--adapter-root", root]
+        if plan.max_rank is not None:
+            command += ["--max-rank", str(plan.max_rank)]
+        return [*command, *plan.coordinator_options]
+
+    def _router_command(self) -> list[str]:
+        plan = self.plan
+        command = [*plan.programs.router, "--coordinator", self.coordinator_endpoint]
+        return [*command, "--host", plan.host, "--port", str(plan.port), *plan.router_options]
+
+    def _instance_command(self, index: int, options: Sequence[str]) -> list[str]:
+        plan = self.plan
+        config: dict[str, object] = {"coordinator": self.coordinator_endpoint, "instance": f"instance-{index}"}
+        if plan.max_rank is not None:
+            config["max_rank"] = plan.max_rank
+        if plan.adapter_roots:
+            config["adapter_roots"] = list(plan.adapter_roots)
+        command = [*plan.programs.instance, plan.model, "--enable-loraserve"]
+        command += ["--loraserve-config", json.dumps(config)]
+        command += ["--host", "127.0.0.1", "--port", str(self.instance_ports[index])]
+        if value_of("--served-model-name", plan.vllm_options) is None:
+            command += ["--served-model-name", plan.model_name]
+        return [*command, *options, *plan.vllm_options]
+
+    def _check_alive(self, *servers: Server) -> None:
+        for server in servers or self.servers:
+            if server.status is not None:
+                self._fail(server, f"ended with status {server.status}")
+
+    def _fail(self, server: Server, what: str) -> None:
+        raise StartError(f"{server.name} {what}; the end of {server.log}:\n{server.tail()}")

@@ -1,0 +1,133 @@
+"""`vllm-loraserve up MODEL`: coordinator, router and instances on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from vllm_loraserve.launcher.assets import AssetError
+from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError
+from vllm_loraserve.launcher.progress import StartProgress
+
+TAKES_OPTIONS_AFTER_DASHES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-loraserve up`."""
+    parser.usage = "%(prog)s MODEL [options] [-- options of vllm serve]"
+    parser.add_argument("model", metavar="MODEL", help="model directory or hub id")
+    parser.add_argument("--instances", type=_at_least_one, default=2, metavar="N", help="vLLM instances (default: 2)")
+    parser.add_argument(
+        "--adapters", type=Path, metavar="DIR", help="register every adapter found in this directory's subdirectories"
+    )
+    parser.add_argument(
+        "--adapter-root",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="directory that adapters may be registered from later; may be given several times",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address of the router (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port of the router (default: %(default)s)")
+    parser.add_argument("--max-rank", type=int, metavar="ROWS", help="largest adapter rank accepted (default: 256)")
+    parser.add_argument(
+        "--state", type=Path, metavar="DIR", help="adapter registry and logs (default: one directory per model)"
+    )
+    parser.epilog = "What follows `--` is given to every `vllm serve`, for example: -- --max-model-len 4096"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 after Ctrl-C or SIGTERM, 1 when something could not be started or all instances have ended."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console(stderr=True)
+    try:
+        found = adapters_in(args.adapters) if args.adapters else {}
+        plan = Plan(
+            model=args.model,
+            state=args.state or state_dir(args.model),
+            instances=args.instances,
+            host=args.host,
+            port=args.port,
+            max_rank=args.max_rank,
+            adapter_roots=tuple(str(Path(root).resolve()) for root in (args.adapters, *args.adapter_root) if root),
+            vllm_options=tuple(args.after_dashes),
+        )
+        with StartProgress(console) as progress:
+            cluster = Cluster(plan, progress.show)
+            progress.watch(cluster)
+            cluster.start()
+        try:
+            for name, path in found.items():
+                cluster.add_adapter(name, path)
+            _say_where(cluster, found)
+            return _until_it_ends(cluster)
+        finally:
+            console.print("stopping")
+            cluster.stop()
+    except (StartError, AssetError, OSError) as error:
+        console.print(f"vllm-loraserve up: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def state_dir(model: str) -> Path:
+    """Where the registry and the logs of `model` are kept between runs: one directory per model."""
+    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "vllm-loraserve"
+    identity = str(Path(model).resolve()) if os.path.isdir(model) else model
+    readable = re.sub(r"[^\w.\-]+", "-", Path(identity).name)
+    return base / f"{readable}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """Name (the directory's) -> path of every adapter below `folder`; raises StartError when there is none."""
+    if not folder.is_dir():
+        raise StartError(f"--adapters {folder}: no such directory")
+    found = {path.parent.name: path.parent.resolve() for path in sorted(folder.glob("*/adapter_config.json"))}
+    if not found:
+        raise StartError(f"--adapters {folder}: no subdirectory holds an adapter_config.json")
+    return found
+
+
+def _say_where(cluster: Cluster, found: dict[str, Path]) -> None:
+    model = next(iter(found), cluster.plan.model_name)
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    print(f"ready: {cluster.url}/v1 serves {cluster.plan.model_name} and {len(found)} adapters given here")
+    print(f"  curl {cluster.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+    print(f"  vllm-loraserve status --coordinator {cluster.coordinator_endpoint}")
+    print(f"  logs: {cluster.logs}")
+    print("Ctrl-C stops everything", flush=True)
+
+
+def _until_it_ends(cluster: Cluster) -> int:
+    """Says when a part ends; returns 1 once nobody can be served any more."""
+    ended: set[str] = set()
+    while True:
+        for server in cluster.servers:
+            if server.status is not None and server.name not in ended:
+                ended.add(server.name)
+                print(f"{server.name} ended with status {server.status}; its log: {server.log}", file=sys.stderr)
+        if "router" in ended or ended >= {server.name for server in cluster.instances}:
+            return 1
+        time.sleep(0.5)
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
