@@ -1,0 +1,418 @@
+"""What the router adds: latency at 100 requests/s, requests/s on one core, and whether streamed tokens stay apart.
+
+Three processes beside this one: stub instances that answer at once (`--role stub`), the router, and an open-loop load
+generator (`--role load`), whose requests start at their scheduled times whether or not earlier ones have been answered
+and whose latencies count from then. The router has one CPU to itself, the other two share another one. Direct and
+routed blocks alternate; the figures are differences of percentiles over all blocks.
+
+    python benchmarks/router_overhead.py --json benchmarks/results/router_overhead.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+try:
+    import uvloop
+
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+except ImportError:
+    new_loop = asyncio.new_event_loop
+
+ROOT = Path(__file__).resolve().parent.parent
+ADAPTERS = 100
+TOKEN_GAP_S = 0.05
+CONNECTIONS = 256
+
+
+# ---- the stub instances ----
+
+
+class StubConnection(asyncio.Protocol):
+    """Enough HTTP/1.1 to answer the router and the load generator: POSTs with a Content-Length, GET /v1/models."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
+            head = bytes(self.buffer[:end]).lower()
+            at = head.find(b"content-length:")
+            length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
+            if len(self.buffer) < end + 4 + length:
+                return
+            body = bytes(self.buffer[end + 4 : end + 4 + length])
+            del self.buffer[: end + 4 + length]
+            if head.startswith(b"get"):
+                self.reply(MODELS)
+            elif b'"stream": true' in body:
+                asyncio.get_running_loop().create_task(self.stream(json.loads(body)["max_tokens"]))
+            else:
+                self.reply(ANSWER)
+
+    def reply(self, body: bytes) -> None:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        self.transport.write(head + body)  # type: ignore[attr-defined]
+
+    async def stream(self, tokens: int) -> None:
+        write = self.transport.write  # type: ignore[attr-defined]
+        write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        start = asyncio.get_running_loop().time()
+        for n in range(tokens):
+            event = b'data: {"id":"cmpl-1","object":"text_completion","choices":[{"text":" t%d"}]}\n\n' % n
+            write(b"%x\r\n%s\r\n" % (len(event), event))
+            await asyncio.sleep(start + (n + 1) * TOKEN_GAP_S - asyncio.get_running_loop().time())
+        write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+ANSWER = json.dumps(
+    {
+        "id": "cmpl-1",
+        "object": "text_completion",
+        "created": 0,
+        "model": "base",
+        "choices": [{"index": 0, "text": " answer" * 40, "finish_reason": "length", "logprobs": None}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 40, "total_tokens": 140},
+    }
+).encode()
+MODELS = json.dumps(
+    {"data": [{"id": "base"}] + [{"id": f"adapter-{i}", "parent": "base", "rank": 16} for i in range(ADAPTERS)]}
+).encode()
+
+
+async def stub(count: int) -> None:
+    """`count` stub instances in one process; prints their ports."""
+    loop = asyncio.get_running_loop()
+    servers = [await loop.create_server(StubConnection, "127.0.0.1", 0, backlog=1024) for _ in range(count)]
+    print(json.dumps([s.sockets[0].getsockname()[1] for s in servers]), flush=True)
+    await asyncio.Event().wait()
+
+
+# ---- the load generator ----
+
+
+class LoadConnection(asyncio.Protocol):
+    """One connection with at most one request on it."""
+
+    def __init__(self, idle: deque[LoadConnection]) -> None:
+        self.idle = idle
+        self.buffer = bytearray()
+        self.done: Callable[[int], None] | None = None
+        self.chunks: list[tuple[float, int]] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def send(self, request: bytes, done: Callable[[int], None], chunks: list[tuple[float, int]] | None = None) -> None:
+        self.done, self.chunks = done, chunks
+        self.transport.write(request)  # type: ignore[attr-defined]
+
+    def data_received(self, data: bytes) -> None:
+        if self.chunks is not None and (events := data.count(b"data: {")):
+            self.chunks.append((time.perf_counter(), events))
+        self.buffer += data
+        end = self.buffer.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        head = bytes(self.buffer[:end]).lower()
+        if b"chunked" in head:
+            if not self.buffer.endswith(b"\r\n0\r\n\r\n"):
+                return
+        else:
+            at = head.find(b"content-length:")
+            if len(self.buffer) < end + 4 + int(head[at + 15 :].split(b"\r\n", 1)[0]):
+                return
+        status = int(head[9:12])
+        self.buffer.clear()
+        done, self.done = self.done, None
+        self.idle.append(self)
+        if done is not None:
+            done(status)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self in self.idle:
+            self.idle.remove(self)
+        if self.done is not None:
+            self.done(599)
+
+
+def request_bytes(model: str, stream_tokens: int = 0) -> bytes:
+    body = {"model": model, "prompt": "word " * 100, "max_tokens": stream_tokens or 40, "stream": stream_tokens > 0}
+    raw = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw
+
+
+class Load:
+    """Requests to one port over keep-alive connections."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.idle: deque[LoadConnection] = deque()
+        self.requests = [request_bytes("base")] + [request_bytes(f"adapter-{i}") for i in range(ADAPTERS)]
+
+    async def connect(self, count: int) -> None:
+        loop = asyncio.get_running_loop()
+        while len(self.idle) < count:
+            _, connection = await loop.create_connection(lambda: LoadConnection(self.idle), "127.0.0.1", self.port)
+            self.idle.append(connection)
+
+    async def open_loop(self, rate: float, seconds: float, seed: int) -> dict[str, object]:
+        """Poisson arrivals; latencies in ms from the scheduled start, sorted."""
+        rng = random.Random(seed)
+        loop = asyncio.get_running_loop()
+        latencies: list[float] = []
+        bad = 0
+        outstanding = 0
+        finished = asyncio.Event()
+        begin = due = time.perf_counter() + 0.05
+        end = begin + seconds
+        sent = 0
+        last = begin
+
+        def sender(scheduled: float) -> Callable[[int], None]:
+            def done(status: int) -> None:
+                nonlocal bad, outstanding, last
+                last = time.perf_counter()
+                latencies.append((last - scheduled) * 1e3)
+                bad += status != 200
+                outstanding -= 1
+                if outstanding == 0:
+                    finished.set()
+
+            return done
+
+        while due < end:
+            pause = due - time.perf_counter()
+            if pause > 0:
+                # The last stretch is spun through: a timer is late by up to a millisecond.
+                await asyncio.sleep(pause - 0.001 if pause > 0.002 else 0)
+                continue
+            if not self.idle:
+                if outstanding > 4 * CONNECTIONS:
+                    break  # hopelessly behind
+                _, connection = await loop.create_connection(lambda: LoadConnection(self.idle), "127.0.0.1", self.port)
+                self.idle.append(connection)
+            outstanding += 1
+            finished.clear()
+            self.idle.popleft().send(rng.choice(self.requests), sender(due))
+            sent += 1
+            due += rng.expovariate(rate)
+        if outstanding:
+            await asyncio.wait_for(finished.wait(), 30)
+        return {"latencies_ms": sorted(latencies), "bad": bad, "achieved_rps": sent / (max(last, end) - begin)}
+
+    async def closed_loop(self, concurrency: int, seconds: float, seed: int) -> dict[str, object]:
+        """`concurrency` clients that each wait for their answer: requests/s."""
+        rng = random.Random(seed)
+        end = time.perf_counter() + seconds
+        count = bad = 0
+        await self.connect(concurrency)
+
+        async def client() -> None:
+            nonlocal count, bad
+            connection = self.idle.popleft()
+            while time.perf_counter() < end:
+                answered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+                connection.send(rng.choice(self.requests), answered.set_result)
+                bad += await answered != 200
+                self.idle.remove(connection)
+                count += 1
+            self.idle.append(connection)
+
+        begin = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(concurrency)))
+        return {"rps": count / (time.perf_counter() - begin), "bad": bad}
+
+    async def streams(self, count: int, tokens: int) -> dict[str, object]:
+        """`count` streams at once: the gaps between arrivals and how many events came joined to another."""
+        await self.connect(count)
+        records: list[list[tuple[float, int]]] = [[] for _ in range(count)]
+        answers: list[asyncio.Future[int]] = []
+        request = request_bytes("adapter-1", tokens)
+        for chunks in records:
+            answered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            self.idle.popleft().send(request, answered.set_result, chunks)
+            answers.append(answered)
+            await asyncio.sleep(TOKEN_GAP_S / count)
+        bad = sum(status != 200 for status in await asyncio.gather(*answers))
+        gaps = [(b[0] - a[0]) * 1e3 for r in records for a, b in zip(r, r[1:], strict=False)]
+        events = sum(n for r in records for _, n in r)
+        joined = sum(n for r in records for _, n in r if n > 1)
+        return {"gaps_ms": sorted(gaps), "events": events, "joined": joined, "bad": bad}
+
+
+async def load() -> None:
+    """Obeys commands on stdin, one JSON object a line: [port, method, arguments...]."""
+    loads: dict[int, Load] = {}
+    for line in iter(sys.stdin.readline, ""):
+        port, method, *arguments = json.loads(line)
+        target = loads.setdefault(port, Load(port))
+        await target.connect(32)
+        print(json.dumps(await getattr(target, method)(*arguments)), flush=True)
+        # Nothing reads while this process waits for a command; stale connections would fail the next one.
+        for connection in list(target.idle):
+            connection.transport.close()  # type: ignore[attr-defined]
+        await asyncio.sleep(0.05)
+        target.idle.clear()
+
+
+# ---- the measurement ----
+
+
+def percentile(values: list[float], share: float) -> float:
+    return values[min(len(values) - 1, int(share * len(values)))]
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds a process has used (Linux; 0 elsewhere)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def spawn(arguments: list[str], cpu: int | None, **options: object) -> subprocess.Popen[str]:
+    def pin() -> None:
+        if cpu is not None:
+            os.sched_setaffinity(0, {cpu})
+
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen(
+        [sys.executable, *arguments], text=True, env=environment, preexec_fn=pin, **options  # type: ignore[call-overload]
+    )
+
+
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    router_cpu, other_cpu = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    children = [spawn([__file__, "--role", "stub"], other_cpu, stdout=subprocess.PIPE)]
+    try:
+        assert children[0].stdout is not None
+        stubs: list[int] = json.loads(children[0].stdout.readline())
+        urls = [f"http://127.0.0.1:{port}" for port in stubs]
+        arguments = ["-m", "vllm_loraserve.cli", "router", "--port", "0", "--instances", *urls]
+        router = spawn(arguments, router_cpu, stderr=subprocess.PIPE)
+        children.append(router)
+        assert router.stderr is not None
+        routed = next(int(line.rpartition(":")[2]) for line in router.stderr if "listens" in line)
+        generator = spawn([__file__, "--role", "load"], other_cpu, **pipes)
+        children.append(generator)
+        assert generator.stdin is not None
+        assert generator.stdout is not None
+
+        def command(port: int, method: str, *rest: object) -> dict[str, object]:
+            generator.stdin.write(json.dumps([port, method, *rest]) + "\n")  # type: ignore[union-attr]
+            generator.stdin.flush()  # type: ignore[union-attr]
+            answer: dict[str, object] = json.loads(generator.stdout.readline())  # type: ignore[union-attr]
+            if answer["bad"]:
+                raise RuntimeError(f"{answer['bad']} requests failed in {method} on port {port}")
+            return answer
+
+        for port in (routed, stubs[0]):
+            command(port, "closed_loop", 8, 1.0, 0)
+        latencies: dict[str, list[float]] = {"direct": [], "routed": []}
+        for block in range(options.blocks):
+            for side, port in (("direct", stubs[0]), ("routed", routed)):
+                answer = command(port, "open_loop", 100.0, options.seconds, block)
+                latencies[side] += answer["latencies_ms"]  # type: ignore[operator]
+        direct, through = sorted(latencies["direct"]), sorted(latencies["routed"])
+
+        closed, cost = [], []
+        for repeat in range(3):
+            before, begin = cpu_s(router.pid), time.perf_counter()
+            rps = float(command(routed, "closed_loop", 64, options.seconds, repeat)["rps"])  # type: ignore[arg-type]
+            closed.append(rps)
+            cost.append((cpu_s(router.pid) - before) / (rps * options.seconds) * 1e6)
+            del begin
+        sustained, at_sustained = 0.0, []
+        for share in (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5):
+            rate = statistics.median(closed) * share
+            answer = command(routed, "open_loop", rate, options.seconds, 99)
+            at_sustained = answer["latencies_ms"]  # type: ignore[assignment]
+            if float(answer["achieved_rps"]) >= 0.97 * rate and percentile(at_sustained, 0.99) < 100.0:  # type: ignore[arg-type]
+                sustained = float(answer["achieved_rps"])  # type: ignore[arg-type]
+                break
+        before = cpu_s(router.pid)
+        stream = command(routed, "streams", 20, 60)
+        stream_cpu = cpu_s(router.pid) - before
+        one = command(routed, "streams", 1, 60)
+    finally:
+        for child in children:
+            child.send_signal(signal.SIGTERM)
+        for child in children:
+            child.wait(10)
+    gaps, one_gaps = stream["gaps_ms"], one["gaps_ms"]
+    assert isinstance(gaps, list)
+    assert isinstance(one_gaps, list)
+    return {
+        "added_ms_p50": percentile(through, 0.5) - percentile(direct, 0.5),
+        "added_ms_p99": percentile(through, 0.99) - percentile(direct, 0.99),
+        "max_rps": sustained,
+        "direct_ms_p50": percentile(direct, 0.5),
+        "direct_ms_p99": percentile(direct, 0.99),
+        "routed_ms_p50": percentile(through, 0.5),
+        "routed_ms_p99": percentile(through, 0.99),
+        "requests": len(through),
+        "max_rps_ms_p50": percentile(at_sustained, 0.5),
+        "max_rps_ms_p99": percentile(at_sustained, 0.99),
+        "closed_loop_rps": statistics.median(closed),
+        "router_cpu_us_per_request": statistics.median(cost),
+        "stream_token_gap_ms": TOKEN_GAP_S * 1e3,
+        "one_stream_gap_ms_min_p50_max": [one_gaps[0], percentile(one_gaps, 0.5), one_gaps[-1]],
+        "one_stream_joined_events": one["joined"],
+        "streams_20_gap_ms_p1_p50_p99": [percentile(gaps, 0.01), percentile(gaps, 0.5), percentile(gaps, 0.99)],
+        "streams_20_joined_events": stream["joined"],
+        "streams_20_events": stream["events"],
+        "router_cpu_us_per_event": stream_cpu / int(stream["events"]) * 1e6,  # type: ignore[call-overload]
+        "router_cpu": router_cpu,
+        "other_cpu": other_cpu,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--blocks", type=int, default=4, help="direct and routed blocks at 100 requests/s")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of a block")
+    parser.add_argument("--role", choices=("stub", "load"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.role is not None:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(stub(2) if options.role == "stub" else load())
+        return
+    result = measure(options)
+    for key, value in result.items():
+        shown = ", ".join(f"{v:.3g}" for v in value) if isinstance(value, list) else value
+        print(f"{key:32} {shown:.4g}" if isinstance(shown, float) else f"{key:32} {shown}")
+    if options.json is not None:
+        about = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+            "command": " ".join(["python", "benchmarks/router_overhead.py", *sys.argv[1:]]),
+        }
+        options.json.write_text(json.dumps(about | result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
