@@ -149,7 +149,7 @@ async def test_fractions_are_followed() -> None:
         upstream = await made.acquire(target)
         counts[upstream.name] += 1
         made.release(upstream)
-    assert counts["a"] > counts["b"] > 0
+    assert counts["a"] == pytest.approx(750, abs=60)
 
 
 async def test_less_loaded_of_two_is_chosen() -> None:
@@ -229,7 +229,7 @@ def test_drain_rate_forgets() -> None:
         clock.now += 0.1
         rate.add()
     assert rate.per_s() == pytest.approx(10, rel=0.1)
-    clock.now += 7.0
+    clock.now += 4.0
     assert 0 < rate.per_s() < 10
     clock.now += 20.0
     assert rate.per_s() == 0.0

@@ -67,7 +67,8 @@ def choose(
         return rendezvous_weighted(affinity, eligible) if affinity is not None else first
     rest = {s: p for s, p in eligible.items() if s != first}
     second = draw(rest, rng)
-    best = min((first, second), key=lambda s: (loads.get(s, 0.0), s))
+    # Equal loads keep the first, which was drawn by phi; else two servers would never see their fractions.
+    best = min((first, second), key=lambda s: loads.get(s, 0.0))
     if affinity is not None:
         own = rendezvous_weighted(affinity, eligible)
         if loads.get(own, 0.0) <= loads.get(best, 0.0) + AFFINITY_SLACK * (loads.get(best, 0.0) + 1.0):
