@@ -16,7 +16,17 @@ def test_only_a_bearer_of_a_key_is_admitted() -> None:
     keys = Keys(["secret", "other"])
     for good in ("Bearer secret", "bearer other", "Bearer  secret "):
         assert keys.admits(good)
-    for bad in (None, "", "secret", "Basic secret", "Bearer", "Bearer ", "Bearer secre", "Bearer secret2", "Bearer \udcff"):
+    for bad in (
+        None,
+        "",
+        "secret",
+        "Basic secret",
+        "Bearer",
+        "Bearer ",
+        "Bearer secre",
+        "Bearer secret2",
+        "Bearer \udcff",
+    ):
         assert not keys.admits(bad)
     assert Keys().admits(None)
     assert "secret" not in repr(keys)

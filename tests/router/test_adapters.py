@@ -1,0 +1,161 @@
+"""Model cards, and adapters loaded and unloaded through a registry that the test plays."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from vllm_loraserve.coordinator.client import CoordinatorError, CoordinatorUnavailable
+from vllm_loraserve.coordinator.messages import (
+    AdapterReply,
+    AddAdapter,
+    GetTable,
+    Message,
+    Ok,
+    RemoveAdapter,
+    RoutingTable,
+)
+
+from .conftest import Serve, entry, record, routes, table
+
+
+class FakeRegistry:
+    """Answers with `answer` (raised when it is an exception) and with `table` to GetTable; keeps what it was asked."""
+
+    def __init__(self, answer: Message | Exception | None = None) -> None:
+        self.answer = answer if answer is not None else Ok()
+        self.table: RoutingTable | Exception = CoordinatorUnavailable("down")
+        self.asked: list[Message] = []
+
+    async def request(self, message: Message, *, timeout_s: float | None = None) -> Message:
+        self.asked.append(message)
+        await asyncio.sleep(0)
+        reply = self.table if isinstance(message, GetTable) else self.answer
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+
+async def test_models_lists_base_and_active_adapters_with_parent_and_rank(serve: Serve) -> None:
+    served = await serve(1)
+    served.publish([routes("one", rank=16, a=1.0), routes("out", state="draining"), routes("org/two", rank=4)])
+    async with served.client.get("/v1/models") as r:
+        cards = {card["id"]: card for card in (await r.json())["data"]}
+    assert list(cards) == ["base", "one", "org/two"]
+    assert cards["base"]["parent"] is None
+    assert cards["one"] == {
+        "id": "one",
+        "object": "model",
+        "created": 1000,
+        "owned_by": "vllm",
+        "root": "/adapters/one",
+        "parent": "base",
+        "rank": 16,
+    }
+    async with served.client.get("/v1/models/org/two") as r:
+        assert (await r.json())["rank"] == 4
+    async with served.client.get("/v1/models/out") as r:
+        assert r.status == 404
+
+
+async def test_load_and_unload_speak_vllms_texts_and_are_seen_at_once(serve: Serve) -> None:
+    registry = FakeRegistry(AdapterReply(adapter=record("one"), created=True))
+    served = await serve(1, registry=registry)
+    stub = served.stubs[0]
+    registry.table = table([entry("a", stub.url)], [routes("one", a=1.0)], version=10)
+    body = {"lora_name": "one", "lora_path": "/adapters/one", "load_inplace": True, "is_3d_lora_weight": False}
+    async with served.client.post("/v1/load_lora_adapter", json=body) as r:
+        assert (r.status, await r.text()) == (200, "Success: LoRA adapter 'one' added successfully.")
+    assert registry.asked[0] == AddAdapter(name="one", source="/adapters/one")
+    async with served.client.post("/v1/completions", json={"model": "one"}) as r:
+        assert r.status == 200
+    registry.answer = Ok()
+    registry.table = table([entry("a", stub.url)], version=11)
+    async with served.client.post("/v1/unload_lora_adapter", json={"lora_name": "one", "lora_int_id": 1}) as r:
+        assert (r.status, await r.text()) == (200, "Success: LoRA adapter 'one' removed successfully.")
+    assert RemoveAdapter(name="one", drain_s=30.0) in registry.asked
+    async with served.client.post("/v1/completions", json={"model": "one"}) as r:
+        assert r.status == 404
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [
+        ("conflict", 409, "ConflictError"),
+        ("forbidden", 403, "PermissionDeniedError"),
+        ("invalid", 400, "BadRequestError"),
+        ("not_found", 404, "NotFoundError"),
+        ("internal", 500, "InternalServerError"),
+    ],
+)
+async def test_refusals_keep_their_sentence(serve: Serve, code: str, status: int, kind: str) -> None:
+    registry = FakeRegistry(CoordinatorError(code, "One sentence."))  # type: ignore[arg-type]
+    served = await serve(1, registry=registry)
+    async with served.client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/p"}) as r:
+        assert r.status == status
+        error = (await r.json())["error"]
+    assert (error["message"], error["type"], error["code"]) == ("One sentence.", kind, status)
+
+
+async def test_unloading_what_is_not_there_is_vllms_404(serve: Serve) -> None:
+    served = await serve(1, registry=FakeRegistry(CoordinatorError("not_found", "no")))
+    for name in ("x", "bad name!"):
+        async with served.client.post("/v1/unload_lora_adapter", json={"lora_name": name}) as r:
+            assert r.status == 404
+            assert (await r.json())["error"]["message"] == f"The lora adapter '{name}' cannot be found."
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"lora_name": "x"},
+        {"lora_name": "", "lora_path": "/p"},
+        {"lora_name": "x", "lora_path": ""},
+        {"lora_name": 3, "lora_path": "/p"},
+        {"lora_name": "../x", "lora_path": "/p"},
+        {"lora_name": "a b", "lora_path": "/p"},
+        {"lora_name": "base", "lora_path": "/p"},
+        {"lora_name": "x" * 200, "lora_path": "/p"},
+        "text",
+    ],
+)
+async def test_bad_load_bodies_are_400_and_never_reach_the_registry(serve: Serve, body: object) -> None:
+    registry = FakeRegistry()
+    served = await serve(1, registry=registry)
+    async with served.client.post("/v1/load_lora_adapter", json=body) as r:
+        assert r.status == 400
+        assert (await r.json())["error"]["message"]
+    assert registry.asked == []
+
+
+async def test_silent_coordinator_is_a_503_for_changes_and_nothing_for_requests(serve: Serve) -> None:
+    served = await serve(1, registry=FakeRegistry(CoordinatorUnavailable("no answer")))
+    async with served.client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/p"}) as r:
+        assert r.status == 503
+        assert r.headers["Retry-After"] == "2"
+    async with served.client.post("/v1/completions", json={"model": "base"}) as r:
+        assert r.status == 200
+
+
+async def test_a_name_not_in_the_table_is_looked_up_once_for_all(serve: Serve) -> None:
+    """Another router may have registered it a moment ago; made-up names must not flood the coordinator."""
+    registry = FakeRegistry()
+    served = await serve(1, registry=registry)
+    registry.table = table([entry("a", served.stubs[0].url)], [routes("new", a=1.0)], version=10)
+
+    async def ask(name: str) -> int:
+        async with served.client.post("/v1/completions", json={"model": name}) as r:
+            return r.status
+
+    assert await ask("new") == 200
+    assert len(registry.asked) == 1
+    assert await asyncio.gather(*(ask(f"made-up-{n}") for n in range(20))) == [404] * 20
+    assert len(registry.asked) <= 2
+
+
+async def test_static_routers_do_not_change_adapters(serve: Serve) -> None:
+    served = await serve(1)
+    async with served.client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/p"}) as r:
+        assert r.status == 501

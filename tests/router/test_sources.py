@@ -1,0 +1,34 @@
+"""Tables from a coordinator, and, without one, from the instances themselves."""
+
+from __future__ import annotations
+
+from aiohttp import ClientSession
+
+from vllm_loraserve.router.directory import Directory
+from vllm_loraserve.router.sources import StaticSource
+
+from .stub import Stub
+
+
+async def test_static_instances_are_in_while_they_answer_and_adapters_where_they_are_listed() -> None:
+    one, two = await Stub("one").start(), await Stub("two").start()
+    one.models = ["base", "x", "y"]
+    two.models = ["base", "y"]
+    directory = Directory()
+    async with ClientSession() as session:
+        source = StaticSource(directory, [one.url, two.url + "/"], session)
+        await source.refresh()
+        names = {upstream.url: upstream.name for upstream in directory.live()}
+        assert set(names) == {one.url, two.url}
+        assert directory.base_model == "base"
+        assert directory.resolve("x").routes == {names[one.url]: 1.0}
+        assert directory.resolve("y").routes == dict.fromkeys(names.values(), 0.5)
+        await one.stop()
+        await source.refresh()
+        assert {upstream.url for upstream in directory.live()} == {two.url}
+        assert directory.resolve("y").routes == {names[two.url]: 1.0}
+        await one.start(one.port)
+        await source.refresh()
+        assert len(directory.live()) == 2
+    await one.stop()
+    await two.stop()
