@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
@@ -255,7 +256,7 @@ class Load:
             answers.append(answered)
             await asyncio.sleep(TOKEN_GAP_S / count)
         bad = sum(status != 200 for status in await asyncio.gather(*answers))
-        gaps = [(b[0] - a[0]) * 1e3 for r in records for a, b in zip(r, r[1:], strict=False)]
+        gaps = [(b[0] - a[0]) * 1e3 for r in records for a, b in itertools.pairwise(r)]
         events = sum(n for r in records for _, n in r)
         joined = sum(n for r in records for _, n in r if n > 1)
         return {"gaps_ms": sorted(gaps), "events": events, "joined": joined, "bad": bad}
@@ -412,7 +413,7 @@ def main() -> None:
     if options.json is not None:
         about = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+            "device": f"{os.cpu_count()} CPUs {platform.machine()}, Python {platform.python_version()}",
             "command": " ".join(["python", "benchmarks/router_overhead.py", *sys.argv[1:]]),
         }
         options.json.write_text(json.dumps(about | result, indent=2) + "\n")

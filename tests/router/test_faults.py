@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
-from vllm_loraserve.coordinator.messages import Capacity, Heartbeat, Load, Register
+from vllm_loraserve.coordinator.messages import (
+    Capacity,
+    Command,
+    CommandResult,
+    Heartbeat,
+    HeartbeatReply,
+    Load,
+    Register,
+    Residency,
+)
 from vllm_loraserve.router.app import RouterConfig
 
 from .conftest import Serve, entry, routes, table
@@ -111,6 +120,7 @@ class Agent:
     def __init__(self, endpoint: str, stub: Stub) -> None:
         self._client = CoordinatorClient(endpoint, timeout_s=1.0)
         self._stub = stub
+        self._resident: dict[str, Residency] = {}
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
@@ -132,9 +142,26 @@ class Agent:
         while True:
             with contextlib.suppress(CoordinatorUnavailable, CoordinatorError):
                 await self._client.request(hello)
+                results: tuple[CommandResult, ...] = ()
                 while True:
                     await asyncio.sleep(0.2)
-                    await self._client.request(Heartbeat(instance=name, incarnation=name, load=Load()))
+                    beat = Heartbeat(
+                        instance=name,
+                        incarnation=name,
+                        load=Load(),
+                        resident=tuple(self._resident.values()),
+                        results=results,
+                    )
+                    reply = await self._client.ask(beat, HeartbeatReply)
+                    results = tuple(self._obey(command) for command in reply.commands)
+
+    def _obey(self, command: Command) -> CommandResult:
+        adapter = command.adapter
+        if command.action == "prefetch":
+            self._resident[adapter.name] = Residency(name=adapter.name, sha256=adapter.sha256)
+        else:
+            self._resident.pop(adapter.name, None)
+        return CommandResult(id=command.id, ok=True)
 
 
 @contextlib.asynccontextmanager

@@ -174,17 +174,23 @@ class Admission:
         Held back as long as another can serve: those that failed this request, and those with an open breaker.
         """
         now = self._clock()
+        limit = self.max_concurrency
         known = self.directory.upstreams
-        usable = [u for n, u in known.items() if n not in exclude and u.available(now)]
-        if not usable:
-            usable = [u for n, u in known.items() if n not in exclude] or list(known.values())
-        candidates = {u.entry.name: u for u in usable if u.in_flight < self.max_concurrency}
-        if not candidates:
+        routes = {
+            name: phi
+            for name, phi in target.routes.items()
+            if (u := known.get(name)) and u.in_flight < limit and name not in exclude and u.available(now)
+        }
+        if not routes:
+            usable = [u for n, u in known.items() if n not in exclude and u.available(now)]
+            if not usable:
+                usable = [u for n, u in known.items() if n not in exclude] or list(known.values())
+            routes = {u.entry.name: 1.0 for u in usable if u.in_flight < limit}
+        if not routes:
             return None
-        routes = {n: phi for n, phi in target.routes.items() if n in candidates} or dict.fromkeys(candidates, 1.0)
         if len(routes) == 1:
             (name,) = routes
         else:
-            loads = {n: candidates[n].load() for n in routes}
+            loads = {name: known[name].load() for name in routes}
             name = choose(routes, loads, self._rng, affinity) or next(iter(routes))
-        return candidates[name]
+        return known[name]

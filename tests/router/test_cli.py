@@ -1,0 +1,74 @@
+"""`vllm-loraserve router` as a process: starts, serves, drains, says what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+import pytest
+from aiohttp import ClientSession
+
+from vllm_loraserve.cli import main
+
+from .stub import Stub
+
+
+async def test_serves_and_finishes_running_requests_before_it_stops() -> None:
+    stub = await Stub("a", ["headers", "event", "hold", "event", "done"]).start()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "vllm_loraserve.cli", "router", "--port", "0", "--instances", stub.url),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(30):
+            while b"listens on" not in (line := await process.stderr.readline()):
+                assert line, "the router ended"
+            url = line.decode().split("listens on ")[1].strip()
+            async with ClientSession() as client, client.post(url + "/v1/completions", json={"model": "base"}) as r:
+                await r.content.readuntil(b"\n\n")
+                process.send_signal(signal.SIGTERM)
+                while b"stops" not in await process.stderr.readline():
+                    pass
+                stub.release()
+                assert await r.content.read() == b'data: {"choices": [{"text": "a-1"}]}\n\ndata: [DONE]\n\n'
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        await stub.stop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "one of the arguments --coordinator --instances is required"),
+        (["--instances", "http://x", "--max-queue", "-1"], "-1 is below 0 requests"),
+        (["--instances", "http://x", "--max-concurrency", "many"], "'many' is no number of requests"),
+        (["--instances", "http://x", "--idle-timeout-s", "nan"], "nan is below"),
+    ],
+)
+def test_wrong_options_are_told_in_a_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["router", *arguments])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_missing_key_file_keeps_the_router_from_starting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["router", "--instances", "http://x", "--api-key-file", "/nowhere/keys"]) == 2
+    assert "API key file /nowhere/keys" in capsys.readouterr().err
+
+
+async def test_a_taken_port_is_told_in_a_line() -> None:
+    stub = await Stub("a").start()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "vllm_loraserve.cli", "router", "--instances", stub.url, "--port", str(stub.port)),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 1
+    assert f"can't listen on 127.0.0.1:{stub.port}: ".encode() in said
+    await stub.stop()
