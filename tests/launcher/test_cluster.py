@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import STUB, wait_until_dead
+from stubs import STUB, wait_until_dead
 
 from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError
 from vllm_loraserve.launcher.processes import Server, healthy, is_free
@@ -101,7 +101,7 @@ def test_kill_takes_everything_of_one_part(plan: Plan) -> None:
 
 UP = """
 import functools, sys
-from conftest import stub_programs
+from stubs import stub_programs
 from vllm_loraserve.cli import main
 from vllm_loraserve.launcher import up
 up.Plan = functools.partial(up.Plan, programs=stub_programs())

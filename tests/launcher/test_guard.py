@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import is_alive, wait_until_dead
+from stubs import is_alive, wait_until_dead
 
 from vllm_loraserve.launcher import guard
 

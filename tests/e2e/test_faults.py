@@ -1,0 +1,85 @@
+"""kill -9 of a part of the cluster, under load."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+from world import World
+
+from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorUnavailable
+from vllm_loraserve.coordinator.messages import GetTable, RoutingTable
+from vllm_loraserve.launcher import traffic
+from vllm_loraserve.launcher.traffic import Request
+
+
+def quick(world: World, count: int) -> list[Request]:
+    """Requests that are not streamed, of all models in turn."""
+    return [Request(r.model, r.prompt, False) for r in traffic.mixed(world.models, count)]
+
+
+async def _table(endpoint: str) -> RoutingTable | None:
+    async with CoordinatorClient(endpoint, timeout_s=0.5) as client:
+        try:
+            return await client.ask(GetTable(), RoutingTable)
+        except CoordinatorUnavailable:
+            return None
+
+
+def test_without_coordinator_traffic_goes_on_and_with_it_all_is_back_within_5_s(world: World) -> None:
+    cluster = world.cluster
+    before = asyncio.run(_table(cluster.coordinator_endpoint))
+    assert before is not None
+    cluster.coordinator.kill()
+    assert world.wrong(world.send(quick(world, 28))) == []
+    assert asyncio.run(_table(cluster.coordinator_endpoint)) is None
+
+    cluster.coordinator.start()
+    began = time.monotonic()
+    expected = {entry.adapter.name for entry in before.adapters}
+    assert expected >= set(world.words)
+    while True:
+        table = asyncio.run(_table(cluster.coordinator_endpoint))
+        if table is not None and len(table.instances) == 2:
+            known = {entry.adapter.name for entry in table.adapters if entry.routes}
+            if known == expected:
+                break
+        assert time.monotonic() - began < 5.0, f"not back: {table}"
+        time.sleep(0.1)
+    assert table.epoch > before.epoch
+    assert world.wrong(world.send(quick(world, 14))) == []
+
+
+@pytest.mark.parametrize("part", ["everything", "engine core"])
+def test_kill_9_of_an_instance_under_load_fails_no_request(world: World, part: str) -> None:
+    cluster = world.cluster
+    victim = cluster.instances[1]
+
+    async def run() -> list[traffic.Answer]:
+        answered = 0
+
+        def count(_: traffic.Answer) -> None:
+            nonlocal answered
+            answered += 1
+            if answered == 20:
+                assert victim.status is None
+                strike(victim.pids())
+
+        async with traffic.client_for(cluster.url) as client:
+            return await traffic.send(client, quick(world, 84), concurrency=16, on_answer=count)
+
+    def strike(pids: list[int]) -> None:
+        """pids: guard, API server, then the engine core and what else vLLM starts."""
+        chosen = pids if part == "everything" else pids[2:]
+        assert chosen
+        for pid in reversed(chosen):
+            os.kill(pid, signal.SIGKILL)
+
+    answers = asyncio.run(run())
+    assert world.wrong(answers) == []
+    assert victim.process is not None
+    victim.process.wait(60)
+    cluster.wait_for_instances(1, 60.0)
