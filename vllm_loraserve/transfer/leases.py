@@ -1,0 +1,120 @@
+"""The leases a server has given out: who may read which pages, until when, and how that ends.
+
+A lease ends once: released by its holder, lost with its session, expired, or revoked by the store's owner. However it
+ends, `on_end` runs exactly once (it takes back the memory registration) before the store's pin is undone. Pure
+bookkeeping: time is passed in, sockets are elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+
+from vllm_loraserve.transfer.pages import AdapterPages, PageStore
+
+
+class Lease:
+    """One reader's hold on one adapter's pages."""
+
+    def __init__(self, number: int, session: int, store: PageStore, store_index: int, pages: AdapterPages) -> None:
+        self.number, self.session, self.store, self.store_index, self.pages = number, session, store, store_index, pages
+        self.expires = 0.0
+        self.on_end: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._readers = 0
+        self._ended = False
+
+    @property
+    def valid(self) -> bool:
+        """False from the moment the lease ends."""
+        return not self._ended
+
+    def enter(self) -> bool:
+        """A server thread begins to read the pages on the holder's behalf; False where the lease has ended."""
+        with self._lock:
+            if self._ended:
+                return False
+            self._readers += 1
+            return True
+
+    def leave(self) -> None:
+        """Undoes one successful `enter`."""
+        with self._lock:
+            self._readers -= 1
+            self._idle.notify_all()
+
+    def end(self) -> bool:
+        """Ends the lease: no new readers, those inside leave first, then the registration and the pin go.
+
+        True for the one caller that ended it.
+        """
+        with self._lock:
+            if self._ended:
+                return False
+            self._ended = True
+            while self._readers:
+                self._idle.wait()
+        try:
+            if self.on_end is not None:
+                self.on_end()
+        finally:
+            self.store.release(self.pages)
+        return True
+
+
+class LeaseTable:
+    """All live leases of one server. `ttl` in seconds: a session that says nothing for so long loses its leases."""
+
+    def __init__(self, ttl: float) -> None:
+        self.ttl = ttl
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._leases: dict[int, Lease] = {}
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def open(self, session: int, store: PageStore, index: int, pages: AdapterPages, now: float) -> Lease:
+        """A lease on pages that the caller has already acquired from the store; the lease now owns that pin."""
+        with self._lock:
+            lease = Lease(next(self._numbers), session, store, index, pages)
+            lease.expires = now + self.ttl
+            self._leases[lease.number] = lease
+            return lease
+
+    def get(self, number: int, session: int) -> Lease | None:
+        """The live lease of this number, if this session holds it."""
+        lease = self._leases.get(number)
+        return lease if lease is not None and lease.session == session and lease.valid else None
+
+    def renew(self, session: int, now: float) -> None:
+        """The session gave a sign of life."""
+        with self._lock:
+            for lease in self._leases.values():
+                if lease.session == session:
+                    lease.expires = now + self.ttl
+
+    def _end(self, chosen: Callable[[Lease], bool]) -> int:
+        with self._lock:
+            ending = [lease for lease in self._leases.values() if chosen(lease)]
+            for lease in ending:
+                del self._leases[lease.number]
+        return sum(lease.end() for lease in ending)
+
+    def end(self, lease: Lease) -> None:
+        """The holder gives it back."""
+        self._end(lambda other: other is lease)
+
+    def end_session(self, session: int) -> int:
+        """The holder is gone; how many leases that ended."""
+        return self._end(lambda lease: lease.session == session)
+
+    def end_adapter(self, name: str) -> int:
+        """Hard revocation: returns when nobody can read these pages any more; how many leases that ended."""
+        return self._end(lambda lease: lease.pages.name == name)
+
+    def end_expired(self, now: float) -> int:
+        """Holders that hang; how many leases that ended."""
+        return self._end(lambda lease: lease.expires < now)

@@ -1,0 +1,257 @@
+"""The rung between processes of one host: map the peer's slab, then copy; one copy, no socket.
+
+Host memory travels as a memfd over an authenticated Unix socket (SCM_RIGHTS), opened read-only on the way, so
+that a reader cannot write into the owner's slab. Device memory travels as a CUDA IPC handle. The mapping is
+kept while the peer is connected; what may be read, and until when, is still what the lease says: the
+generation is checked after the copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import socket
+import threading
+
+import numpy as np
+
+from vllm_loraserve.memory import extension
+from vllm_loraserve.memory.extension import Segment
+from vllm_loraserve.memory.slab import Slab
+from vllm_loraserve.transfer import wire
+from vllm_loraserve.transfer.errors import PeerLostError, RungFailedError, TransferError
+from vllm_loraserve.transfer.flight import Flight
+from vllm_loraserve.transfer.pages import Destination, Piece, Range, match, page_offsets
+from vllm_loraserve.transfer.rungs.base import Link
+from vllm_loraserve.transfer.rungs.tcp import open_data
+
+PIECE = 8 << 20
+"""Bytes between two looks at deadline, cancellation and bandwidth."""
+
+
+# ---- the serving side ----
+
+
+def describe(slab: Slab, same_host: bool) -> wire.SlabInfo:
+    """What a peer needs to know of a slab; the CUDA IPC handle goes to processes of this host only."""
+    if slab.device >= 0 and same_host:
+        library = extension.load()
+        with contextlib.suppress(extension.ExtensionError):  # VMM memory has no legacy handle
+            if library is not None:
+                handle, offset = library.export_ipc(slab.device, slab.address)
+                return wire.SlabInfo(size=slab.size, device=slab.device, ipc=handle, ipc_offset=offset)
+    return wire.SlabInfo(size=slab.size, device=slab.device)
+
+
+def send_memory(sock: socket.socket, slab: Slab) -> None:
+    """Sends a read-only descriptor of the slab's memfd."""
+    fd = os.open(f"/proc/self/fd/{slab.fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        wire.send(sock, wire.Done())
+        socket.send_fds(sock, [b"\0"], [fd])
+    finally:
+        os.close(fd)
+
+
+# ---- the reading side ----
+
+
+class _Mapping:
+    """A peer's slab in our address space, read-only."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        self.address = int(np.frombuffer(self._map, np.uint8).ctypes.data)
+
+    def close(self) -> None:
+        self._map.close()
+
+
+class MemfdRung:
+    """Copies out of the peer's mapped memfd; checksums are computed on the way where the extension is
+    built."""
+
+    name = "memfd"
+    rdma = False
+
+    def __init__(self) -> None:
+        self._mappings: dict[int, _Mapping] = {}
+        self._lock = threading.Lock()
+        self._users = 0
+        self._closed = False
+
+    def probe(self, link: Link, destination_device: int) -> str:
+        if not link.welcome.unix:
+            return "the peer is on another host"
+        if destination_device >= 0 and extension.load() is None:
+            return "copying to device memory needs the extension"
+        if all(slab.device >= 0 for slab in link.welcome.slabs):
+            return "the peer serves device memory only"
+        try:
+            first = next(i for i, slab in enumerate(link.welcome.slabs) if slab.device < 0)
+            self._mapping(link, first)
+        except (TransferError, OSError) as error:
+            return f"its memory cannot be mapped: {error}"
+        return ""
+
+    def _mapping(self, link: Link, index: int) -> _Mapping:
+        with self._lock:
+            if self._closed:
+                raise RungFailedError("the peer is being disconnected")
+            found = self._mappings.get(index)
+            if found is not None:
+                return found
+            sock = open_data(link, "\0" + link.welcome.unix, link.timeout)
+            try:
+                wire.send(sock, wire.GetMemory(slab=index))
+                reply = wire.receive_reply(sock)
+                if not isinstance(reply, wire.Done):
+                    raise RungFailedError(f"the peer does not share its memory: {reply}")
+                _, fds, _, _ = socket.recv_fds(sock, 1, 1)
+            finally:
+                sock.close()
+            if len(fds) != 1:
+                raise PeerLostError("the peer sent no memory")
+            try:
+                size = link.welcome.slabs[index].size
+                if os.fstat(fds[0]).st_size < size:
+                    raise RungFailedError("the peer's memory is smaller than it said")
+                found = self._mappings[index] = _Mapping(fds[0], size)
+            finally:
+                os.close(fds[0])
+            return found
+
+    def prepare(self, link: Link) -> None:
+        """Nothing to do."""
+
+    def read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> list[int] | None:
+        if link.welcome.slabs[lease.slab].device >= 0:
+            raise RungFailedError("the adapter is in the peer's device memory")
+        mapping = self._mapping(link, lease.slab)
+        with self._lock:
+            if self._closed:
+                raise RungFailedError("the peer is being disconnected")
+            self._users += 1
+        try:
+            return _copy(mapping.address, lease, destination, flight)
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._closed and not self._users:
+                    self._unmap()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if not self._users:
+                self._unmap()
+
+    def _unmap(self) -> None:
+        for mapping in self._mappings.values():
+            mapping.close()
+        self._mappings.clear()
+
+
+def _copy(base: int, lease: wire.Leased, destination: Destination, flight: Flight) -> list[int] | None:
+    library = extension.load()
+    pages = lease.pages
+    if library is None or destination.slab.device >= 0:
+        for piece in match(pages.ranges, destination.ranges, PIECE):
+            flight.advance(piece.length)
+            if library is None:
+                ctypes.memmove(destination.slab.address + piece.target, base + piece.source, piece.length)
+            else:
+                library.copy([_segment(base, destination, piece)], destination.slab.device)
+        return None
+    # Page by page, so that each page's checksum falls out of its copy.
+    sums: list[int] = []
+    batch: list[Segment] = []
+    held = 0
+    offsets = zip(
+        page_offsets(pages.page_lengths, pages.ranges),
+        page_offsets(pages.page_lengths, destination.ranges),
+        pages.page_lengths,
+        strict=True,
+    )
+    for source, target, length in offsets:
+        batch.append(Segment(base + source, destination.slab.address + target, length))
+        held += length
+        if held >= PIECE:
+            flight.advance(held)
+            sums += library.copy_checksums(batch)
+            batch, held = [], 0
+    if batch:
+        flight.advance(held)
+        sums += library.copy_checksums(batch)
+    return sums
+
+
+def _segment(base: int, destination: Destination, piece: Piece) -> Segment:
+    return Segment(base + piece.source, destination.slab.address + piece.target, piece.length)
+
+
+class CudaIpcRung:
+    """Device to device (or to host) between processes that share a GPU host, through a CUDA IPC mapping."""
+
+    name = "cuda_ipc"
+    rdma = False
+
+    def __init__(self) -> None:
+        self._bases: dict[int, tuple[int, int]] = {}
+        """Slab index -> (device, mapped base)."""
+        self._lock = threading.Lock()
+
+    def probe(self, link: Link, destination_device: int) -> str:
+        if not link.welcome.unix:
+            return "the peer is on another host"
+        if extension.load() is None:
+            return "the extension is not built"
+        if not any(slab.ipc for slab in link.welcome.slabs):
+            return "the peer has no device memory that CUDA IPC can share"
+        try:
+            index = next(i for i, slab in enumerate(link.welcome.slabs) if slab.ipc)
+            self._base(link, index, destination_device)
+        except extension.ExtensionError as error:
+            return f"CUDA IPC: {error}"
+        return ""
+
+    def _base(self, link: Link, index: int, destination_device: int) -> int:
+        library = extension.load()
+        assert library is not None
+        slab = link.welcome.slabs[index]
+        with self._lock:
+            if index not in self._bases:
+                device = destination_device if destination_device >= 0 else slab.device
+                self._bases[index] = (device, library.open_ipc(device, slab.ipc))
+            return self._bases[index][1] + slab.ipc_offset
+
+    def prepare(self, link: Link) -> None:
+        """Nothing to do."""
+
+    def read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> None:
+        library = extension.load()
+        slab = link.welcome.slabs[lease.slab]
+        if library is None or not slab.ipc:
+            raise RungFailedError("the adapter is not in device memory that CUDA IPC shares")
+        device = destination.slab.device if destination.slab.device >= 0 else slab.device
+        try:
+            base = self._base(link, lease.slab, destination.slab.device)
+            for piece in match(lease.pages.ranges, destination.ranges, 32 << 20):
+                flight.advance(piece.length)
+                library.copy([_segment(base, destination, piece)], device)
+        except extension.ExtensionError as error:
+            raise RungFailedError(f"CUDA IPC: {error}") from None
+
+    def close(self) -> None:
+        library = extension.load()
+        with self._lock:
+            for device, base in self._bases.values():
+                with contextlib.suppress(extension.ExtensionError):
+                    if library is not None:
+                        library.close_ipc(device, base)
+            self._bases.clear()
+
+
+__all__ = ["CudaIpcRung", "MemfdRung", "Range", "describe", "send_memory"]
