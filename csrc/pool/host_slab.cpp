@@ -40,8 +40,7 @@ void* map_memfd(uint64_t size, unsigned flags, int map_flags, int& fd) {
 LSP_API int lsp_host_alloc(uint64_t size, uint32_t flags, lsp_slab* out) {
   if (size == 0 || !out) return lsp::fail(-EINVAL, "a host slab needs a size above 0");
   uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-  uint64_t unit = flags & LSP_HUGE ? HUGE_BYTES : page;
-  uint64_t bytes = (size + unit - 1) / unit * unit;
+  uint64_t bytes = (size + page - 1) / page * page;
   if (bytes < size) return lsp::fail(-EINVAL, "a host slab of %llu bytes is too large", (unsigned long long)size);
   int fd = -1;
   uint32_t granted = 0;
@@ -49,8 +48,12 @@ LSP_API int lsp_host_alloc(uint64_t size, uint32_t flags, lsp_slab* out) {
   int populate = flags & LSP_POPULATE ? MAP_POPULATE : 0;
   if (flags & LSP_HUGE) {
     // hugetlb reserves at mmap, so success here means that the pages are really there.
-    address = map_memfd(bytes, MFD_HUGETLB | MFD_HUGE_2MB, populate, fd);
-    if (address != MAP_FAILED) granted |= LSP_HUGE;
+    uint64_t whole = (size + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES;
+    address = map_memfd(whole, MFD_HUGETLB | MFD_HUGE_2MB, populate, fd);
+    if (address != MAP_FAILED) {
+      granted |= LSP_HUGE;
+      bytes = whole;
+    }
   }
   if (address == MAP_FAILED) {
     address = map_memfd(bytes, MFD_ALLOW_SEALING, 0, fd);

@@ -1,0 +1,55 @@
+"""What the tests of this room share: the key, pages, and a holder process that can be killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from vllm_loraserve.transfer.pages import Wanted
+
+KEY = b"the cluster key of the tests"
+LAYOUT = "SmolLM2-135M/bfloat16/tp0of1/rows8"
+
+
+def make_pages(seed: int, count: int = 12, size: int = 70_001) -> list[np.ndarray]:
+    """Random pages of two sizes, as two module groups have."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, size if i % 3 else size // 2, np.uint8) for i in range(count)]
+
+
+def wanted(name: str = "a", layout: str = LAYOUT, digest: str = "") -> Wanted:
+    return Wanted(name=name, layout=layout, digest=digest)
+
+
+class Holder:
+    """Another process that serves adapter "a" of `mib` MiB; it can be killed."""
+
+    def __init__(self, mib: int = 8, name: str = "holder", *arguments: str) -> None:
+        script = Path(__file__).with_name("holder.py")
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), str(mib), name, *arguments],
+            stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert self.process.stdout is not None
+        self.endpoint = self.process.stdout.readline().strip()
+        if not self.endpoint:
+            raise RuntimeError("the holder process did not start")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()

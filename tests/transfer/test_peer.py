@@ -1,0 +1,336 @@
+"""Fetching from a peer by each way that needs no hardware, and what goes wrong on it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+
+from transfer.helpers import KEY, LAYOUT, make_pages, wanted
+from vllm_loraserve.transfer import wire
+from vllm_loraserve.transfer.auth import prove_as_client
+from vllm_loraserve.transfer.errors import (
+    CancelledError,
+    CorruptPageError,
+    DeadlineError,
+    DigestMismatchError,
+    GenerationChangedError,
+    LayoutMismatchError,
+    NotHeldError,
+    PeerLostError,
+    RungFailedError,
+)
+from vllm_loraserve.transfer.flight import Flight, RateLimiter
+from vllm_loraserve.transfer.peer import ATTEMPTS, Peer
+from vllm_loraserve.transfer.rungs import tcp
+from vllm_loraserve.transfer.server import TransferServer
+from vllm_loraserve.transfer.slab_store import SlabStore
+
+RUNGS = ("memfd", "tcp")
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_fetch_brings_the_same_bytes_and_releases_everything(rung, server, source, target, connect):
+    peer = connect(rung)
+    for name in ("a", "b", "a"):
+        flight = Flight(10)
+        pages, used = peer.fetch(wanted(name), target, flight)
+        assert used == rung
+        assert target.bytes_of(name) == source.bytes_of(name)
+        assert flight.moved == pages.size
+    assert target.find(wanted("a", digest="sha-a")).meta == b"rank 64"
+    assert server.lease_count == 0
+    assert source._pins == {}
+    assert [(name, peer_name) for name, _, peer_name in source.landings] == [("a", "two"), ("b", "two"), ("a", "two")]
+    held = sum(p.size for p in target.catalogue())
+    assert target.free_bytes == target.slab.size - held  # the second "a" replaced the first
+
+
+def test_tcp_uses_several_streams_for_much_and_one_for_little(source, target, monkeypatch):
+    opened = []
+    original = tcp.open_data
+    monkeypatch.setattr(tcp, "open_data", lambda *a: opened.append(1) or original(*a))
+    source.put("large", make_pages(5, count=60, size=200_000), layout=LAYOUT)
+    with (
+        TransferServer([source], KEY, "one", verbs="off") as server,
+        Peer(server.endpoint, KEY, "two", order=("tcp",), streams=3) as peer,
+    ):
+        peer.fetch(wanted("a"), target, Flight(10))
+        assert len(opened) == 1
+        peer.fetch(wanted("large"), target, Flight(10))
+        assert len(opened) == 3
+        assert target.bytes_of("large") == source.bytes_of("large")
+        peer.fetch(wanted("large"), target, Flight(10))
+        assert len(opened) == 3  # they are kept
+
+
+def test_the_catalogue_names_every_adapter(connect):
+    assert {(p.name, p.digest, p.layout) for p in connect().catalogue()} == {
+        ("a", "sha-a", LAYOUT),
+        ("b", "sha-b", LAYOUT),
+    }
+
+
+def test_what_is_not_there_or_not_ours_is_refused_before_a_byte_moves(server, target, connect):
+    peer = connect()
+    flight = Flight(10)
+    with pytest.raises(NotHeldError, match="unknown is not held"):
+        peer.fetch(wanted("unknown"), target, flight)
+    for other in ("SmolLM2-135M/float32/tp0of1/rows8", "SmolLM2-135M/bfloat16/tp1of2/rows8"):
+        with pytest.raises(LayoutMismatchError, match="another layout"):
+            peer.fetch(wanted(layout=other), target, flight)
+    with pytest.raises(DigestMismatchError, match="sha-a"):
+        peer.fetch(wanted(digest="sha-of-something-else"), target, flight)
+    assert flight.moved == 0
+    assert target.catalogue() == []
+    assert target.free_bytes == target.slab.size
+    assert server.lease_count == 0
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_one_flipped_byte_is_found_and_nothing_is_committed(rung, server, source, target, connect):
+    peer = connect(rung)
+    entry = source.find(wanted("a"))
+    at = entry.ranges[1].offset + 777
+    source.slab.view(at, 1)[0] ^= 0x10
+    with pytest.raises(CorruptPageError, match=r"page 3 arrived damaged \(1 of 12\)"):
+        peer.fetch(wanted("a"), target, Flight(10))
+    assert target.catalogue() == []
+    assert target.free_bytes == target.slab.size
+    assert server.lease_count == 0
+    source.slab.view(at, 1)[0] ^= 0x10
+    peer.fetch(wanted("a"), target, Flight(10))
+    assert target.bytes_of("a") == source.bytes_of("a")
+
+
+class OnFirstPiece:
+    """A flight that does something when the first piece is about to move."""
+
+    def __init__(self, action, times: int = 1) -> None:
+        self.flight = Flight(20)
+        original = self.flight.advance
+        self.left = times
+
+        def advance(size: int) -> None:
+            original(size)
+            if self.left:
+                self.left -= 1
+                action()
+
+        self.flight.advance = advance  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_an_adapter_replaced_during_the_read_is_read_again_never_mixed(rung, server, source, target, connect):
+    old = source.bytes_of("a")
+
+    def replace() -> None:
+        source.put("a", make_pages(99), layout=LAYOUT, digest="sha-a2")
+        server.revoke("a")
+
+    peer = connect(rung)
+    pages, _ = peer.fetch(wanted("a"), target, OnFirstPiece(replace).flight)
+    assert pages.digest == "sha-a2"
+    assert target.bytes_of("a") == source.bytes_of("a") != old
+    assert server.lease_count == 0
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_an_adapter_evicted_during_the_read_is_not_held_any_more(rung, server, source, target, connect):
+    def evict() -> None:
+        source.drop("a")
+        server.revoke("a")
+
+    with pytest.raises((NotHeldError, RungFailedError), match=r"not held|ended"):
+        connect(rung).fetch(wanted("a"), target, OnFirstPiece(evict).flight)
+    assert target.catalogue() == []
+    assert target.free_bytes == target.slab.size
+    assert source.free_bytes == source.slab.size - source.find(wanted("b")).size
+
+
+@pytest.mark.parametrize("rung", ["memfd"])
+def test_an_adapter_that_keeps_changing_is_given_up(rung, server, source, target, connect):
+    seeds = iter(range(1000, 2000))
+
+    def replace() -> None:
+        source.put("a", make_pages(next(seeds)), layout=LAYOUT)
+        server.revoke("a")
+
+    peer = connect(rung)
+    with pytest.raises(GenerationChangedError):
+        peer.fetch(wanted("a"), target, OnFirstPiece(replace, times=99).flight)
+    assert next(seeds) == 1000 + ATTEMPTS
+    assert target.catalogue() == []
+
+
+def test_a_lease_holds_the_pages_until_it_is_released(server, source, connect):
+    peer = connect()
+    lease = peer.lease(wanted("a"))
+    before = source.bytes_of("a")
+    free = source.free_bytes
+    source.drop("a")
+    assert source.free_bytes == free
+    kept = b"".join(bytes(source.slab.view(r.offset, r.length)) for r in lease.pages.ranges)
+    assert kept == before
+    peer.release(lease)
+    assert source.free_bytes == free + lease.pages.size
+
+
+def test_a_lease_of_another_session_opens_nothing(server, connect):
+    first, second = connect("tcp"), connect("tcp")
+    lease = first.lease(wanted("a"))
+    state = second.ask(wire.CheckLease(lease=lease.lease))
+    assert state == wire.LeaseState(valid=False, generation=-1)
+    sock = tcp.open_data(second, (second.host, second.port), 5)
+    wire.send(sock, wire.Pull(lease=lease.lease, start=0, length=16))
+    reply = wire.receive_reply(sock)
+    sock.close()
+    assert isinstance(reply, wire.Refused)
+    assert reply.code == "revoked"
+    second.release(lease)
+    assert server.lease_count == 1
+    first.release(lease)
+    assert server.lease_count == 0
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 10**9), (-1, 5), (10**9, 1), (5, -1)])
+def test_reading_past_the_leased_pages_is_refused(start, length, connect):
+    peer = connect("tcp")
+    lease = peer.lease(wanted("a"))
+    sock = tcp.open_data(peer, (peer.host, peer.port), 5)
+    wire.send(sock, wire.Pull(lease=lease.lease, start=start, length=length))
+    reply = wire.receive_reply(sock)
+    assert isinstance(reply, wire.Refused)
+    assert reply.code == "invalid"
+    wire.send(sock, wire.Pull(lease=lease.lease, start=0, length=16))  # the connection lives on
+    assert wire.receive_reply(sock) == wire.Data(length=16)
+    sock.close()
+
+
+def test_the_mapped_memory_cannot_be_written(server, connect):
+    import mmap
+    import os
+
+    peer = connect("memfd")
+    assert peer.reasons() == {"memfd": ""}
+    sock = tcp.open_data(peer, "\0" + peer.welcome.unix, 5)
+    wire.send(sock, wire.GetMemory(slab=0))
+    assert wire.receive_reply(sock) == wire.Done()
+    _, fds, _, _ = socket.recv_fds(sock, 1, 1)
+    sock.close()
+    with pytest.raises(PermissionError):
+        mmap.mmap(fds[0], 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    os.close(fds[0])
+
+
+def test_a_session_that_ends_takes_its_leases_with_it(server, source, connect):
+    peer = connect()
+    peer.lease(wanted("a"))
+    peer.lease(wanted("b"))
+    assert server.lease_count == 2
+    peer.close()
+    for _ in range(100):
+        if server.session_count == 0 and not source._pins:
+            break
+        threading.Event().wait(0.02)
+    assert server.lease_count == 0
+    assert source._pins == {}
+
+
+def test_a_silent_reader_loses_its_leases_and_a_pinging_one_does_not(source):
+    with (
+        TransferServer([source], KEY, "one", verbs="off", lease_s=0.4) as server,
+        Peer(server.endpoint, KEY, "silent") as silent,
+        Peer(server.endpoint, KEY, "alive") as alive,
+    ):
+        lost, kept = silent.lease(wanted("a")), alive.lease(wanted("b"))
+        alive.keep_alive()
+        threading.Event().wait(1.2)
+        assert alive.ask(wire.CheckLease(lease=kept.lease)).valid
+        assert not silent.ask(wire.CheckLease(lease=lost.lease)).valid
+        assert server.lease_count == 1
+
+
+def test_deadline_and_cancellation_stop_a_transfer_between_pieces(server, target, connect):
+    peer = connect("tcp")
+    with pytest.raises(DeadlineError):
+        peer.fetch(wanted("a"), target, Flight(0.0))
+    flight = Flight(10)
+    flight.cancel()
+    with pytest.raises(CancelledError):
+        peer.fetch(wanted("a"), target, flight)
+    assert target.free_bytes == target.slab.size
+    assert server.lease_count == 0
+
+
+def test_a_bandwidth_cap_is_kept(source, target, connect):
+    import time
+
+    limiter = RateLimiter(8e6, burst=1 << 16)
+    begun = time.monotonic()
+    pages, _ = connect("tcp").fetch(wanted("a"), target, Flight(20, limiter))
+    seconds = time.monotonic() - begun
+    assert pages.size / seconds < 8e6 * 1.25
+    assert target.bytes_of("a") == source.bytes_of("a")
+
+
+def test_a_landing_without_room_fails_cleanly(server, connect):
+    with SlabStore(1 << 16) as small:
+        with pytest.raises(MemoryError):
+            connect().fetch(wanted("a"), small, Flight(10))
+        assert small.free_bytes == small.slab.size
+    assert server.lease_count == 0
+
+
+def test_rungs_are_chosen_in_order_with_reasons(connect, caplog):
+    with caplog.at_level("INFO"):
+        peer = connect("cuda_ipc", "verbs_gpudirect", "verbs", "memfd", "tcp")
+        assert [rung.name for rung in peer.rungs()] == ["memfd", "tcp"]
+    reasons = peer.reasons()
+    assert reasons["verbs"] == "the peer: RDMA is switched off"
+    assert reasons["memfd"] == reasons["tcp"] == ""
+    assert "is read by memfd; cuda_ipc: " in caplog.text
+    assert "tcp: works" in caplog.text
+
+
+def test_without_the_unix_socket_the_next_way_is_taken(source, target):
+    with (
+        TransferServer([source], KEY, "one", verbs="off", offer_unix=False) as server,
+        Peer(server.endpoint, KEY, "two") as peer,
+    ):
+        assert peer.reasons()["memfd"] == "the peer is on another host"
+        assert peer.fetch(wanted("a"), target, Flight(10))[1] == "tcp"
+
+
+def test_a_rung_that_fails_rests_and_the_next_one_reads(server, source, target, connect, monkeypatch, caplog):
+    peer = connect("memfd", "tcp")
+    memfd = peer.rungs()[0]
+
+    def broken(*_: object) -> None:
+        raise RungFailedError("made to fail")
+
+    monkeypatch.setattr(memfd, "read", broken)
+    assert peer.fetch(wanted("a"), target, Flight(10))[1] == "tcp"
+    assert "by memfd failed, next way for 30 s: made to fail" in caplog.text
+    assert [rung.name for rung in peer.rungs()] == ["tcp"]
+    assert server.lease_count == 0
+
+
+def test_endpoints_that_are_none(connect):
+    with pytest.raises(PeerLostError, match="host:port"):
+        Peer("nonsense", KEY, "two")
+    with pytest.raises(PeerLostError, match="cannot be reached"):
+        Peer("127.0.0.1:1", KEY, "two")
+    with pytest.raises(ValueError, match="no rung called 'pigeon'"):
+        connect("pigeon")
+
+
+def test_another_protocol_version_is_refused(server):
+    host, port = server.endpoint.split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as sock:
+        prove_as_client(sock, KEY)
+        wire.send(sock, wire.Hello(version=wire.VERSION + 1, instance="new", boot_id=""))
+        reply = wire.receive_reply(sock)
+    assert isinstance(reply, wire.Refused)
+    assert reply.message == "this instance speaks version 1"
