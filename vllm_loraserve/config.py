@@ -27,6 +27,23 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         tuple[str, ...],
         Meta(description="Directories that adapter checkpoints may be read from; empty: any path."),
     ] = ()
+    arena_gib: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Device memory for adapters, in GiB; unset: what stock vLLM takes for the same flags."),
+    ] = None
+    arena_rank_rows: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Device memory for adapters, in rank rows of all modules; not with arena_gib."),
+    ] = None
+    host_gib: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="Host memory for adapters, in GiB; unset: --max-cpu-loras of --max-lora-rank."),
+    ] = None
+    page_rows: Annotated[int, Meta(ge=1, le=64, description="Rank rows in a page.")] = 8
+    page_cache_dir: Annotated[
+        str | None,
+        Meta(description="Directory that keeps converted adapters for the next start; unset: none is kept."),
+    ] = None
     coordinator: Annotated[
         str | None,
         Meta(description="ZMQ endpoint of the coordinator, such as tcp://127.0.0.1:5700; unset: stand alone."),

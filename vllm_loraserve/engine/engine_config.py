@@ -1,6 +1,7 @@
 """What the flag changes in vLLM's configuration, before and after vLLM makes it.
 
-`--enable-loraserve` implies LoRA; the accepted rank follows `max_rank`; the scheduler is ours. Nothing here runs
+`--enable-loraserve` implies LoRA; the scheduler is ours. `--max-lora-rank` keeps its value: it only sizes what pages do
+not cover, and the default arena. Nothing here runs
 without the flag.
 """
 
@@ -9,10 +10,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
-from vllm.config.lora import LoRAConfig, MaxLoRARanks
 from vllm.logger import init_logger
 
 from vllm_loraserve.config import ADDITIONAL_CONFIG_KEY, ConfigError, LoRAServeConfig, parse_config
@@ -37,16 +37,7 @@ def prepare_engine_args(args: Any) -> LoRAServeConfig | None:
         return None
     raw = args.additional_config[ADDITIONAL_CONFIG_KEY]
     config = parse_config(raw)
-    given_rank = args.max_lora_rank if args.max_lora_rank != LoRAConfig.max_lora_rank else None
-    if given_rank is not None and "max_rank" not in msgspec.to_builtins(config):
-        config = msgspec.structs.replace(config, max_rank=given_rank)
-    if given_rank is not None and given_rank < config.max_rank:
-        raise ConfigError(
-            f"loraserve-config: max_rank={config.max_rank}: larger than --max-lora-rank {given_rank}; "
-            "give only one of the two"
-        )
     args.enable_lora = True
-    args.max_lora_rank = min(rank for rank in get_args(MaxLoRARanks) if rank >= config.max_rank)
     args.additional_config = {**args.additional_config, ADDITIONAL_CONFIG_KEY: msgspec.to_builtins(config)}
     return config
 

@@ -11,8 +11,9 @@ import torch
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as StockPunicaWrapperCPU
 
-from vllm_loraserve.kernels import cpu_padded
+from vllm_loraserve.kernels import cpu_padded, cpu_paged
 from vllm_loraserve.kernels.grouping import NO_GROUPS, TokenGroups, group_by_slot, slots_of
+from vllm_loraserve.kernels.paged import PagedLinear
 
 
 class PunicaWrapperCPU(StockPunicaWrapperCPU):
@@ -22,6 +23,19 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
     """Groups of the tokens of this step."""
     sampler_groups: TokenGroups = NO_GROUPS
     """Groups of the rows that the logits are computed for."""
+    stock_layers: bool = True
+
+    def configure_paged(self, *, max_rank: int, stock_layers: bool = True, **_: Any) -> None:
+        """Prepare for paged layers (the same call as on a GPU). `stock_layers`: some layers are not paged."""
+        self.stock_layers = stock_layers
+        self._layers: dict[int, PagedLinear] = {}
+
+    def register_linear(self, linear: PagedLinear) -> None:
+        """Serve `linear` from pages; the layer then passes `(linear.handle,)` as its weights."""
+        self._layers[linear.handle.data_ptr()] = linear
+
+    def set_slot_rank(self, slot: int, rank: int) -> None:
+        """The largest rank of the adapter now in `slot`; the ranks are read when they are used."""
 
     def update_metadata(
         self,
@@ -86,7 +100,17 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        if len(self.token_groups.slots):
+        if not len(self.token_groups.slots):
+            return
+        if lora_a_stacked[0].dtype == torch.int64:
+            cpu_paged.linear(
+                y.view(-1, y.shape[-1]),
+                x.view(-1, x.shape[-1]),
+                self._layers[lora_a_stacked[0].data_ptr()],
+                self.token_groups,
+                add_inputs=add_inputs,
+            )
+        else:
             cpu_padded.linear(
                 y.view(-1, y.shape[-1]),
                 x.view(-1, x.shape[-1]),

@@ -1,0 +1,169 @@
+"""PEFT checkpoint -> pages of rank rows, one module at a time, straight into the memory that keeps them.
+
+The weights are read through a memory map, so that no second full copy exists: besides the target pages, only
+one module's scaled B is in memory at a time.
+"""
+
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_loraserve.adapters.checkpoint import Checkpoint, LoRATensors
+from vllm_loraserve.adapters.errors import AdapterError
+from vllm_loraserve.adapters.layout import Layout, PageGroup, SlicePlace
+from vllm_loraserve.adapters.safetensors_header import TensorEntry
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A [rank, in] and B [out, rank] of one slice, or of one checkpoint module."""
+
+Shard = Callable[[Sequence[Pair | None]], Sequence[Pair | None]]
+"""This worker's part: pairs of a module's checkpoint parts -> pairs of its slices."""
+
+_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class ModulePlan:
+    """How one runtime module is made: the checkpoint modules that it is packed from, and the sharding rule.
+
+    `parts` names the checkpoint module of each part, None where the adapter has none; at least one is given.
+    """
+
+    __slots__ = ("module", "parts", "shard")
+
+    def __init__(self, module: str, parts: Sequence[LoRATensors | None], shard: Shard) -> None:
+        self.module, self.parts, self.shard = module, tuple(parts), shard
+
+
+class WeightsReader:
+    """Tensors of a checkpoint's weights file as views of a memory map. Close it when no view is left."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        with checkpoint.weights_path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def tensor(self, entry: TensorEntry) -> torch.Tensor:
+        """The tensor at `entry`, in the file's dtype, sharing the map's memory."""
+        dtype = _TORCH[entry.dtype]
+        count = (entry.end - entry.start) // dtype.itemsize
+        if not count:
+            return torch.empty(entry.shape, dtype=dtype)
+        if entry.end > len(self._map):
+            raise AdapterError(
+                "invalid", f"'{self._checkpoint.weights_path}' became shorter while it was read; copy it again."
+            )
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
+
+
+def slice_ranks(layout: Layout, plans: Sequence[ModulePlan], slice_parts: Mapping[str, Sequence[int]]) -> list[int]:
+    """Rank of every slice of the layout, 0 where the adapter does not target it.
+
+    `slice_parts` says for each module which part each of its slices is made from.
+    """
+    ranks = [0] * len(layout.slice_index)
+    for plan in plans:
+        for index, part in enumerate(slice_parts[plan.module]):
+            tensors = plan.parts[part]
+            if tensors is not None:
+                ranks[layout.slice_index[plan.module, index]] = tensors.rank
+    return ranks
+
+
+def write_pages(
+    reader: WeightsReader,
+    layout: Layout,
+    plans: Sequence[ModulePlan],
+    ranks: Sequence[int],
+    targets: Sequence[torch.Tensor | None],
+    *,
+    check_values: bool = True,
+) -> None:
+    """Fill `targets` with the adapter's pages; rows beyond a slice's rank are set to zero.
+
+    targets: per group [pages, page_elements] in the layout's dtype, None for a group without pages.
+    Raises AdapterError: `mismatch` (a slice has other sizes than the layer), `invalid` (NaN or Inf, in the
+    checkpoint or after the cast).
+    """
+    by_module = {plan.module: plan for plan in plans}
+    at = 0
+    for group, pages in zip(layout.groups, targets, strict=True):
+        if pages is not None:
+            pages.zero_()
+            _write_group(reader, layout, group, by_module, ranks[at : at + len(group.places)], pages, check_values)
+        at += len(group.places)
+
+
+def _write_group(
+    reader: WeightsReader,
+    layout: Layout,
+    group: PageGroup,
+    by_module: Mapping[str, ModulePlan],
+    ranks: Sequence[int],
+    pages: torch.Tensor,
+    check_values: bool,
+) -> None:
+    done: str | None = None
+    slices: Sequence[Pair | None] = ()
+    for place, rank in zip(group.places, ranks, strict=True):
+        if not rank:
+            continue
+        plan = by_module[place.module]
+        if done != place.module:
+            slices, done = plan.shard([_read(reader, part) for part in plan.parts]), place.module
+        pair = slices[place.index]
+        if pair is not None:
+            _write_slice(layout, place, rank, pair, pages, check_values)
+
+
+def _read(reader: WeightsReader, part: LoRATensors | None) -> Pair | None:
+    if part is None:
+        return None
+    b = reader.tensor(part.b)
+    # Scaled in fp32 and rounded once, by the cast into the page.
+    return reader.tensor(part.a), b.float() * part.scaling if part.scaling != 1.0 else b
+
+
+def _write_slice(
+    layout: Layout, place: SlicePlace, rank: int, pair: Pair, pages: torch.Tensor, check_values: bool
+) -> None:
+    a, b = pair
+    if a.shape != (rank, place.in_size) or b.shape != (place.out_size, rank):
+        raise AdapterError(
+            "mismatch",
+            f"The adapter's '{place.module}' (slice {place.index}) has A {list(a.shape)} and B {list(b.shape)}, "
+            f"but this model needs [{rank}, {place.in_size}] and [{place.out_size}, {rank}]; train it on this "
+            "base model.",
+        )
+    for rows, offset, width in ((a, place.a_offset, place.in_size), (b.T, place.b_offset, place.out_size)):
+        target = pages.as_strided(
+            (pages.shape[0], layout.page_rows, width),
+            (pages.stride(0), width, 1),
+            pages.storage_offset() + offset,
+        )
+        full, rest = divmod(rank, layout.page_rows)
+        if full:
+            target[:full].copy_(rows[: full * layout.page_rows].unflatten(0, (full, layout.page_rows)))
+        if rest:
+            target[full, :rest].copy_(rows[full * layout.page_rows :])
+        # An Inf or NaN times zero is NaN, so the sum finds both; it is read in the page's own dtype, so that
+        # an overflow of the cast is found too.
+        if (
+            check_values
+            and not bool(torch.isfinite(target[: full + (rest > 0)].float().sum()))
+            and not bool(torch.isfinite(target[: full + (rest > 0)]).all())
+        ):
+            raise AdapterError(
+                "invalid",
+                f"The adapter's '{place.module}' has NaN or Inf in {layout.dtype}; use an earlier checkpoint "
+                "of its training.",
+            )
+
+
+def page_addresses(layout: Layout, pages: Sequence[int], address: int) -> tuple[list[int], list[int]]:
+    """(address, length) of every page of an adapter whose pages lie one after another from `address`."""
+    sizes = np.repeat([layout.page_bytes(group) for group in range(len(pages))], pages)
+    starts: npt.NDArray[np.int64] = address + np.concatenate(([0], np.cumsum(sizes)[:-1])) if len(sizes) else sizes
+    return [int(start) for start in starts], [int(size) for size in sizes]

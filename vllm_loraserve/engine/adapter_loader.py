@@ -1,0 +1,240 @@
+"""From a LoRA request to an adapter in the host tier: read, check, convert, checksum. Off the engine's thread.
+
+Everything here may run on a side thread while the engine steps: it touches the host tier (which has its own
+lock) and read-only facts about the model, never a slot, a page table or the arena.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
+
+from vllm_loraserve.adapters.checkpoint import (
+    AdapterError,
+    Checkpoint,
+    LoRATensors,
+    content_hash,
+    open_checkpoint,
+)
+from vllm_loraserve.adapters.convert import ModulePlan, WeightsReader, slice_ranks, write_pages
+from vllm_loraserve.adapters.layout import Layout
+from vllm_loraserve.adapters.page_cache import PageCache
+from vllm_loraserve.engine.paged_layers import plan_module, slice_parts
+from vllm_loraserve.memory.host_tier import HostEntry, HostTier
+
+logger = logging.getLogger(__name__)
+
+
+class ServedAdapter(LoRAModel):
+    """A registered adapter as vLLM's manager sees it: `loras` holds only the modules outside the pages."""
+
+    request: LoRARequest | None = None
+    ranks: tuple[int, ...] = ()
+    """Rank of every slice of the layout."""
+    pages: tuple[int, ...] = ()
+    """Pages in each module group."""
+    shared_pages: bool = False
+    """A warm-up adapter: all such share one set of zero pages."""
+
+    @property
+    def page_rank(self) -> int:
+        return max(self.ranks, default=0)
+
+
+class ModelFacts:
+    """What conversion must know about this worker's model; fixed once the LoRA layers are made."""
+
+    def __init__(
+        self,
+        *,
+        layout: Layout,
+        layers: Mapping[str, Any],
+        parts: Mapping[str, Sequence[str]],
+        stock_modules: frozenset[str],
+        expected_suffixes: frozenset[str],
+        weights_mapper: Any,
+        skip_prefixes: Sequence[str],
+        strip_model_prefix: bool,
+        allow_modules_to_save: bool,
+        max_rank: int,
+        stock_max_rank: int,
+        lora_dtype: torch.dtype,
+        vocab_size: int,
+        max_positions: int | None,
+    ) -> None:
+        self.layout, self.layers, self.parts = layout, layers, parts
+        self.stock_modules, self.expected_suffixes = stock_modules, expected_suffixes
+        self.weights_mapper, self.skip_prefixes = weights_mapper, list(skip_prefixes)
+        self.strip_model_prefix, self.allow_modules_to_save = strip_model_prefix, allow_modules_to_save
+        self.max_rank, self.stock_max_rank = max_rank, stock_max_rank
+        self.lora_dtype, self.vocab_size, self.max_positions = lora_dtype, vocab_size, max_positions
+
+
+class AdapterLoader:
+    """Brings adapters into `tier`. `prepare` is thread-safe; two threads may prepare different adapters."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        tier: HostTier,
+        *,
+        cache: PageCache | None = None,
+        resolve: Callable[[str], str] = get_adapter_absolute_path,
+        capacity: Callable[[Sequence[int]], str | None] = lambda pages: None,
+    ) -> None:
+        self.facts, self.tier, self.cache = facts, tier, cache
+        self._resolve, self._capacity = resolve, capacity
+
+    def prepare(self, request: LoRARequest) -> ServedAdapter:
+        """Read the adapter of `request` and put its pages into the host tier under its integer id.
+
+        An adapter that is there already, of the same content, is not converted again.
+        Raises AdapterError (see its kinds) or HostTierFullError; the host tier is then as before.
+        """
+        began = time.perf_counter()
+        facts = self.facts
+        checkpoint = open_checkpoint(
+            self._resolve(request.lora_path),
+            max_rank=facts.max_rank,
+            allow_modules_to_save=facts.allow_modules_to_save,
+        )
+        plans, rest = self._plan(checkpoint)
+        adapter = self._outside_pages(request, checkpoint, rest)
+        ranks = slice_ranks(
+            facts.layout, plans, {plan.module: slice_parts(facts.layers[plan.module], plan.parts) for plan in plans}
+        )
+        adapter.request, adapter.ranks = request, tuple(ranks)
+        adapter.pages = facts.layout.pages_for(ranks)
+        problem = self._capacity(adapter.pages)
+        if problem is not None:
+            raise AdapterError(
+                "too_large", f"The adapter '{request.lora_name}' of rank {checkpoint.rank} does not fit: {problem}"
+            )
+        digest = content_hash(checkpoint)
+        entry = self.tier.get(request.lora_int_id)
+        if entry is None or entry.digest != digest or request.load_inplace:
+            source = self._fill(request, checkpoint, plans, ranks, digest)
+            logger.info(
+                "Adapter %s: rank %d, %.1f MiB in pages, from %s in %.0f ms",
+                request.lora_name,
+                checkpoint.rank,
+                facts.layout.size_bytes(adapter.pages) / 2**20,
+                source,
+                (time.perf_counter() - began) * 1e3,
+            )
+        return adapter
+
+    def _fill(
+        self,
+        request: LoRARequest,
+        checkpoint: Checkpoint,
+        plans: Sequence[ModulePlan],
+        ranks: Sequence[int],
+        digest: str,
+    ) -> str:
+        entry = self.tier.create(request.lora_int_id, digest, ranks)
+        try:
+            source = self._from_cache(entry) if self.cache is not None else None
+            if source is None:
+                source = "its checkpoint"
+                write_pages(WeightsReader(checkpoint), self.facts.layout, plans, ranks, self.tier.targets(entry))
+        except BaseException:
+            self.tier.discard(entry)
+            raise
+        self.tier.commit(entry)
+        if self.cache is not None and source == "its checkpoint":
+            self.cache.write(
+                digest,
+                self.facts.layout.fingerprint,
+                ranks,
+                entry.checksums,
+                self.tier.slab.view(entry.offset, entry.size),
+            )
+        return source
+
+    def _from_cache(self, entry: HostEntry) -> str | None:
+        assert self.cache is not None
+        head = self.cache.find(entry.digest, self.facts.layout.fingerprint)
+        if head is None or (head.ranks, head.size) != (entry.ranks, entry.size):
+            return None
+        if not self.cache.read_into(head, self.tier.slab.view(entry.offset, entry.size)):
+            return None
+        if tuple(self.tier.current_checksums(entry)) != head.checksums:
+            logger.warning("Cached pages of %s are damaged and not used", entry.digest[:12])
+            return None
+        return "the page cache"
+
+    def _plan(self, checkpoint: Checkpoint) -> tuple[list[ModulePlan], list[LoRATensors]]:
+        """Plans for the paged modules, and the checkpoint modules that no page holds."""
+        facts = self.facts
+        found: dict[str, LoRATensors] = {}
+        for module in checkpoint.modules:
+            if LoRAModel._should_skip_module(module.name, facts.skip_prefixes):
+                continue
+            name, _ = parse_fine_tuned_lora_name(f"base_model.model.{module.name}.lora_A.weight", facts.weights_mapper)
+            found[name] = module
+        plans = []
+        for runtime, part_names in facts.parts.items():
+            parts = [self._take(found, name) for name in part_names]
+            if not any(parts):
+                # A checkpoint may hold the fused module itself (`qkv_proj`).
+                parts = [self._take(found, runtime)]
+            if any(parts):
+                plans.append(plan_module(runtime, facts.layers[runtime], parts))
+        for name in found:
+            suffix = name.rsplit(".", 1)[-1]
+            if ".experts" not in name and suffix not in facts.expected_suffixes:
+                raise AdapterError(
+                    "mismatch",
+                    f"'{checkpoint.directory}' targets '{name}', which this model has not; its modules are "
+                    f"{', '.join(sorted(facts.expected_suffixes))}.",
+                )
+        return plans, list(found.values())
+
+    def _take(self, found: dict[str, LoRATensors], name: str) -> LoRATensors | None:
+        if name not in found and self.facts.strip_model_prefix:
+            name = name.removeprefix("model.")
+        return found.pop(name, None)
+
+    def _outside_pages(
+        self, request: LoRARequest, checkpoint: Checkpoint, rest: Sequence[LoRATensors]
+    ) -> ServedAdapter:
+        """The adapter with the modules that stay on vLLM's path, in vLLM's own form."""
+        facts = self.facts
+        if not rest and not checkpoint.full_tensors:
+            return ServedAdapter(request.lora_int_id, checkpoint.rank, {})
+        for module in rest:
+            if module.rank > facts.stock_max_rank:
+                raise AdapterError(
+                    "too_large",
+                    f"'{checkpoint.directory}' has rank {module.rank} in '{module.name}', which is not served "
+                    f"from pages; start with --max-lora-rank {module.rank} (now {facts.stock_max_rank}).",
+                )
+        wanted = {id(entry) for module in rest for entry in (module.a, module.b)}
+        reader = WeightsReader(checkpoint)
+        # Cloned: vLLM scales B in place, and the file's map must not stay open as long as the adapter.
+        tensors = {
+            name: reader.tensor(entry).clone()
+            for name, entry in checkpoint.entries.items()
+            if id(entry) in wanted or name in checkpoint.full_tensors
+        }
+        adapter = ServedAdapter.from_lora_tensors(
+            request.lora_int_id,
+            tensors,
+            PEFTHelper.from_local_dir(str(checkpoint.directory), facts.max_positions),
+            device="cpu",
+            dtype=facts.lora_dtype,
+            model_vocab_size=facts.vocab_size,
+            weights_mapper=facts.weights_mapper,
+            skip_prefixes=facts.skip_prefixes,
+        )
+        adapter.is_3d_lora_weight = request.is_3d_lora_weight
+        return adapter

@@ -1,0 +1,148 @@
+"""The device arena: one allocation that holds the pages of every adapter that may run now.
+
+It is divided between the module groups by rank rows: every group gets the same number of pages, so an adapter
+that targets all modules at one rank takes the same count in each. One allocation, so that RDMA registers it
+once.
+"""
+
+import logging
+from collections.abc import Hashable, Sequence
+
+import torch
+
+from vllm_loraserve.adapters.layout import Layout
+from vllm_loraserve.memory import extension
+from vllm_loraserve.memory.allocator import PageAllocator
+from vllm_loraserve.memory.slab import DeviceSlab, HostSlab, Slab
+
+logger = logging.getLogger(__name__)
+
+
+class ArenaError(ValueError):
+    """The arena cannot be made as asked; one sentence with the option to change."""
+
+
+class Arena:
+    """Pages for `rank_rows` rank rows in every module group of `layout`, on `device`.
+
+    `slab` is the memory for `transfer/` (None when torch's allocator holds it). Group g's pages begin at byte
+    `group_offset(g)` of it; page p lies p * `layout.page_bytes(g)` further.
+    """
+
+    def __init__(self, layout: Layout, rank_rows: int, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        self.pages_per_group = rank_rows // layout.page_rows
+        if self.pages_per_group < 1:
+            raise ArenaError(
+                f"The arena would hold {rank_rows} rank rows, less than one page of {layout.page_rows}; give it "
+                f"at least {layout.bytes_per_page_set} bytes (--loraserve-config.arena_gib)."
+            )
+        self.nbytes = self.pages_per_group * layout.bytes_per_page_set
+        dtype = getattr(torch, layout.dtype)
+        self.slab, raw = _allocate(self.nbytes, device)
+        self.flat = raw.view(dtype)
+        self._offsets: list[int] = []
+        at = 0
+        for group in range(len(layout.groups)):
+            self._offsets.append(at)
+            at += self.pages_per_group * layout.page_bytes(group)
+        self.allocators = [PageAllocator(self.pages_per_group) for _ in layout.groups]
+
+    @property
+    def rank_rows(self) -> int:
+        """Capacity, in rank rows of all modules."""
+        return self.pages_per_group * self.layout.page_rows
+
+    def group_offset(self, group: int) -> int:
+        """Byte offset of the group's page 0 from the start of the arena."""
+        return self._offsets[group]
+
+    def group_flat(self, group: int) -> torch.Tensor:
+        """The group's pages as one 1-D tensor; element 0 is where its page numbers count from."""
+        start = self._offsets[group] // self.layout.item_bytes
+        return self.flat[start : start + self.pages_per_group * self.layout.groups[group].page_elements]
+
+    def group_pages(self, group: int) -> torch.Tensor:
+        """The group's pages, [pages, page_elements]."""
+        return self.group_flat(group).view(self.pages_per_group, self.layout.groups[group].page_elements)
+
+    def free_pages(self) -> tuple[int, ...]:
+        return tuple(allocator.free_pages for allocator in self.allocators)
+
+    def allocate(self, counts: Sequence[int], owner: Hashable) -> list[list[int]] | None:
+        """`counts[g]` pages of every group g, or None (and no change) when a group has too few."""
+        if any(count > allocator.free_pages for count, allocator in zip(counts, self.allocators, strict=True)):
+            return None
+        return [
+            allocator.allocate(count, owner) or [] for count, allocator in zip(counts, self.allocators, strict=True)
+        ]
+
+    def free(self, pages: Sequence[Sequence[int]], owner: Hashable) -> None:
+        """Give back what `allocate` returned."""
+        for allocator, owned in zip(self.allocators, pages, strict=True):
+            allocator.free(owned, owner)
+
+    def write(self, pages: Sequence[Sequence[int]], sources: Sequence[torch.Tensor | None]) -> None:
+        """Copy whole pages in: `sources[g]` is [len(pages[g]), page_elements], None where there are none.
+
+        On a GPU the copies are queued on the current stream (the source must be pinned and stay unchanged
+        until they are done).
+        """
+        for group, (owned, source) in enumerate(zip(pages, sources, strict=True)):
+            if source is None:
+                continue
+            target = self.group_pages(group)
+            for first, count, at in _runs(owned):
+                target[first : first + count].copy_(source[at : at + count], non_blocking=True)
+
+    def zero(self, pages: Sequence[Sequence[int]]) -> None:
+        for group, owned in enumerate(pages):
+            for first, count, _ in _runs(owned):
+                self.group_pages(group)[first : first + count].zero_()
+
+    def check_integrity(self) -> None:
+        for allocator in self.allocators:
+            allocator.check_integrity()
+
+
+def _runs(pages: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first page, count, index of the first in `pages`) of each ascending run."""
+    runs: list[tuple[int, int, int]] = []
+    for index, page in enumerate(pages):
+        if runs and runs[-1][0] + runs[-1][1] == page:
+            first, count, at = runs[-1]
+            runs[-1] = (first, count + 1, at)
+        else:
+            runs.append((page, 1, index))
+    return runs
+
+
+def _allocate(nbytes: int, device: torch.device) -> tuple[Slab | None, torch.Tensor]:
+    if device.type == "cpu":
+        slab = HostSlab(nbytes, pinned=False)
+        return slab, torch.from_numpy(slab.array())[:nbytes]
+    if device.type == "cuda" and extension.load() is not None:
+        try:
+            index = device.index if device.index is not None else torch.cuda.current_device()
+            device_slab = DeviceSlab(nbytes, index)
+            return device_slab, torch.as_tensor(device_slab, device=device)[:nbytes]
+        except extension.ExtensionError as error:
+            logger.warning("The arena is taken from torch, without RDMA: %s", error)
+    return None, torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def arena_rank_rows(
+    layout: Layout, *, gib: float | None, rank_rows: int | None, stock_bytes: int, max_rank_seen: int
+) -> int:
+    """Rank rows of the arena: given in GiB, or in rank rows, or by default what `stock_bytes` hold.
+
+    Rounded down to whole pages; at least one adapter of rank `max_rank_seen` (vLLM's --max-lora-rank) fits by
+    default. Raises ArenaError when both sizes are given.
+    """
+    if gib is not None and rank_rows is not None:
+        raise ArenaError("arena_gib and arena_rank_rows are both given; give the arena one size.")
+    if rank_rows is not None:
+        return -(-rank_rows // layout.page_rows) * layout.page_rows
+    nbytes = int(gib * 2**30) if gib is not None else stock_bytes
+    rows = nbytes // layout.bytes_per_page_set * layout.page_rows
+    return rows if gib is not None else max(rows, -(-max_rank_seen // layout.page_rows) * layout.page_rows)

@@ -1,0 +1,58 @@
+"""Which adapters to evict: least (demand x cost to bring back) per byte first. Pure; the time is passed in.
+
+An adapter is worth keeping if it will be wanted soon (demand) and is expensive to bring back (seconds); per
+byte, because a byte is what eviction is after. With equal demand and a cost that grows with size this is
+least-frequently-used with decay; a fixed cost per load makes small adapters stay longer.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Candidate(NamedTuple, Generic[Key]):
+    """Something that may be evicted now."""
+
+    key: Key
+    size: int
+    """Bytes, above 0."""
+    load_seconds: float
+    """Time to bring it back from the best source that is left."""
+    demand: float
+    """Recent uses, decayed; see `Demand`."""
+
+
+def eviction_order(candidates: Iterable[Candidate[Key]]) -> list[Key]:
+    """All candidates, the one that is best to lose first. Ties keep the given order."""
+    ranked = sorted(candidates, key=lambda c: c.demand * c.load_seconds / max(c.size, 1))
+    return [candidate.key for candidate in ranked]
+
+
+def load_seconds(size: int, bytes_per_second: float, fixed_seconds: float) -> float:
+    """Estimated time to bring `size` bytes from a source."""
+    return fixed_seconds + size / bytes_per_second
+
+
+class Demand(Generic[Key]):
+    """Exponentially decayed count of uses: a use `half_life` seconds ago counts half."""
+
+    def __init__(self, half_life: float = 60.0) -> None:
+        self._rate = math.log(2) / half_life
+        self._value: dict[Key, tuple[float, float]] = {}
+
+    def use(self, key: Key, now: float, amount: float = 1.0) -> None:
+        self._value[key] = (self.of(key, now) + amount, now)
+
+    def of(self, key: Key, now: float) -> float:
+        value, since = self._value.get(key, (0.0, now))
+        return value * math.exp(-self._rate * max(now - since, 0.0))
+
+    def forget(self, key: Key) -> None:
+        self._value.pop(key, None)
+
+
+def fits(needed: Sequence[int], free: Sequence[int]) -> bool:
+    """Whether `free` pages serve `needed` pages in every group."""
+    return all(need <= have for need, have in zip(needed, free, strict=True))

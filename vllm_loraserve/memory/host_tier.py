@@ -1,0 +1,241 @@
+"""The host tier: adapters' pages in one slab of host memory, ready to be copied into the arena or to a peer.
+
+An adapter's pages lie in one contiguous extent, group after group, in the layout of the arena; so bringing it
+in is a few large copies, and a peer can read it with a few large reads. Every entry has a generation: a reader
+that saw generation g and finds it unchanged afterwards has read a consistent adapter.
+
+Thread-safe: conversion runs on side threads, activation on the engine's thread, transfers on their own.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm_loraserve.adapters.convert import page_addresses
+from vllm_loraserve.adapters.layout import Layout
+from vllm_loraserve.memory import checksum
+from vllm_loraserve.memory.allocator import ExtentAllocator
+from vllm_loraserve.memory.eviction import Candidate, Demand, eviction_order, load_seconds
+from vllm_loraserve.memory.slab import HostSlab
+
+logger = logging.getLogger(__name__)
+
+# Only their ratio to each other matters, and only between adapters of different size.
+_CHECKPOINT_BYTES_PER_SECOND, _CHECKPOINT_FIXED_SECONDS = 0.5e9, 0.05
+
+
+class HostTierFullError(RuntimeError):
+    """No room, and nothing that may be evicted; one sentence with the option to change."""
+
+
+@dataclass(eq=False)
+class HostEntry:
+    """One adapter in the host tier. `ranks`: per slice of the layout; `pages`: per group."""
+
+    key: Hashable
+    digest: str
+    """Content hash of the checkpoint that the pages were made from."""
+    ranks: tuple[int, ...]
+    pages: tuple[int, ...]
+    offset: int
+    size: int
+    generation: int
+    checksums: list[int] = field(default_factory=list)
+    """One for every page, in the order in which they lie."""
+    ready: bool = False
+    users: int = 0
+    """Copies and transfers that read it now; it is not evicted meanwhile."""
+    pinned: bool = False
+
+    @property
+    def rank(self) -> int:
+        return max(self.ranks, default=0)
+
+
+class HostTier:
+    """Adapters within `budget_bytes` of one slab, and at most `max_adapters` of them (None: no such limit)."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        budget_bytes: int,
+        *,
+        max_adapters: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        slab: HostSlab | None = None,
+    ) -> None:
+        self.layout, self.max_adapters = layout, max_adapters
+        self.slab = slab if slab is not None else HostSlab(max(budget_bytes, 4096))
+        self._bytes = torch.from_numpy(self.slab.array())
+        self._dtype = getattr(torch, layout.dtype)
+        self._extents = ExtentAllocator(max(budget_bytes, 4096))
+        self._entries: dict[Hashable, HostEntry] = {}
+        self._retired: set[HostEntry] = set()
+        self._demand: Demand[Hashable] = Demand()
+        self._clock = clock
+        self._generation = 0
+        self.lock = threading.RLock()
+        self.may_evict: Callable[[Hashable], bool] = lambda key: True
+        """Asked before an entry is evicted (a cluster keeps the last copy of an adapter)."""
+
+    def __contains__(self, key: Hashable) -> bool:
+        return self.get(key) is not None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def free_bytes(self) -> int:
+        return self._extents.free_bytes
+
+    def get(self, key: Hashable) -> HostEntry | None:
+        """The entry, if it is complete."""
+        with self.lock:
+            entry = self._entries.get(key)
+            return entry if entry is not None and entry.ready else None
+
+    def entries(self) -> list[HostEntry]:
+        """All complete entries."""
+        with self.lock:
+            return [entry for entry in self._entries.values() if entry.ready]
+
+    def touch(self, key: Hashable, amount: float = 1.0) -> None:
+        """Count a use, for eviction."""
+        with self.lock:
+            self._demand.use(key, self._clock(), amount)
+
+    def demand(self, key: Hashable) -> float:
+        with self.lock:
+            return self._demand.of(key, self._clock())
+
+    def create(self, key: Hashable, digest: str, ranks: Sequence[int]) -> HostEntry:
+        """Room for an adapter, evicting others if need be; fill `targets(entry)`, then `commit` or `discard`.
+
+        An entry of the same key stays in place until `commit`. Raises HostTierFullError.
+        """
+        pages = self.layout.pages_for(ranks)
+        size = self.layout.size_bytes(pages)
+        with self.lock:
+            offset = self._extents.allocate(size)
+            if offset is None:
+                for victim in self._victims(keep=key):
+                    self._evict(victim)
+                    if (offset := self._extents.allocate(size)) is not None:
+                        break
+            if offset is None:
+                raise HostTierFullError(
+                    f"The host tier of {self._extents.size} bytes has no room for {size} more; raise "
+                    "--loraserve-config.host_gib or unload adapters."
+                )
+            self._generation += 1
+            return HostEntry(key, digest, tuple(ranks), pages, offset, size, self._generation, users=1)
+
+    def commit(self, entry: HostEntry) -> HostEntry:
+        """The entry is complete: checksum it and show it, in place of an older one of the same key."""
+        entry.checksums = self.current_checksums(entry)
+        with self.lock:
+            self._drop(self._entries.pop(entry.key, None))
+            entry.ready = True
+            entry.users -= 1
+            self._entries[entry.key] = entry
+            self._demand.use(entry.key, self._clock())
+            if self.max_adapters is not None:
+                surplus = len(self._entries) - self.max_adapters
+                for victim in self._victims(keep=entry.key)[: max(surplus, 0)]:
+                    self._evict(victim)
+        return entry
+
+    def discard(self, entry: HostEntry) -> None:
+        """Give up an entry that was created and not committed."""
+        with self.lock:
+            entry.users -= 1
+            self._drop(entry)
+
+    def remove(self, key: Hashable) -> bool:
+        """Forget an adapter; its memory is free as soon as nobody reads it."""
+        with self.lock:
+            entry = self._entries.pop(key, None)
+            self._drop(entry)
+            self._demand.forget(key)
+            return entry is not None
+
+    def pin(self, key: Hashable, pinned: bool = True) -> bool:
+        """Keep an adapter whatever happens, or no longer. False when it is not here."""
+        entry = self.get(key)
+        if entry is not None:
+            entry.pinned = pinned
+        return entry is not None
+
+    @contextmanager
+    def reading(self, key: Hashable) -> Iterator[HostEntry | None]:
+        """The entry, guarded against eviction while the block runs; None when it is not here."""
+        with self.lock:
+            entry = self.get(key)
+            if entry is not None:
+                entry.users += 1
+        try:
+            yield entry
+        finally:
+            if entry is not None:
+                with self.lock:
+                    entry.users -= 1
+                    if entry in self._retired:
+                        self._retired.discard(entry)
+                        self._drop(entry)
+
+    def targets(self, entry: HostEntry) -> list[torch.Tensor | None]:
+        """The entry's pages as tensors over the slab: per group [pages, page_elements], None without pages."""
+        views: list[torch.Tensor | None] = []
+        at = entry.offset
+        for group, count in enumerate(entry.pages):
+            length = count * self.layout.page_bytes(group)
+            part = self._bytes[at : at + length].view(self._dtype) if count else None
+            views.append(None if part is None else part.view(count, -1))
+            at += length
+        return views
+
+    def current_checksums(self, entry: HostEntry) -> list[int]:
+        """Checksums of the entry's pages as they are in memory now."""
+        return checksum.checksums(*page_addresses(self.layout, entry.pages, self.slab.address + entry.offset))
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless extents and entries account for every byte exactly once."""
+        with self.lock:
+            self._extents.check_integrity()
+            held = [*self._entries.values(), *self._retired]
+            used = sum(self._extents.rounded(entry.size) for entry in held)
+            assert used + self._extents.free_bytes == self._extents.size, "bytes are lost or held twice"
+            ends = sorted((entry.offset, entry.offset + entry.size) for entry in held)
+            for (_, end), (start, _) in itertools.pairwise(ends):
+                assert end <= start, "two adapters overlap"
+
+    def _victims(self, keep: Hashable) -> list[Hashable]:
+        now = self._clock()
+        return eviction_order(
+            Candidate(
+                key,
+                entry.size,
+                load_seconds(entry.size, _CHECKPOINT_BYTES_PER_SECOND, _CHECKPOINT_FIXED_SECONDS),
+                self._demand.of(key, now),
+            )
+            for key, entry in self._entries.items()
+            if key != keep and not entry.users and not entry.pinned and self.may_evict(key)
+        )
+
+    def _evict(self, key: Hashable) -> None:
+        logger.debug("Evicting adapter %s from the host tier", key)
+        self._drop(self._entries.pop(key))
+
+    def _drop(self, entry: HostEntry | None) -> None:
+        if entry is None:
+            return
+        if entry.users:
+            self._retired.add(entry)
+        else:
+            self._extents.free(entry.offset, entry.size)
