@@ -1,0 +1,343 @@
+"""Agent, meter and resolver against a real coordinator and an engine client that only keeps books."""
+
+import asyncio
+import shutil
+import tempfile
+import time
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+from collections import defaultdict  # noqa: E402
+
+from vllm.lora.request import LoRARequest  # noqa: E402
+from vllm.lora.resolver import LoRAResolverRegistry  # noqa: E402
+from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
+from vllm.utils.counter import AtomicCounter  # noqa: E402
+
+from vllm_loraserve.cluster.placement import make_policy  # noqa: E402
+from vllm_loraserve.config import LoRAServeConfig  # noqa: E402
+from vllm_loraserve.coordinator.client import CoordinatorClient  # noqa: E402
+from vllm_loraserve.coordinator.control import Controller, ControlOptions  # noqa: E402
+from vllm_loraserve.coordinator.messages import AdapterRecord, GetTable, RemoveAdapter, RoutingTable  # noqa: E402
+from vllm_loraserve.coordinator.registry import Registry  # noqa: E402
+from vllm_loraserve.coordinator.server import CoordinatorServer, ServerOptions  # noqa: E402
+from vllm_loraserve.engine.agent import RESOLVER_NAME, instance_name, start_agent  # noqa: E402
+from vllm_loraserve.engine.capacity import module_shapes  # noqa: E402
+from vllm_loraserve.engine.meter import LoadLogger, Meter  # noqa: E402
+from vllm_loraserve.engine.resolver import LoRAServeResolver  # noqa: E402
+
+LLAMA = SimpleNamespace(
+    model_type="llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
+    num_hidden_layers=2,
+)  # fmt: skip
+
+
+def vllm_config():
+    return SimpleNamespace(
+        lora_config=SimpleNamespace(max_loras=4, max_lora_rank=64, max_cpu_loras=8, lora_dtype=None),
+        cache_config=SimpleNamespace(num_gpu_blocks=100, block_size=16),
+        model_config=SimpleNamespace(hf_text_config=LLAMA),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        device_config=SimpleNamespace(device_type="cpu"),
+    )
+
+
+class FakeEngine:
+    """An engine client that holds LoRARequests by id and generates tokens when told to."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, LoRARequest] = {}
+        self.broken: set[str] = set()
+        self.logger_manager = SimpleNamespace(stat_loggers=[])
+        self.gate = asyncio.Event()
+        self.closed = 0
+
+    async def add_lora(self, request):
+        if request.lora_name in self.broken:
+            raise RuntimeError("Call to add_lora failed:\nno adapter_config.json there")
+        self.held[request.lora_int_id] = request
+        return True
+
+    async def remove_lora(self, lora_id):
+        return self.held.pop(lora_id, None) is not None
+
+    async def list_loras(self):
+        return set(self.held)
+
+    async def generate(self, prompt, sampling_params, request_id, *, lora_request=None):
+        try:
+            for i in range(1, 4):
+                n = 1 if sampling_params.output_kind is RequestOutputKind.DELTA else i
+                yield SimpleNamespace(prompt_token_ids=[1] * 5, outputs=[SimpleNamespace(token_ids=[7] * n)])
+                if i == 1:
+                    await self.gate.wait()
+        finally:
+            self.closed += 1
+
+
+class FakeModels:
+    """The parts of OpenAIServingModels that the agent touches, and its resolve_lora in short."""
+
+    def __init__(self, engine) -> None:
+        self.engine = engine
+        self.base_model_paths = [SimpleNamespace(name="toy")]
+        self.lora_requests: dict[str, LoRARequest] = {}
+        self.lora_id_counter = AtomicCounter(0)
+        self.lora_resolver_lock = defaultdict(asyncio.Lock)
+        self.lora_resolvers = []
+
+    async def resolve_lora(self, name):
+        async with self.lora_resolver_lock[name]:
+            if name in self.lora_requests:
+                return self.lora_requests[name]
+            for resolver in self.lora_resolvers:
+                if (request := await resolver.resolve_lora("toy", name)) is not None:
+                    request.lora_int_id = self.lora_id_counter.inc(1)
+                    await self.engine.add_lora(request)
+                    self.lora_requests[name] = request
+                    return request
+        return None
+
+
+def record(name: str, sha256: str = "one", source: str = "/adapters/a") -> AdapterRecord:
+    return AdapterRecord(
+        name=name, source=source, rank=8, target_modules=("q_proj",), size_bytes=1000, sha256=sha256, base_model="toy",
+        added_at=1.0,
+    )  # fmt: skip
+
+
+async def until(condition, seconds: float = 10.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+def coordinator(tmp_path):
+    """Starts (and restarts) a coordinator at one endpoint on one database."""
+    directory = tempfile.mkdtemp(prefix="lrs")  # a socket's path must be short
+    endpoint = f"ipc://{directory}/c"
+
+    class Handle:
+        server = None
+        controller = None
+
+        async def start(self):
+            self.registry = Registry(tmp_path / "r.sqlite")
+            options = ControlOptions(expiry_s=2.0, settle_s=2.0)
+            self.controller = Controller(self.registry, make_policy("rank-weighted"), options, time.monotonic())
+            self.server = CoordinatorServer(self.controller, ServerOptions(bind=endpoint))
+            await self.server.start()
+            return self
+
+        async def stop(self):
+            await self.server.stop()
+            self.registry.close()
+
+        def add(self, r):
+            return self.controller.add(r, time.monotonic())[0]
+
+    handle = Handle()
+    handle.endpoint = endpoint
+    yield handle
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+async def joined(coordinator):
+    """(coordinator, agent, engine, models) of a running membership."""
+    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
+    await coordinator.start()
+    engine = FakeEngine()
+    models = FakeModels(engine)
+    config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1)
+    agent = await start_agent(engine, vllm_config(), config, "http://127.0.0.1:8000", models)
+    await until(lambda: len(coordinator.controller.members) == 1)
+    yield coordinator, agent, engine, models
+    await agent.stop()
+    assert len(coordinator.controller.members) == 0, "left in good order"
+    assert engine.generate.__func__ is FakeEngine.generate
+    assert engine.logger_manager.stat_loggers == []
+    await coordinator.stop()
+    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
+
+
+async def test_registers_with_capacity_and_shapes(joined):
+    coordinator, *_ = joined
+    hello = coordinator.controller.members.get("one").hello
+    assert hello.base_model == "toy"
+    assert (hello.capacity.slots, hello.capacity.rank_rows, hello.capacity.max_rank) == (4, 256, 64)
+    assert hello.capacity.kv_tokens == 1600
+    assert hello.module_shapes["k_proj"] == (64, 32)
+
+
+async def test_prefetches_reports_and_releases(joined):
+    coordinator, _, engine, models = joined
+    coordinator.add(record("a"))
+    await until(lambda: "a" in coordinator.controller.members.get("one").resident)
+    assert models.lora_requests["a"].lora_path == "/adapters/a"
+    assert [r.lora_name for r in engine.held.values()] == ["a"]
+    assert not coordinator.controller.commands.pending()
+    async with CoordinatorClient(coordinator.endpoint) as client:
+        await client.request(RemoveAdapter(name="a", drain_s=5.0))
+    assert not models.lora_requests
+    assert not engine.held, "vLLM's own unload would have left it in the engine"
+
+
+async def test_an_unknown_name_is_resolved_from_the_registry_and_reported(joined):
+    coordinator, _, engine, models = joined
+    engine.broken.add("b")
+    coordinator.add(record("b"))
+    await until(lambda: coordinator.controller.problems())
+    assert "no adapter_config.json there" in coordinator.controller.problems()[0]
+    engine.broken.clear()
+    request = await models.resolve_lora("b")
+    assert (request.lora_name, request.lora_path) == ("b", "/adapters/a")
+    await until(lambda: "b" in coordinator.controller.members.get("one").resident)
+    assert await models.resolve_lora("nobody") is None
+
+
+async def test_release_waits_for_running_requests(joined):
+    coordinator, agent, engine, models = joined
+    coordinator.add(record("a"))
+    await until(lambda: "a" in models.lora_requests)
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+    stream = engine.generate("p", params, "r1", lora_request=models.lora_requests["a"])
+    await anext(stream)
+    release = asyncio.create_task(agent.release(coordinator.registry.get("a")))
+    await asyncio.sleep(0.4)
+    assert "a" not in models.lora_requests, "no new request gets it"
+    assert engine.held, "but the running one keeps it"
+    engine.gate.set()
+    assert [len(o.outputs[0].token_ids) async for o in stream] == [1, 1]
+    await release
+    assert not engine.held
+
+
+async def test_new_content_under_a_name_gets_a_new_id_and_another_path_spelling(joined):
+    _, agent, engine, models = joined
+    await agent.prefetch(record("a", "one"))
+    first = models.lora_requests["a"]
+    await agent.prefetch(record("a", "one"))
+    assert models.lora_requests["a"] is first
+    await agent.prefetch(record("a", "two"))
+    second = models.lora_requests["a"]
+    assert second.lora_int_id != first.lora_int_id
+    assert second.lora_path == "/adapters/a/.", "vLLM's prefix cache is keyed by name and path"
+    await until(lambda: list(engine.held) == [second.lora_int_id])
+    await agent.prefetch(record("a", "one"))
+    assert models.lora_requests["a"].lora_path == first.lora_path, "its old blocks are right again"
+
+
+async def test_what_the_operator_loaded_is_left_alone(joined):
+    coordinator, agent, engine, models = joined
+    own = LoRARequest("mine", models.lora_id_counter.inc(1), "/own")
+    await engine.add_lora(own)
+    models.lora_requests["mine"] = own
+    await agent.release(record("mine"))
+    with pytest.raises(ValueError, match="outside the registry"):
+        await agent.prefetch(record("mine"))
+    assert models.lora_requests == {"mine": own}
+    await asyncio.sleep(0.3)
+    assert not coordinator.controller.members.get("one").resident
+
+
+async def test_survives_the_coordinators_absence_and_is_back_with_everything(joined):
+    coordinator, agent, _, models = joined
+    coordinator.add(record("a"))
+    coordinator.add(record("b", source="/adapters/b"))
+    await until(lambda: len(coordinator.controller.members.get("one").resident) == 2)
+    await agent.resolver.refresh()
+    await agent.release(record("b", source="/adapters/b"))
+    agent.resolver.learn(record("b", source="/adapters/b"))
+    await coordinator.stop()
+    request = await models.resolve_lora("b")
+    assert request.lora_path == "/adapters/b", "the last known registry serves"
+    started = time.monotonic()
+    assert await models.resolve_lora("nobody") is None
+    assert time.monotonic() - started < 1.0, "not a timeout for every name"
+    await asyncio.sleep(1.0)
+    await coordinator.start()
+    started = time.monotonic()
+    await until(lambda: len(coordinator.controller.members) == 1 and coordinator.controller.settled)
+    assert time.monotonic() - started < 5.0
+    assert set(coordinator.controller.members.get("one").resident) == {"a", "b"}
+    async with CoordinatorClient(coordinator.endpoint) as client:
+        table = await client.ask(GetTable(), RoutingTable)
+    assert [r.adapter.name for r in table.adapters if r.routes] == ["a", "b"]
+
+
+async def test_an_expired_instance_registers_again(joined):
+    coordinator, *_ = joined
+    coordinator.controller.members.expire(time.monotonic() + 100)
+    assert len(coordinator.controller.members) == 0
+    await until(lambda: len(coordinator.controller.members) == 1, 3.0)
+
+
+async def test_demand_and_load_are_reported(joined):
+    coordinator, agent, engine, models = joined
+    coordinator.add(record("a"))
+    await until(lambda: "a" in models.lora_requests)
+    agent.load.record(SimpleNamespace(num_running_reqs=3, num_waiting_reqs=2, kv_cache_usage=0.25), None)
+    stream = engine.generate("p", SamplingParams(), "r1", lora_request=models.lora_requests["a"])
+    await anext(stream)
+
+    def member():
+        return coordinator.controller.members.get("one")
+
+    await until(lambda: member().demand.get("a") is not None and member().demand["a"].running == 1)
+    assert (member().load.running, member().load.waiting, member().load.kv_usage) == (3, 2, 0.25)
+    assert member().demand["a"].tokens_per_s > 0
+    await stream.aclose()
+    assert engine.closed == 1
+    await until(lambda: member().demand["a"].running == 0 and member().load.running == 0)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
+async def test_meter_counts_prompt_and_generated_tokens_once(kind):
+    clock, engine = Clock(), FakeEngine()
+    engine.gate.set()
+    meter = Meter(clock)
+    detach = meter.attach(engine)
+    async for _ in engine.generate("p", SamplingParams(output_kind=kind), "r", lora_request=None):
+        assert meter.running("") == 1
+    clock.now = 4.0
+    (base,) = meter.demand()
+    assert (base.name, base.tokens_per_s, base.requests_per_s, base.running) == ("", 2.0, 0.25, 0)
+    for clock.now in (10.0, 15.0):
+        demand = meter.demand()
+    assert demand == (), "out of the window"
+    detach()
+    assert engine.generate.__func__ is FakeEngine.generate
+
+
+def test_without_statistics_everything_in_flight_is_running():
+    meter = Meter()
+    assert LoadLogger().load(meter, ()).running == 0
+
+
+def test_shapes_are_told_for_plain_dense_models_only():
+    assert module_shapes(LLAMA)["down_proj"] == (128, 64)
+    assert module_shapes(SimpleNamespace(model_type="mixtral")) == {}
+
+
+def test_instance_names():
+    assert instance_name(LoRAServeConfig(instance="x"), "http://h:1") == "x"
+    assert instance_name(LoRAServeConfig(), "http://127.0.0.1:8000") == "127.0.0.1-8000"
+    assert instance_name(LoRAServeConfig(), "http://[::1]:8000") == "1-8000"
+
+
+def test_resolver_needs_a_coordinator():
+    with pytest.raises(ValueError, match="set coordinator"):
+        LoRAServeResolver(LoRAServeConfig())

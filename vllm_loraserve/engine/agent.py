@@ -1,0 +1,331 @@
+"""The instance's side of the cluster: registers, reports, and carries out what the coordinator asks.
+
+Runs as tasks in the vLLM API server's event loop, beside the requests; nothing in it ever waits in a request's way.
+While the coordinator is away it tries again at every heartbeat and the instance goes on serving; when the coordinator
+is new, or has given the instance up, it registers again with all that it holds.
+
+    heartbeat (load, demand, residency, results) -> HeartbeatReply(commands)
+    prefetch: the engine loads the adapter and vLLM's server serves its name, before any request asks for it
+    release:  the name is no longer served; when its last running request is done, the engine forgets the adapter
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+import urllib.parse
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolverRegistry
+
+from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
+from vllm_loraserve.coordinator.messages import (
+    AdapterRecord,
+    Command,
+    CommandResult,
+    Heartbeat,
+    HeartbeatReply,
+    Leave,
+    Register,
+    Registered,
+    Residency,
+)
+from vllm_loraserve.engine.capacity import capacity_of, module_shapes
+from vllm_loraserve.engine.meter import LoadLogger, Meter
+from vllm_loraserve.engine.resolver import LoRAServeResolver
+
+logger = logging.getLogger("vllm.loraserve.agent")
+
+RESOLVER_NAME = "loraserve"
+ANSWER_TIMEOUT_S = 2.0
+RESIDENCY_S = 3.0
+"""Time between two questions to the engine about what it holds, where nothing was loaded or released meanwhile."""
+REFRESH_S = 30.0
+"""Time between two looks at the whole registry, kept for the coordinator's absence."""
+DRAIN_POLL_S = 0.1
+
+
+async def start_agent(
+    engine_client: Any, vllm_config: Any, config: LoRAServeConfig, url: str, serving_models: Any
+) -> Agent:
+    """Joins this instance to the cluster of `config.coordinator` and returns at once; `await agent.stop()` leaves.
+
+    `url`: HTTP base URL under which routers reach the instance. `serving_models`: vLLM's OpenAIServingModels.
+    """
+    agent = Agent(engine_client, vllm_config, config, url, serving_models)
+    agent.start()
+    return agent
+
+
+def instance_name(config: LoRAServeConfig, url: str) -> str:
+    """The configured name, else host-port of the URL."""
+    if config.instance is not None:
+        return config.instance
+    parts = urllib.parse.urlsplit(url)
+    return re.sub(r"[^\w.\-]+", "-", f"{parts.hostname}-{parts.port or 80}").strip("-.")
+
+
+class Agent:
+    """One instance's membership."""
+
+    def __init__(
+        self, engine_client: Any, vllm_config: Any, config: LoRAServeConfig, url: str, serving_models: Any
+    ) -> None:
+        if config.coordinator is None:
+            raise ValueError("loraserve-config: the agent needs a coordinator; set coordinator")
+        self.engine = engine_client
+        self.models = serving_models
+        self.config = config
+        self.meter = Meter()
+        self.load = LoadLogger()
+        self.resolver = self._find_resolver(config)
+        self.name = instance_name(config, url)
+        shapes = module_shapes(vllm_config.model_config.hf_text_config)
+        self._hello = Register(
+            instance=self.name,
+            incarnation=uuid.uuid4().hex,
+            url=url,
+            base_model=serving_models.base_model_paths[0].name,
+            capacity=capacity_of(vllm_config, config, shapes),
+            module_shapes=shapes,
+        )
+        self._client = CoordinatorClient(config.coordinator, timeout_s=ANSWER_TIMEOUT_S)
+        self._epoch: int | None = None
+        self._reachable = True
+        self._resident: tuple[Residency, ...] = ()
+        self._look = asyncio.Event()
+        self._taken: dict[tuple[int, int], CommandResult | None] = {}
+        self._outbox: dict[tuple[int, int], CommandResult] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._undo: list[Callable[[], None]] = []
+
+    def _find_resolver(self, config: LoRAServeConfig) -> LoRAServeResolver:
+        """The resolver that vLLM asks in this process; registers one where the plugin has not."""
+        if RESOLVER_NAME not in LoRAResolverRegistry.get_supported_resolvers():
+            LoRAResolverRegistry.register_resolver(RESOLVER_NAME, LoRAServeResolver(config))
+        resolver = LoRAResolverRegistry.get_resolver(RESOLVER_NAME)
+        if resolver not in self.models.lora_resolvers:
+            self.models.lora_resolvers.append(resolver)
+        assert isinstance(resolver, LoRAServeResolver)
+        return resolver
+
+    # ---- life ----
+
+    def start(self) -> None:
+        """Begins to measure, to register and to report."""
+        self._undo.append(self.meter.attach(self.engine))
+        manager = getattr(self.engine, "logger_manager", None)
+        if manager is not None:
+            manager.stat_loggers.append(self.load)
+            self._undo.append(lambda: manager.stat_loggers.remove(self.load))
+        for work in (self._beat(), self._watch_residency(), self._refresh_registry()):
+            self._spawn(work)
+
+    async def stop(self) -> None:
+        """Leaves the cluster in good order; the instance serves on, alone."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._epoch is not None:
+            with contextlib.suppress(CoordinatorError, CoordinatorUnavailable):
+                leave = Leave(instance=self.name, incarnation=self._hello.incarnation)
+                await self._client.request(leave, timeout_s=1.0)
+        for undo in self._undo:
+            undo()
+        await self._client.close()
+        await self.resolver.close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("A task of the agent ended", exc_info=error)
+
+    # ---- reports ----
+
+    async def _beat(self) -> None:
+        while True:
+            started = time.monotonic()
+            try:
+                if self._epoch is None:
+                    await self._register()
+                if self._epoch is not None:
+                    await self._report()
+                if not self._reachable:
+                    logger.info("The coordinator at %s answers again", self.config.coordinator)
+                self._reachable = True
+            except CoordinatorUnavailable as error:
+                if self._reachable:
+                    logger.warning("%s This instance serves on, and goes on trying.", error)
+                self._reachable = False
+            except Exception:
+                logger.exception("A heartbeat failed")
+            await asyncio.sleep(max(0.05, self.config.heartbeat_s - (time.monotonic() - started)))
+
+    async def _register(self) -> None:
+        # An engine in a long step (or compiling) answers late; the membership must not wait for it.
+        with contextlib.suppress(TimeoutError):
+            self._resident = await asyncio.wait_for(self._residency(), ANSWER_TIMEOUT_S)
+        hello = msgspec.structs.replace(self._hello, resident=self._resident)
+        try:
+            reply = await self._client.ask(hello, Registered)
+        except CoordinatorError as error:
+            logger.error("The coordinator does not take this instance: %s", error)
+            await asyncio.sleep(5.0)
+            return
+        self._epoch = reply.epoch
+        logger.info("Registered as '%s' at %s, epoch %d", self.name, self.config.coordinator, reply.epoch)
+
+    async def _report(self) -> None:
+        demand = self.meter.demand()
+        # Ids mean something only to the coordinator that gave them.
+        self._outbox = {key: result for key, result in self._outbox.items() if key[0] == self._epoch}
+        sent = dict(self._outbox)
+        beat = Heartbeat(
+            instance=self.name,
+            incarnation=self._hello.incarnation,
+            load=self.load.load(self.meter, demand),
+            demand=demand,
+            resident=self._resident,
+            results=tuple(sent.values()),
+        )
+        try:
+            reply = await self._client.ask(beat, HeartbeatReply)
+        except CoordinatorError as error:
+            if error.code != "unknown_instance":
+                logger.warning("The coordinator refused a heartbeat: %s", error)
+                return
+            self._epoch = None
+            await self._register()
+            return
+        for key in sent:
+            self._outbox.pop(key, None)
+        if reply.epoch != self._epoch:
+            self._epoch = None
+            await self._register()
+            return
+        for command in reply.commands:
+            self._take(command)
+
+    # ---- residency ----
+
+    async def _watch_residency(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESIDENCY_S):
+                    await self._look.wait()
+            self._look.clear()
+            try:
+                self._resident = await self._residency()
+            except Exception:
+                # An engine that is busy compiling, or gone; the server itself decides what that means.
+                logger.debug("The engine did not say what it holds", exc_info=True)
+                await asyncio.sleep(1.0)
+
+    async def _residency(self) -> tuple[Residency, ...]:
+        """What the engine holds of the registry's adapters."""
+        held = await self.engine.list_loras()
+        out = []
+        for name, request in list(self.models.lora_requests.items()):
+            digest = self.resolver.digest_of(request)
+            if digest is not None and request.lora_int_id in held:
+                out.append(Residency(name=name, sha256=digest))
+        return tuple(out)
+
+    async def _refresh_registry(self) -> None:
+        while True:
+            await self.resolver.refresh()
+            await asyncio.sleep(REFRESH_S)
+
+    # ---- commands ----
+
+    def _take(self, command: Command) -> None:
+        """Starts a command once; one that is repeated because its answer was lost is only answered again."""
+        assert self._epoch is not None
+        key = (self._epoch, command.id)
+        if key in self._taken:
+            result = self._taken[key]
+            if result is not None:
+                self._outbox[key] = result
+            return
+        self._taken = {k: r for k, r in self._taken.items() if k[0] == self._epoch}
+        self._taken[key] = None
+        self._spawn(self._carry_out(key, command))
+
+    async def _carry_out(self, key: tuple[int, int], command: Command) -> None:
+        work = self.prefetch if command.action == "prefetch" else self.release
+        try:
+            await work(command.adapter)
+            result = CommandResult(id=command.id, ok=True)
+        except Exception as error:
+            text = f"{error}".strip().splitlines()
+            result = CommandResult(id=command.id, ok=False, error=(text[-1] if text else type(error).__name__)[:500])
+            logger.warning("Could not %s '%s': %s", command.action, command.adapter.name, result.error)
+        with contextlib.suppress(Exception):
+            self._resident = await self._residency()
+        self._taken[key] = self._outbox[key] = result
+
+    async def prefetch(self, record: AdapterRecord) -> None:
+        """Loads this content under the adapter's name, replacing other content; raises what the engine raises."""
+        self.resolver.learn(record)
+        async with self.models.lora_resolver_lock[record.name]:
+            present = self.models.lora_requests.get(record.name)
+            if present is not None and self.resolver.digest_of(present) == record.sha256:
+                if present.lora_int_id not in await self.engine.list_loras():
+                    await self._add(present)
+                return
+            if present is not None:
+                if self.resolver.digest_of(present) is None:
+                    raise ValueError(f"'{record.name}' was loaded here from outside the registry; unload it.")
+                self._unserve(record.name, present)
+            request = self.resolver.request_for(record, self.models.lora_id_counter.inc(1))
+            await self._add(request)
+            self.models.lora_requests[record.name] = request
+        logger.info("Prefetched adapter '%s' (rank %d) from '%s'", record.name, record.rank, record.source)
+
+    async def _add(self, request: LoRARequest) -> None:
+        if not await self.engine.add_lora(request):
+            logger.debug("The engine had '%s' already", request.lora_name)
+
+    async def release(self, record: AdapterRecord) -> None:
+        """Stops serving the adapter's name, waits for its running requests, and lets the engine forget it.
+
+        vLLM's own unloading removes the name only; the engine would keep the weights.
+        """
+        self.resolver.forget(record.name)
+        async with self.models.lora_resolver_lock[record.name]:
+            present = self.models.lora_requests.get(record.name)
+            if present is None or self.resolver.digest_of(present) != record.sha256:
+                return
+            removal = self._unserve(record.name, present)
+        await removal
+        logger.info("Released adapter '%s'", record.name)
+
+    def _unserve(self, name: str, request: LoRARequest) -> asyncio.Task[None]:
+        """No new request gets `request` from now on; the task returned ends when the engine has forgotten it."""
+        del self.models.lora_requests[name]
+
+        async def remove() -> None:
+            # An adapter removed under a running request would be loaded again by that request's next step.
+            while self.meter.running_id(request.lora_int_id):
+                await asyncio.sleep(DRAIN_POLL_S)
+            await self.engine.remove_lora(request.lora_int_id)
+            self._look.set()
+
+        task = asyncio.create_task(remove())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

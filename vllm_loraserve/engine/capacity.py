@@ -1,0 +1,64 @@
+"""What this instance can hold, and the shapes of its base model, from vLLM's configuration alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.coordinator.messages import Capacity
+
+_PLAIN_DENSE = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+    *("smollm3", "granite", "olmo2", "starcoder2", "cohere"),
+)
+"""Model types whose decoder layers are q/k/v/o projections and a gated MLP with these names. For others no shapes are
+told, and adapters are checked when they are loaded instead of when they are registered."""
+
+
+def module_shapes(hf_config: Any) -> dict[str, tuple[int, int]]:
+    """Module suffix -> (in, out) features, unsharded; empty for model types that are not plain dense decoders."""
+    if getattr(hf_config, "model_type", None) not in _PLAIN_DENSE:
+        return {}
+    hidden, heads = hf_config.hidden_size, hf_config.num_attention_heads
+    kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
+    head = getattr(hf_config, "head_dim", None) or hidden // heads
+    shapes = {
+        "q_proj": (hidden, heads * head),
+        "k_proj": (hidden, kv_heads * head),
+        "v_proj": (hidden, kv_heads * head),
+        "o_proj": (heads * head, hidden),
+    }
+    inner = hf_config.intermediate_size
+    if hf_config.model_type == "starcoder2":
+        return shapes | {"c_fc": (hidden, inner), "c_proj": (inner, hidden)}
+    return shapes | {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+
+
+def rank_row_bytes(shapes: dict[str, tuple[int, int]], layers: int, element_bytes: int) -> int:
+    """Bytes of one rank row over all modules and layers of the model; 0 when the shapes are not known."""
+    return sum(i + o for i, o in shapes.values()) * layers * element_bytes
+
+
+def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tuple[int, int]]) -> Capacity:
+    """What to register. Arena: `max_loras` slots of `max_lora_rank` rank rows; host: `max_cpu_loras` of the same."""
+    lora, cache, model = vllm_config.lora_config, vllm_config.cache_config, vllm_config.model_config
+    layers = getattr(model.hf_text_config, "num_hidden_layers", 0)
+    row = rank_row_bytes(shapes, layers, getattr(lora.lora_dtype, "itemsize", 2))
+    return Capacity(
+        slots=lora.max_loras,
+        rank_rows=lora.max_loras * lora.max_lora_rank,
+        host_bytes=(lora.max_cpu_loras or lora.max_loras) * lora.max_lora_rank * row,
+        device=_device_name(vllm_config),
+        tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
+        kv_tokens=(cache.num_gpu_blocks or 0) * (cache.block_size or 0),
+        max_rank=min(config.max_rank, lora.max_lora_rank),
+    )
+
+
+def _device_name(vllm_config: Any) -> str:
+    from vllm.platforms import current_platform
+
+    try:
+        return str(current_platform.get_device_name())
+    except Exception:  # platforms without a name raise what they like
+        return str(vllm_config.device_config.device_type)

@@ -1,0 +1,141 @@
+"""What an instance is doing, measured in its API server: load as vLLM's own statistics tell it, demand per adapter.
+
+vLLM's statistics have no adapter in them, so `Meter.attach` counts at the engine client: its `generate` is wrapped, on
+that one object, by a generator that passes every output on and notes its tokens under the adapter's name.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import msgspec
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+from vllm_loraserve.coordinator.messages import AdapterDemand, Load
+
+WINDOW_S = 10.0
+"""Rates are means over so long."""
+
+
+class _Tally(msgspec.Struct):
+    """Counts of one adapter since the start."""
+
+    tokens: int = 0
+    requests: int = 0
+    running: int = 0
+
+
+class Meter:
+    """Tokens, requests and running requests by adapter name (`""`: the base model). One event loop."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tallies: dict[str, _Tally] = {}
+        self._running_ids: collections.Counter[int] = collections.Counter()
+        self._history: collections.deque[tuple[float, dict[str, tuple[int, int]]]] = collections.deque()
+        self._history.append((clock(), {}))
+
+    def attach(self, engine_client: Any) -> Callable[[], None]:
+        """Counts what goes through `engine_client.generate`; returns what undoes it."""
+        original = engine_client.generate
+
+        @functools.wraps(original)
+        async def generate(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+            lora_request = kwargs.get("lora_request")
+            tally = self._tallies.setdefault(lora_request.lora_name if lora_request is not None else "", _Tally())
+            delta = getattr(sampling_params, "output_kind", None) is RequestOutputKind.DELTA
+            lora_id = lora_request.lora_int_id if lora_request is not None else 0
+            tally.requests += 1
+            tally.running += 1
+            self._running_ids[lora_id] += 1
+            outputs = original(prompt, sampling_params, *args, **kwargs)
+            prompt_tokens = generated = 0
+            try:
+                async for output in outputs:
+                    if not prompt_tokens:
+                        prompt_tokens = len(output.prompt_token_ids or ())
+                        tally.tokens += prompt_tokens
+                    new = sum(len(o.token_ids) for o in output.outputs)
+                    tally.tokens += new if delta else new - generated
+                    generated = new
+                    yield output
+            finally:
+                tally.running -= 1
+                self._running_ids[lora_id] -= 1
+                # Ends the engine's side at once when the client has gone, rather than at garbage collection.
+                await outputs.aclose()
+
+        engine_client.generate = generate
+
+        def detach() -> None:
+            if engine_client.generate is generate:
+                engine_client.generate = original
+
+        return detach
+
+    def running(self, adapter: str | None = None) -> int:
+        """Requests of `adapter`, or of all, between their arrival at the engine client and their last output."""
+        if adapter is not None:
+            return self._tallies[adapter].running if adapter in self._tallies else 0
+        return sum(t.running for t in self._tallies.values())
+
+    def running_id(self, lora_int_id: int) -> int:
+        """Requests that run with this very loading of an adapter; its name may stand for newer content meanwhile."""
+        return self._running_ids[lora_int_id]
+
+    def demand(self) -> tuple[AdapterDemand, ...]:
+        """Rates over the last WINDOW_S seconds (less at the start), of whoever had any; to be called regularly."""
+        now = self._clock()
+        while len(self._history) > 1 and self._history[1][0] <= now - WINDOW_S:
+            self._history.popleft()
+        then, before = self._history[0]
+        elapsed = max(now - then, 1e-3)
+        out = []
+        for name, tally in self._tallies.items():
+            tokens, requests = before.get(name, (0, 0))
+            if tally.running or tally.tokens > tokens or tally.requests > requests:
+                out.append(
+                    AdapterDemand(
+                        name=name,
+                        tokens_per_s=(tally.tokens - tokens) / elapsed,
+                        requests_per_s=(tally.requests - requests) / elapsed,
+                        running=tally.running,
+                    )
+                )
+        self._history.append((now, {n: (t.tokens, t.requests) for n, t in self._tallies.items()}))
+        return tuple(sorted(out, key=lambda d: d.name))
+
+
+class LoadLogger(AggregateStatLoggerBase):
+    """A vLLM stat logger that keeps the last scheduler statistics of each engine."""
+
+    def __init__(self, vllm_config: Any = None, engine_indexes: Any = None) -> None:
+        self._last: dict[int, Any] = {}
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        """Called by vLLM after every step."""
+        if scheduler_stats is not None:
+            self._last[engine_idx] = scheduler_stats
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to log."""
+
+    def load(self, meter: Meter, demand: tuple[AdapterDemand, ...]) -> Load:
+        """The instance's load; without vLLM statistics (--disable-log-stats) everything in flight counts as running."""
+        tokens_per_s = sum(d.tokens_per_s for d in demand)
+        if not self._last or meter.running() == 0:
+            return Load(running=meter.running(), tokens_per_s=tokens_per_s)
+        stats = self._last.values()
+        return Load(
+            running=sum(s.num_running_reqs for s in stats),
+            waiting=sum(s.num_waiting_reqs + getattr(s, "num_skipped_waiting_reqs", 0) for s in stats),
+            kv_usage=min(1.0, max(s.kv_cache_usage for s in stats)),
+            tokens_per_s=tokens_per_s,
+        )

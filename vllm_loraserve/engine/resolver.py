@@ -1,0 +1,108 @@
+"""Adapters that a request names and this instance has not loaded: looked up in the cluster's registry.
+
+vLLM asks `LoRAServeResolver` (its official LoRAResolver extension point) under a lock per name, loads what it gets, and
+answers 404 when it gets nothing. While the coordinator is away, the last known registry decides.
+
+**One path spelling per content.** vLLM keys its prefix cache by adapter name and path string, not by content: weights
+registered anew under the same name and path would reuse the KV blocks of the old ones. The first content served from
+(name, path) gets the path as it is; each later one gets another spelling of the same directory (`/dir/.`, `/dir/./.`),
+so its blocks are its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolver
+
+from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
+from vllm_loraserve.coordinator.messages import AdapterRecord, AdapterReply, GetAdapter, GetTable, RoutingTable
+
+logger = logging.getLogger("vllm.loraserve.resolver")
+
+ASK_TIMEOUT_S = 2.0
+AWAY_S = 3.0
+"""After one unanswered question the last known registry is used so long without asking again."""
+
+
+class LoRAServeResolver(LoRAResolver):
+    """Resolves names by the registry of `config.coordinator`; one per API-server process, in its event loop."""
+
+    def __init__(self, config: LoRAServeConfig) -> None:
+        if config.coordinator is None:
+            raise ValueError("loraserve-config: the resolver needs a coordinator; set coordinator")
+        self._endpoint = config.coordinator
+        self._client: CoordinatorClient | None = None
+        self._known: dict[str, AdapterRecord] = {}
+        self._away_until = 0.0
+        self._contents: dict[tuple[str, str], list[str]] = {}
+        self._digests: dict[tuple[str, str], str] = {}
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        """A request for the registered adapter `lora_name`, or None. vLLM overwrites its id with one of its own."""
+        record = await self.lookup(lora_name)
+        return None if record is None else self.request_for(record, 1)
+
+    async def lookup(self, name: str) -> AdapterRecord | None:
+        """The active record of `name`; with no coordinator the last known one."""
+        if time.monotonic() < self._away_until:
+            return self._known.get(name)
+        try:
+            reply = await self._ask(name)
+        except CoordinatorError as error:
+            if error.code != "not_found":
+                logger.warning("The coordinator could not look up '%s': %s", name, error)
+            self._known.pop(name, None)
+            return None
+        except CoordinatorUnavailable as error:
+            self._away_until = time.monotonic() + AWAY_S
+            logger.warning("%s Adapters of the last known registry are served.", error)
+            return self._known.get(name)
+        self._known[name] = reply.adapter
+        return reply.adapter
+
+    async def _ask(self, name: str) -> AdapterReply:
+        return await self._connection().ask(GetAdapter(name=name), AdapterReply, timeout_s=ASK_TIMEOUT_S)
+
+    def _connection(self) -> CoordinatorClient:
+        if self._client is None:
+            self._client = CoordinatorClient(self._endpoint)
+        return self._client
+
+    async def refresh(self) -> None:
+        """Learns the whole registry, for when the coordinator is away; best effort."""
+        try:
+            table = await self._connection().ask(GetTable(), RoutingTable, timeout_s=ASK_TIMEOUT_S)
+        except (CoordinatorError, CoordinatorUnavailable):
+            return
+        self._known = {r.adapter.name: r.adapter for r in table.adapters if r.adapter.state == "active"}
+
+    def learn(self, record: AdapterRecord) -> None:
+        """Notes a record that came another way."""
+        self._known[record.name] = record
+
+    def forget(self, name: str) -> None:
+        """The adapter is being removed."""
+        self._known.pop(name, None)
+
+    def request_for(self, record: AdapterRecord, lora_int_id: int) -> LoRARequest:
+        """The LoRARequest of exactly this content (see the module's text on path spellings)."""
+        contents = self._contents.setdefault((record.name, record.source), [])
+        if record.sha256 not in contents:
+            contents.append(record.sha256)
+        path = record.source + "/." * contents.index(record.sha256)
+        self._digests[record.name, path] = record.sha256
+        return LoRARequest(lora_name=record.name, lora_int_id=lora_int_id, lora_path=path)
+
+    def digest_of(self, request: LoRARequest) -> str | None:
+        """SHA-256 of the content that a request made here stands for; None for one that was made elsewhere."""
+        return self._digests.get((request.lora_name, request.lora_path))
+
+    async def close(self) -> None:
+        """Closes the connection; the next lookup opens one again."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
