@@ -108,6 +108,19 @@ async def test_giving_up_leaves_nothing_behind(granted: bool) -> None:
     assert idle(made)
 
 
+async def test_a_place_is_not_given_to_one_who_is_just_leaving() -> None:
+    made, _ = admission()
+    first = await made.acquire(BASE)
+    leaving, staying = (asyncio.ensure_future(made.acquire(BASE)) for _ in range(2))
+    await asyncio.sleep(0)
+    leaving.cancel()  # cancelled, but its task has not run yet
+    made.release(first)
+    made.release(await staying)
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert idle(made)
+
+
 async def test_waiting_ends_after_its_time() -> None:
     made, _ = admission(queue_timeout_s=0.01)
     first = await made.acquire(BASE)

@@ -146,6 +146,9 @@ class Admission:
         """Serves the queue while there are places; also called when the table changes."""
         while self._queue:
             waiter = self._queue[0]
+            if waiter.place.done():  # given up; its task has not run yet to leave the queue
+                self._queue.popleft()
+                continue
             if not self.directory.upstreams:
                 self._queue.popleft()
                 waiter.place.set_exception(unavailable("No instance is alive; try again shortly.", NO_INSTANCE_RETRY_S))
