@@ -1,0 +1,76 @@
+"""The kernels compile for sm_80, sm_90 and sm_100, in bf16 and fp16, within a register and shared-memory
+budget."""
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be compiled here")
+
+from vllm_loraserve.kernels.aot import compile_expand, compile_shrink
+from vllm_loraserve.kernels.tuning import DeviceShape, choose
+
+SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+REGISTERS_PER_SM = 64 * 1024
+
+REGIMES = {
+    "decode": {"block_m": 16, "block_r": 16, "items": 4, "top_rank": 128},
+    "decode-rank-16": {"block_m": 16, "block_r": 16, "items": 4, "top_rank": 16},
+    "prefill": {"block_m": 64, "block_r": 64, "items": 400, "top_rank": 128},
+    "prefill-rank-16": {"block_m": 64, "block_r": 16, "items": 400, "top_rank": 16},
+}
+CASES = [
+    pytest.param(name, dtype, capability, id=f"{name}-{dtype}-sm{capability}")
+    for name in REGIMES
+    for dtype in ("bfloat16", "float16")
+    for capability in (80, 90, 100)
+    if dtype == "bfloat16" or not name.endswith("rank-16")
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_in_this_process(tmp_path_factory):
+    """A cache of its own: the test must compile, not find what an earlier version left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def config_for(regime):
+    return choose(k=4096, n_slices=3, device=DeviceShape(), **REGIMES[regime])
+
+
+@pytest.mark.parametrize(("regime", "dtype", "capability"), CASES)
+def test_shrink_pipelines_its_loads_and_does_not_spill(regime, dtype, capability):
+    config = config_for(regime)
+    built = compile_shrink(config, dtype=dtype, capability=capability)
+    assert built.spill_instructions == 0
+    assert built.matrix_instructions > 0
+    assert built.async_copies > 0, "no software pipeline"
+    assert built.async_copies_16_bytes == built.async_copies, "copies are not as wide as they can be"
+    assert built.registers <= (64 if config.block_m == 16 else 128)
+    resident = 8 if config.block_m == 16 else 3
+    assert resident * built.shared_bytes <= SHARED_PER_SM[capability]
+    assert resident * built.registers * 32 * config.shrink_warps <= REGISTERS_PER_SM
+
+
+@pytest.mark.parametrize(("regime", "dtype", "capability"), CASES)
+def test_expand_does_not_spill(regime, dtype, capability):
+    config = config_for(regime)
+    built = compile_expand(config, dtype=dtype, capability=capability)
+    # For sm_100 ptxas parks one register (one store, one load) to fit 96: any more is a change for the worse.
+    assert built.spill_instructions <= (2 if capability == 100 else 0)
+    assert built.matrix_instructions > 0
+    assert built.registers <= 128
+    resident = 4 if config.block_m == 16 else 2
+    assert resident * built.shared_bytes <= SHARED_PER_SM[capability]
+    assert resident * built.registers * 32 * config.expand_warps <= REGISTERS_PER_SM
+
+
+def test_the_checks_can_fail():
+    """A tile far too large must show as spills or as a register count above every bound used here."""
+    config = dataclasses.replace(
+        config_for("prefill"), block_m=128, block_n=256, block_rank=64, expand_warps=4
+    )
+    built = compile_expand(config, dtype="bfloat16", capability=80)
+    assert built.spill_instructions > 0 or built.registers > 128

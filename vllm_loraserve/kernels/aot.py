@@ -1,0 +1,151 @@
+"""Ahead-of-time compilation of the kernels for GPUs that are not here: registers, spills, shared memory,
+copies.
+
+The compiler and its tools come with Triton, so that a machine without a GPU can refuse a change that makes
+the kernels spill or lose their software pipeline. This says nothing about speed or results on a device.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_loraserve.kernels.tuning import LaunchConfig
+
+TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_SHRINK_UNSPECIALISED = ("table_stride", "ranks_stride", "h_rows")
+_EXPAND_UNSPECIALISED = ("n_blocks", *_SHRINK_UNSPECIALISED)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one variant. Counts are of instructions in the code, not of executions."""
+
+    registers: int
+    spill_instructions: int
+    """Loads and stores of local memory in the machine code."""
+    shared_bytes: int
+    async_copies: int
+    async_copies_16_bytes: int
+    matrix_instructions: int
+
+
+def compile_shrink(config: LaunchConfig, *, dtype: str, capability: int, n_slices: int = 3) -> Compiled:
+    """Compile the shrink kernel for an aligned layer whose K is a multiple of the block; `capability` e.g.
+    90."""
+    from vllm_loraserve.kernels.triton_shrink import shrink_kernel
+
+    constants = {
+        "N_SLICES": n_slices,
+        "PAGE_ROWS": 8,
+        "BLOCK_M": config.block_m,
+        "BLOCK_R": config.block_r,
+        "BLOCK_K": config.block_k,
+        "SPLIT_K": config.split_k,
+        "EVEN_K": True,
+        "ALIGNED": True,
+    }
+    pointers = _pointers("x_ptr arena_ptr", "table_ptr ranks_ptr header_ptr perm_ptr items_ptr", dtype)
+    return _compile(
+        shrink_kernel,
+        pointers,
+        constants,
+        _SHRINK_UNSPECIALISED,
+        capability,
+        config.shrink_warps,
+        config.shrink_stages,
+    )
+
+
+def compile_expand(config: LaunchConfig, *, dtype: str, capability: int, add_inputs: bool = True) -> Compiled:
+    """Compile the expand kernel for an aligned layer."""
+    from vllm_loraserve.kernels.triton_expand import expand_kernel
+
+    constants = {
+        "PAGE_ROWS": 8,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_RANK": config.block_rank,
+        "SPLIT_K": config.split_k,
+        "ADD_INPUTS": add_inputs,
+        "ALIGNED": True,
+    }
+    pointers = _pointers(
+        "y_ptr arena_ptr", "table_ptr ranks_ptr blocks_ptr header_ptr perm_ptr tiles_ptr", dtype
+    )
+    return _compile(
+        expand_kernel,
+        pointers,
+        constants,
+        _EXPAND_UNSPECIALISED,
+        capability,
+        config.expand_warps,
+        config.expand_stages,
+    )
+
+
+def _pointers(of_dtype: str, of_int32: str, dtype: str) -> dict[str, str]:
+    return (
+        dict.fromkeys(of_dtype.split(), "*" + TRITON_TYPES[dtype])
+        | dict.fromkeys(of_int32.split(), "*i32")
+        | {"slices_ptr": "*i64", "h_ptr": "*fp32"}
+    )
+
+
+def _compile(
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, int | bool],
+    unspecialised: tuple[str, ...],
+    capability: int,
+    warps: int,
+    stages: int,
+) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = pointers.get(name, "i32")
+        if name not in unspecialised:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    built = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    ptx = built.asm["ptx"]
+    registers, spills = _machine_code(built.asm["cubin"])
+    return Compiled(
+        registers=registers,
+        spill_instructions=spills,
+        shared_bytes=built.metadata.shared,
+        async_copies=len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
+        async_copies_16_bytes=len(re.findall(r"cp\.async\.c[ag]\.shared[^;]*,\s*0x10\b", ptx)),
+        matrix_instructions=len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx)),
+    )
+
+
+def _machine_code(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and local-memory instructions of a compiled kernel."""
+    import triton.backends.nvidia as nvidia
+
+    tool = Path(next(iter(nvidia.__path__))) / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [str(tool), "--dump-resource-usage", "--dump-sass", str(file)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = re.search(r"\bREG:(\d+)", text)
+    if registers is None or "EXIT" not in text:
+        raise RuntimeError(f"cuobjdump reported neither resources nor machine code: {text[:200]!r}")
+    return int(registers[1]), len(re.findall(r"\b(?:STL|LDL)\b", text))
