@@ -69,8 +69,6 @@ def test_expand_does_not_spill(regime, dtype, capability):
 
 def test_the_checks_can_fail():
     """A tile far too large must show as spills or as a register count above every bound used here."""
-    config = dataclasses.replace(
-        config_for("prefill"), block_m=128, block_n=256, block_rank=64, expand_warps=4
-    )
+    config = dataclasses.replace(config_for("prefill"), block_m=128, block_n=256, block_rank=64, expand_warps=4)
     built = compile_expand(config, dtype="bfloat16", capability=80)
     assert built.spill_instructions > 0 or built.registers > 128

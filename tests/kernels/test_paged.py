@@ -38,9 +38,7 @@ def test_reference_is_the_sum_of_plain_products():
 
 
 def test_handle_and_column_blocks_describe_the_slices():
-    linear = synthetic_linear(
-        in_size=32, out_sizes=(160, 40), ranks=[[4], [4]], max_rank=8, dtype=torch.float16
-    )
+    linear = synthetic_linear(in_size=32, out_sizes=(160, 40), ranks=[[4], [4]], max_rank=8, dtype=torch.float16)
     assert linear.handle[:, 2].tolist() == [0, 160]
     assert linear.handle[:, 3].tolist() == [160, 40]
     assert linear.column_blocks[128].tolist() == [[0, 0], [0, 128], [1, 0]]
@@ -64,12 +62,8 @@ def test_alignment_is_noticed():
     ],
 )
 def test_impossible_layouts_are_refused(change, message):
-    linear = synthetic_linear(
-        in_size=16, out_sizes=(16,), ranks=[[4]], max_rank=8, dtype=torch.float16, name="layer.3"
-    )
-    given = {
-        field.name: getattr(linear, field.name) for field in dataclasses.fields(linear) if field.init
-    } | change
+    linear = synthetic_linear(in_size=16, out_sizes=(16,), ranks=[[4]], max_rank=8, dtype=torch.float16, name="layer.3")
+    given = {field.name: getattr(linear, field.name) for field in dataclasses.fields(linear) if field.init} | change
     with pytest.raises(ValueError, match=message) as error:
         PagedLinear(**given)
     assert "layer.3" in str(error.value)

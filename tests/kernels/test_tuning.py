@@ -24,15 +24,11 @@ def test_split_k_follows_the_need():
     assert split_k_for(4096, 1, H100) == 8
     assert split_k_for(14336, 1, H100) == 16
     assert split_k_for(4096, 264, H100) == 1
-    assert split_k_for(4096, 1, H100, batch_invariant=True) == split_k_for(
-        4096, 999, H100, batch_invariant=True
-    )
+    assert split_k_for(4096, 1, H100, batch_invariant=True) == split_k_for(4096, 999, H100, batch_invariant=True)
 
 
 def test_a_graph_launch_depends_on_the_row_count_alone():
-    linear = synthetic_linear(
-        in_size=1024, out_sizes=(64,), ranks=[[8, 64]], max_rank=64, dtype=torch.float16
-    )
+    linear = synthetic_linear(in_size=1024, out_sizes=(64,), ranks=[[8, 64]], max_rank=64, dtype=torch.float16)
     metadata = StepMetadata(slots=2, max_rank=64, graph_tokens=128, device="cpu")
     launches = set()
     for token_slots in ([0], [1] * 100, [-1, 0, 1]):

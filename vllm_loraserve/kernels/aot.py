@@ -74,9 +74,7 @@ def compile_expand(config: LaunchConfig, *, dtype: str, capability: int, add_inp
         "ADD_INPUTS": add_inputs,
         "ALIGNED": True,
     }
-    pointers = _pointers(
-        "y_ptr arena_ptr", "table_ptr ranks_ptr blocks_ptr header_ptr perm_ptr tiles_ptr", dtype
-    )
+    pointers = _pointers("y_ptr arena_ptr", "table_ptr ranks_ptr blocks_ptr header_ptr perm_ptr tiles_ptr", dtype)
     return _compile(
         expand_kernel,
         pointers,

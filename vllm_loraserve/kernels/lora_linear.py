@@ -145,8 +145,7 @@ def _check(y: torch.Tensor, x: torch.Tensor, linear: PagedLinear, metadata: Step
         )
     if x.dtype != linear.arena.dtype or y.dtype != linear.arena.dtype:
         raise ValueError(
-            f"LoRA layer {linear.name!r} holds {linear.arena.dtype} pages, "
-            f"got x of {x.dtype} and y of {y.dtype}"
+            f"LoRA layer {linear.name!r} holds {linear.arena.dtype} pages, got x of {x.dtype} and y of {y.dtype}"
         )
     if x.stride(1) != 1 or y.stride(1) != 1:
         raise ValueError(f"LoRA layer {linear.name!r} needs x and y with a contiguous last dimension")
@@ -161,9 +160,7 @@ def _check(y: torch.Tensor, x: torch.Tensor, linear: PagedLinear, metadata: Step
         )
 
 
-def run_shrink(
-    planes: torch.Tensor, x: torch.Tensor, linear: PagedLinear, plan: StepPlan, launch: Launch
-) -> None:
+def run_shrink(planes: torch.Tensor, x: torch.Tensor, linear: PagedLinear, plan: StepPlan, launch: Launch) -> None:
     """planes[slice, split, position, n] = the split's part of x @ A^T; live positions and rank rows only."""
     from vllm_loraserve.kernels.triton_shrink import shrink_kernel
 

@@ -129,8 +129,7 @@ class StepMetadata:
     ) -> None:
         if slots < 1 or max_rank < 1 or graph_tokens < 1:
             raise ValueError(
-                f"slots, max_rank and graph_tokens must be at least 1, "
-                f"got {slots}, {max_rank}, {graph_tokens}"
+                f"slots, max_rank and graph_tokens must be at least 1, got {slots}, {max_rank}, {graph_tokens}"
             )
         self.slots = slots
         self.max_rank = max_rank
@@ -168,8 +167,7 @@ class StepMetadata:
         model."""
         if token_slots.size and (token_slots.min() < -1 or token_slots.max() >= self.slots):
             raise ValueError(
-                f"token_slots must lie in -1..{self.slots - 1}, "
-                f"got {int(token_slots.min())}..{int(token_slots.max())}"
+                f"token_slots must lie in -1..{self.slots - 1}, got {int(token_slots.min())}..{int(token_slots.max())}"
             )
         self._token_slots = token_slots.astype(np.int32, copy=True)
         fixed = token_slots.size <= self.graph_tokens

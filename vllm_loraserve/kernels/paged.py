@@ -108,20 +108,10 @@ class PagedLinear:
                 f"{len(self.a_offsets)}, {len(self.b_offsets)} and {slices}"
             )
         if self.arena.dim() != 1 or not self.arena.is_contiguous():
-            raise ValueError(
-                f"{where}: the arena must be a contiguous 1-D tensor, got {tuple(self.arena.shape)}"
-            )
-        if (
-            self.page_table.dtype != torch.int32
-            or self.page_table.dim() != 2
-            or self.page_table.stride(1) != 1
-        ):
+            raise ValueError(f"{where}: the arena must be a contiguous 1-D tensor, got {tuple(self.arena.shape)}")
+        if self.page_table.dtype != torch.int32 or self.page_table.dim() != 2 or self.page_table.stride(1) != 1:
             raise ValueError(f"{where}: page_table must be int32 [slots, max_pages] with contiguous rows")
-        if (
-            self.ranks.dtype != torch.int32
-            or self.ranks.shape != (slices, self.slots)
-            or self.ranks.stride(1) != 1
-        ):
+        if self.ranks.dtype != torch.int32 or self.ranks.shape != (slices, self.slots) or self.ranks.stride(1) != 1:
             raise ValueError(
                 f"{where}: ranks must be int32 [{slices}, {self.slots}] with contiguous rows, "
                 f"got {self.ranks.dtype} {tuple(self.ranks.shape)}"
@@ -132,9 +122,7 @@ class PagedLinear:
                 self.b_offsets[s] + self.page_rows * self.out_sizes[s],
             )
             if min(self.a_offsets[s], self.b_offsets[s]) < 0 or max(ends) > self.page_stride:
-                raise ValueError(
-                    f"{where}: slice {s} ends at element {max(ends)} of a page of {self.page_stride}"
-                )
+                raise ValueError(f"{where}: slice {s} ends at element {max(ends)} of a page of {self.page_stride}")
 
 
 def reference_linear(
@@ -162,9 +150,7 @@ def reference_linear(
                 index = torch.arange(rank)
                 base = table[slot, index // linear.page_rows] * linear.page_stride
                 inner = index % linear.page_rows
-                a_at = (base + linear.a_offsets[s] + inner * linear.in_size)[:, None] + torch.arange(
-                    linear.in_size
-                )
+                a_at = (base + linear.a_offsets[s] + inner * linear.in_size)[:, None] + torch.arange(linear.in_size)
                 b_at = (base + linear.b_offsets[s] + inner * size)[:, None] + torch.arange(size)
                 delta = x64[rows] @ arena[a_at].double().T @ arena[b_at].double()
                 columns = slice(start, start + size)

@@ -7,42 +7,29 @@ it serves, and `set_slot_rank` whenever the adapter in a slot changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from vllm import envs
+from vllm.config import get_current_vllm_config_or_none
 from vllm.lora.layers import LoRAMapping
-from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as StockPunicaWrapperGPU
 
+from vllm_loraserve.kernels.grouping import slots_of
 from vllm_loraserve.kernels.metadata import StepMetadata
 from vllm_loraserve.kernels.op import register_layer, register_op
 from vllm_loraserve.kernels.paged import PagedLinear
 from vllm_loraserve.kernels.tuning import GRAPH_TOKENS
 
-QUALNAME = "vllm_loraserve.kernels.punica_gpu.PagedPunicaWrapperGPU"
-"""What `current_platform.get_punica_wrapper()` must return to select this wrapper."""
+
+def largest_captured_batch() -> int:
+    """Tokens of the largest CUDA graph that the engine under construction captures."""
+    config = get_current_vllm_config_or_none()
+    size = config.compilation_config.max_cudagraph_capture_size if config is not None else None
+    return max(size or 0, GRAPH_TOKENS)
 
 
-def token_slots(
-    index_mapping: Sequence[int], lora_index_to_id: Sequence[int | None]
-) -> npt.NDArray[np.int32]:
-    """Slot of each token, -1 for the base model, from vLLM's per-token adapter ids (0 and below: base)."""
-    ids = np.asarray(index_mapping, dtype=np.int64)
-    distinct, inverse = np.unique(ids, return_inverse=True)
-    slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id is not None}
-    missing = [int(i) for i in distinct if i > 0 and int(i) not in slot_of]
-    if missing:
-        raise ValueError(
-            f"the batch uses adapters {missing} that hold no slot; activate them before the step"
-        )
-    slots = np.asarray([slot_of[int(i)] if i > 0 else -1 for i in distinct], dtype=np.int32)
-    return slots[inverse] if ids.size else np.zeros(0, np.int32)
-
-
-class PagedPunicaWrapperGPU(PunicaWrapperGPU):
+class PunicaWrapperGPU(StockPunicaWrapperGPU):
     """vLLM's GPU wrapper, with `add_lora_linear` on pages of rank rows."""
 
     def __init__(
@@ -53,21 +40,19 @@ class PagedPunicaWrapperGPU(PunicaWrapperGPU):
         self.stock_layers = True
         register_op()
 
-    def configure_paged(
-        self, *, max_rank: int, graph_tokens: int = GRAPH_TOKENS, stock_layers: bool = True
-    ) -> None:
+    def configure_paged(self, *, max_rank: int, graph_tokens: int | None = None, stock_layers: bool = True) -> None:
         """Prepare for paged layers.
 
         max_rank: the largest rank that any slot may hold; graph_tokens: the largest batch, padding included,
-        that is captured in a CUDA graph; stock_layers: False when no layer is left on vLLM's own path, which
-        then need not get its metadata (sorting on the device with host synchronisation) at every change of
-        batch.
+        that is captured in a CUDA graph (default: what the engine is configured for); stock_layers: False
+        when no layer is left on vLLM's own path, which then need not get its metadata (sorting on the device
+        with host synchronisation) at every change of batch.
         """
         self.stock_layers = stock_layers
         self.paged_metadata = StepMetadata(
             slots=self.max_loras,
             max_rank=max_rank,
-            graph_tokens=graph_tokens,
+            graph_tokens=graph_tokens or largest_captured_batch(),
             device=self.device,
             batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
         )
@@ -96,7 +81,8 @@ class PagedPunicaWrapperGPU(PunicaWrapperGPU):
     ) -> None:
         """As in vLLM, called whenever the batch's mapping changes."""
         if self.paged_metadata is not None:
-            self.paged_metadata.build(token_slots(mapping.index_mapping, lora_index_to_id))
+            slot_of_id = {lora: slot for slot, lora in enumerate(lora_index_to_id) if lora is not None}
+            self.paged_metadata.build(slots_of(mapping.index_mapping, slot_of_id))
         if self.stock_layers:
             super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         else:
@@ -117,9 +103,7 @@ class PagedPunicaWrapperGPU(PunicaWrapperGPU):
         """A layer that passes its handle (int64) is paged; any other keeps vLLM's kernels. Traced by
         torch.compile."""
         if lora_a_stacked[0].dtype != torch.int64:
-            super().add_lora_linear(
-                y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **kwargs
-            )
+            super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **kwargs)
             return
         if scale != 1.0:
             raise ValueError(f"paged LoRA layers fold the scaling into B, got scale={scale}")

@@ -66,9 +66,7 @@ def _load(folder: Path) -> SimpleNamespace:
 
 
 @contextmanager
-def configured(
-    stock: SimpleNamespace, change: Callable[[str, dict[str, Any]], dict[str, Any]]
-) -> Iterator[None]:
+def configured(stock: SimpleNamespace, change: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
     """Run vLLM's kernels with other block sizes: `change(op_type, default_config)` returns the configuration
     to use."""
     modules = [stock.modules["lora_shrink_op"], stock.modules["lora_expand_op"]]

@@ -70,9 +70,7 @@ def expand_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
                 offs_r = r + tl.arange(0, BLOCK_RANK)
                 in_rank = offs_r < rank
                 pages = tl.load(table_ptr + slot * table_stride + offs_r // PAGE_ROWS, mask=in_rank, other=0)
-                b_rows = (
-                    pages.to(tl.int64) * page_stride + b_offset + (offs_r % PAGE_ROWS).to(tl.int64) * size
-                )
+                b_rows = pages.to(tl.int64) * page_stride + b_offset + (offs_r % PAGE_ROWS).to(tl.int64) * size
                 b_ptrs = arena_ptr + b_rows[:, None] + offs_n[None, :]
                 b = tl.load(b_ptrs, mask=in_rank[:, None] & in_slice[None, :], other=0.0)
                 h_mask = in_tile[:, None] & in_rank[None, :]

@@ -86,9 +86,7 @@ def test_matches_reference_for_random_layers_and_batches(layer, data):
 @pytest.fixture
 def linear():
     ranks = [[8, 33, 0, 64], [8, 17, 5, 64], [0, 33, 5, 7]]
-    return synthetic_linear(
-        in_size=512, out_sizes=(256, 64, 64), ranks=ranks, max_rank=64, dtype=torch.float16, seed=3
-    )
+    return synthetic_linear(in_size=512, out_sizes=(256, 64, 64), ranks=ranks, max_rank=64, dtype=torch.float16, seed=3)
 
 
 def test_tall_tiles_and_wide_rank_blocks_in_the_eager_regime(linear):
@@ -114,9 +112,7 @@ def test_a_captured_launch_serves_a_later_batch(linear):
         planes.fill_(float("nan"))
         run_shrink(planes, x, linear, plan, launch)
         run_expand(out, planes, linear, plan, launch, add_inputs=True)
-        torch.testing.assert_close(
-            out.double(), reference_linear(y, x, linear, all_slots), atol=4e-3, rtol=4e-3
-        )
+        torch.testing.assert_close(out.double(), reference_linear(y, x, linear, all_slots), atol=4e-3, rtol=4e-3)
 
 
 def test_uninitialised_planes_never_leak(linear):

@@ -12,7 +12,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper import punica_gpu as stock_module
 
 from vllm_loraserve.kernels.paged import reference_linear
-from vllm_loraserve.kernels.punica_gpu import QUALNAME, PagedPunicaWrapperGPU, token_slots
+from vllm_loraserve.kernels.punica_gpu import PunicaWrapperGPU, largest_captured_batch
 from vllm_loraserve.kernels.stock_sources import load_stock
 from vllm_loraserve.kernels.synthetic import synthetic_linear
 
@@ -30,7 +30,7 @@ def linear():
 def wrapper(linear, monkeypatch):
     monkeypatch.setattr(stock_module, "LoRAKernelMeta", load_stock().LoRAKernelMeta, raising=False)
     config = SimpleNamespace(max_loras=3, specialize_active_lora=False)
-    wrapper = PagedPunicaWrapperGPU(64, 16, torch.device("cpu"), lora_config=config)
+    wrapper = PunicaWrapperGPU(64, 16, torch.device("cpu"), lora_config=config)
     wrapper.configure_paged(max_rank=24, graph_tokens=16)
     wrapper.register_linear(linear)
     return wrapper
@@ -46,10 +46,14 @@ def close(out, expected):
     torch.testing.assert_close(out.double(), expected, atol=4e-3, rtol=4e-3)
 
 
-def test_the_qualified_name_selects_the_wrapper():
-    from vllm.utils.import_utils import resolve_obj_by_qualname
+def test_graph_buffers_cover_the_largest_capture_of_the_engine():
+    from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 
-    assert resolve_obj_by_qualname(QUALNAME) is PagedPunicaWrapperGPU
+    assert largest_captured_batch() == 512
+    config = VllmConfig(compilation_config=CompilationConfig(max_cudagraph_capture_size=512))
+    config.compilation_config.max_cudagraph_capture_size = 2048
+    with set_current_vllm_config(config):
+        assert largest_captured_batch() == 2048
 
 
 @pytest.mark.parametrize("count", [6, 40])
@@ -129,8 +133,8 @@ def test_mistakes_are_named(wrapper, linear):
         wrapper.add_lora_linear(None, None, linear.stacked, (), 2.0, linear.out_sizes)
     with pytest.raises(NotImplementedError, match="--fully-sharded-loras"):
         wrapper.add_shrink(None, None, linear.stacked, 1.0)
-    with pytest.raises(ValueError, match=r"adapters \[5\] that hold no slot"):
-        token_slots([0, 5], [7, None])
+    with pytest.raises(KeyError):
+        wrapper.update_metadata(LoRAMapping((0, 5), (0, 5), is_prefill=True), [7, None, None], 3, 1000)
     with pytest.raises(RuntimeError, match="not registered"):
         torch.ops.vllm.loraserve_lora_linear(
             torch.zeros(1, 8), torch.zeros(1, 8), torch.zeros(1, 4, dtype=torch.int64), True
@@ -142,9 +146,7 @@ def test_mistakes_are_named(wrapper, linear):
 
 def test_stock_linear_layers_fall_through(wrapper, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        stock_module.PunicaWrapperGPU, "add_lora_linear", lambda self, *a, **k: calls.append((a, k))
-    )
+    monkeypatch.setattr(stock_module.PunicaWrapperGPU, "add_lora_linear", lambda self, *a, **k: calls.append((a, k)))
     weights = (torch.zeros(3, 1, 8, 16),)
     wrapper.add_lora_linear(None, None, weights, weights, 1.0, (16,), add_inputs=False)
     assert calls[0][1] == {"buffer": None, "add_inputs": False}

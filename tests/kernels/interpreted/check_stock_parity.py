@@ -27,9 +27,7 @@ def stock_linear(stock, y, x, linear: PagedLinear, token_slots, max_rank):
 def test_same_result_as_vllm(out_sizes):
     stock = load_stock()
     ranks = [[8, 16, 3]] * len(out_sizes)
-    linear = synthetic_linear(
-        in_size=256, out_sizes=out_sizes, ranks=ranks, max_rank=16, dtype=torch.float16, seed=5
-    )
+    linear = synthetic_linear(in_size=256, out_sizes=out_sizes, ranks=ranks, max_rank=16, dtype=torch.float16, seed=5)
     token_slots = np.asarray([0, 2, -1, 1, 1, 0, -1], np.int32)
     x = torch.randn(7, 256).half()
     y = torch.randn(7, sum(out_sizes)).half()
