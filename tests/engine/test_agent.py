@@ -26,7 +26,7 @@ from vllm_loraserve.coordinator.messages import AdapterRecord, GetTable, RemoveA
 from vllm_loraserve.coordinator.registry import Registry  # noqa: E402
 from vllm_loraserve.coordinator.server import CoordinatorServer, ServerOptions  # noqa: E402
 from vllm_loraserve.engine.agent import RESOLVER_NAME, instance_name, start_agent  # noqa: E402
-from vllm_loraserve.engine.capacity import module_shapes  # noqa: E402
+from vllm_loraserve.engine.capacity import capacity_of, module_shapes, rank_row_bytes  # noqa: E402
 from vllm_loraserve.engine.meter import LoadLogger, Meter  # noqa: E402
 from vllm_loraserve.engine.resolver import LoRAServeResolver  # noqa: E402
 
@@ -330,6 +330,18 @@ def test_without_statistics_everything_in_flight_is_running():
 def test_shapes_are_told_for_plain_dense_models_only():
     assert module_shapes(LLAMA)["down_proj"] == (128, 64)
     assert module_shapes(SimpleNamespace(model_type="mixtral")) == {}
+
+
+def test_capacity_is_the_configured_memory_else_the_flags():
+    shapes = module_shapes(LLAMA)
+    row = rank_row_bytes(shapes, 2, 2)
+    assert row == 2 * 2 * sum(i + o for i, o in shapes.values())
+    plain = capacity_of(vllm_config(), LoRAServeConfig(), shapes)
+    assert (plain.rank_rows, plain.host_bytes) == (4 * 64, 8 * 64 * row)
+    assert capacity_of(vllm_config(), LoRAServeConfig(arena_rank_rows=77), shapes).rank_rows == 77
+    big = capacity_of(vllm_config(), LoRAServeConfig(arena_gib=1.0, host_gib=2.0), shapes)
+    assert (big.rank_rows, big.host_bytes) == ((1 << 30) // row, 2 << 30)
+    assert capacity_of(vllm_config(), LoRAServeConfig(max_rank=32), shapes).max_rank == 32
 
 
 def test_instance_names():

@@ -15,6 +15,9 @@ _PLAIN_DENSE = (
 told, and adapters are checked when they are loaded instead of when they are registered."""
 
 
+GIB = 1 << 30
+
+
 def module_shapes(hf_config: Any) -> dict[str, tuple[int, int]]:
     """Module suffix -> (in, out) features, unsharded; empty for model types that are not plain dense decoders."""
     if getattr(hf_config, "model_type", None) not in _PLAIN_DENSE:
@@ -40,14 +43,21 @@ def rank_row_bytes(shapes: dict[str, tuple[int, int]], layers: int, element_byte
 
 
 def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tuple[int, int]]) -> Capacity:
-    """What to register. Arena: `max_loras` slots of `max_lora_rank` rank rows; host: `max_cpu_loras` of the same."""
+    """What to register: the configured memory, else that of `max_loras` (arena) and `max_cpu_loras` (host) adapters
+    of `max_lora_rank`."""
     lora, cache, model = vllm_config.lora_config, vllm_config.cache_config, vllm_config.model_config
     layers = getattr(model.hf_text_config, "num_hidden_layers", 0)
     row = rank_row_bytes(shapes, layers, getattr(lora.lora_dtype, "itemsize", 2))
+    rank_rows = lora.max_loras * lora.max_lora_rank
+    if config.arena_rank_rows is not None:
+        rank_rows = config.arena_rank_rows
+    elif config.arena_gib is not None and row:
+        rank_rows = int(config.arena_gib * GIB) // row
+    host_bytes = (lora.max_cpu_loras or lora.max_loras) * lora.max_lora_rank * row
     return Capacity(
         slots=lora.max_loras,
-        rank_rows=lora.max_loras * lora.max_lora_rank,
-        host_bytes=(lora.max_cpu_loras or lora.max_loras) * lora.max_lora_rank * row,
+        rank_rows=rank_rows,
+        host_bytes=host_bytes if config.host_gib is None else int(config.host_gib * GIB),
         device=_device_name(vllm_config),
         tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
         kv_tokens=(cache.num_gpu_blocks or 0) * (cache.block_size or 0),
