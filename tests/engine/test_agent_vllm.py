@@ -71,8 +71,8 @@ def processes(tmp_path, model_dir):
     instance = start(
         "vllm.entrypoints.cli.main", "serve", str(model_dir), "--served-model-name", "base", "--port", str(http),
         "--host", "127.0.0.1", "--enable-loraserve", "--loraserve-config", json.dumps(config), "--enforce-eager",
-        "--max-model-len", "256", "--max-num-seqs", "4", "--max-loras", "2", "--max-lora-rank", "16", "--dtype", "float32",
-        log="instance.log",
+        "--max-model-len", "256", "--max-num-seqs", "4", "--max-loras", "2", "--max-lora-rank", "16",
+        "--dtype", "float32", log="instance.log",
     )  # fmt: skip
     yield start_coordinator, instance, http, endpoint
     for process in running:
@@ -165,7 +165,7 @@ async def test_a_real_instance_in_a_cluster(processes, make_adapter):
         assert time.monotonic() - started < 5.0
         assert [r.adapter.name for r in table.adapters if r.routes] == ["a", "b"]
 
-        # Removed means gone: from the name list, and from the engine. The same name with other content is other content.
+        # Removed means gone, from the engine too; the same name with other content is other content.
         await client.request(RemoveAdapter(name="a", drain_s=20))
         await until(lambda: resident("b"), 30)
         assert (await ask("a"))[0] == 404
