@@ -114,8 +114,9 @@ class StepMetadata:
 
     slots: how many adapters can be active; max_rank: the largest rank that a slot may hold; graph_tokens: the
     largest (padded) batch that may be captured in a CUDA graph; batch_invariant: the same block sizes for
-    every batch, so that a token's result does not depend on its company. Not thread-safe: one model runner
-    calls it, in step order.
+    every batch, so that a token's result does not depend on its company; blocks:
+    (tokens per tile, rank rows per item) for every batch instead of the formulas' choice (tuning). Not
+    thread-safe: one model runner calls it, in step order.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class StepMetadata:
         graph_tokens: int,
         device: torch.device | str,
         batch_invariant: bool = False,
+        blocks: tuple[int, int] | None = None,
     ) -> None:
         if slots < 1 or max_rank < 1 or graph_tokens < 1:
             raise ValueError(
@@ -135,13 +137,15 @@ class StepMetadata:
         self.max_rank = max_rank
         self.graph_tokens = graph_tokens
         self.batch_invariant = batch_invariant
+        self._blocks = blocks
+        self._graph_blocks = blocks or (GRAPH_BLOCK_M, GRAPH_BLOCK_R)
         self.device = torch.device(device)
         self.slot_ranks: IntArray = np.full(slots, max_rank, np.int32)
         self._token_slots: IntArray = np.zeros(0, np.int32)
         self._pinned = self.device.type == "cuda"
-        tiles = tile_bound(graph_tokens, slots, GRAPH_BLOCK_M)
+        tiles = tile_bound(graph_tokens, slots, self._graph_blocks[0])
         self._graph_tiles = tiles
-        self._graph_items = tiles * cdiv(max_rank, GRAPH_BLOCK_R)
+        self._graph_items = tiles * cdiv(max_rank, self._graph_blocks[1])
         words = HEADER + graph_tokens + (self._graph_tiles + self._graph_items) * ENTRY
         self._fixed = torch.zeros(words, dtype=torch.int32, device=self.device)
         self.plan = self.build(self._token_slots)
@@ -172,9 +176,9 @@ class StepMetadata:
         self._token_slots = token_slots.astype(np.int32, copy=True)
         fixed = token_slots.size <= self.graph_tokens
         if fixed or self.batch_invariant:
-            block_m, block_r = GRAPH_BLOCK_M, GRAPH_BLOCK_R
+            block_m, block_r = self._graph_blocks
         else:
-            block_m, block_r = prefill_blocks(self._token_slots, self.slot_ranks)
+            block_m, block_r = self._blocks or prefill_blocks(self._token_slots, self.slot_ranks)
         lists = build_lists(self._token_slots, self.slot_ranks, block_m, block_r)
         self.plan = self._send(lists, token_slots.size, block_m, block_r, fixed)
         return self.plan

@@ -12,9 +12,11 @@ import functools
 import importlib.machinery
 import importlib.util
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -86,6 +88,47 @@ def configured(stock: SimpleNamespace, change: Callable[[str, dict[str, Any]], d
     finally:
         for module in modules:
             module.get_lora_op_configs = original
+
+
+@dataclass(frozen=True)
+class RecordedLaunch:
+    """A kernel launch that was asked for: its grid and all arguments by name."""
+
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
+
+
+@contextmanager
+def recorded(stock: SimpleNamespace) -> Iterator[list[RecordedLaunch]]:
+    """Inside the block vLLM's shrink and expand ops do everything but launch: what they would launch is listed."""
+    launches: list[RecordedLaunch] = []
+    replaced = [
+        (stock.modules["lora_shrink_op"], "_lora_shrink_kernel"),
+        (stock.modules["lora_expand_op"], "_lora_expand_kernel"),
+    ]
+    originals = [getattr(module, name) for module, name in replaced]
+    for (module, name), kernel in zip(replaced, originals, strict=True):
+        setattr(module, name, _Recorder(kernel.arg_names, launches))
+    try:
+        yield launches
+    finally:
+        for (module, name), kernel in zip(replaced, originals, strict=True):
+            setattr(module, name, kernel)
+
+
+class _Recorder:
+    def __init__(self, names: list[str], launches: list[RecordedLaunch]) -> None:
+        self._names, self._launches = names, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self._launches.append(RecordedLaunch(tuple(grid), dict(zip(self._names, args, strict=False)) | kwargs))
+
+        return launch
 
 
 def _version(folder: Path) -> str:
