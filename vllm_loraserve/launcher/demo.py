@@ -96,14 +96,15 @@ def _demo(args: argparse.Namespace, console: Console, state: Path) -> int:
         console.print("stopping")
         cluster.stop()
     right = [traffic.is_right(answer, {w.name: w.word for w in words}, reference) for answer in answers]
-    Console().print(_table(plan.model_name, words, answers, right, seconds, table))
+    out = Console()
+    if not out.is_terminal:
+        out = Console(width=140)  # a file or a pipe has no width of its own; 80 columns would cut the table
+    out.print(_table(plan.model_name, words, answers, right, seconds, table))
     for answer, good in zip(answers, right, strict=True):
         if not good:
             said = answer.error or repr(answer.text)
             console.print(f"wrong: {answer.request.model}: {answer.request.prompt} -> {said}", markup=False)
-    Console().print(
-        f"{sum(right)} of {len(right)} answers right, {len(right) / seconds:.1f} requests/s", highlight=False
-    )
+    out.print(f"{sum(right)} of {len(right)} answers right, {len(right) / seconds:.1f} requests/s", highlight=False)
     return len(right) - sum(right)
 
 

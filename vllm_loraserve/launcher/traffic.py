@@ -51,11 +51,11 @@ def client_for(url: str, timeout_s: float = 300.0) -> AsyncOpenAI:
 
 
 def mixed(models: Sequence[str], count: int) -> list[Request]:
-    """`count` requests: the models in turn, the prompts at another pace, every second round streamed."""
+    """`count` requests: the models in turn, each through all prompts, every second round streamed."""
     found = []
     for index in range(count):
-        turn = index // len(models)
-        found.append(Request(models[index % len(models)], PROMPTS[(index + turn) % len(PROMPTS)], turn % 2 == 0))
+        turn, place = divmod(index, len(models))
+        found.append(Request(models[place], PROMPTS[(place + turn) % len(PROMPTS)], turn % 2 == 0))
     return found
 
 
