@@ -21,7 +21,7 @@ def linear(
     """`y[t, slice s] (+)= x[t] @ A_s.T @ B_s` for grouped tokens, at each adapter's own rank.
 
     y [tokens, sum(out_sizes)] and x [tokens, in_size], any float dtype; rows of other tokens stay. With
-    `add_inputs=False` a grouped row is set to the LoRA part alone.
+    `add_inputs=False` a grouped row is set to the LoRA part alone, in the slices that its adapter targets.
     """
     ranks = layer.ranks.tolist()
     dtype = layer.arena.dtype
@@ -37,8 +37,6 @@ def linear(
                     y[rows, start : start + size] += part
                 else:
                     y[rows, start : start + size] = part
-            elif not add_inputs:
-                y[rows, start : start + size] = 0
             start += size
 
 

@@ -11,7 +11,7 @@ import torch
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as StockPunicaWrapperCPU
 
-from vllm_loraserve.kernels import cpu_padded, cpu_paged
+from vllm_loraserve.kernels import cpu_native, cpu_padded, cpu_paged
 from vllm_loraserve.kernels.grouping import NO_GROUPS, TokenGroups, group_by_slot, slots_of
 from vllm_loraserve.kernels.paged import PagedLinear
 
@@ -28,11 +28,14 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
     def configure_paged(self, *, max_rank: int, stock_layers: bool = True, **_: Any) -> None:
         """Prepare for paged layers (the same call as on a GPU). `stock_layers`: some layers are not paged."""
         self.stock_layers = stock_layers
-        self._layers: dict[int, PagedLinear] = {}
+        self._native = cpu_native.load()
+        self._layers: dict[int, tuple[PagedLinear, cpu_native.NativeLayer | None]] = {}
+        self._batch = cpu_native.NativeBatch(self.token_groups)
 
     def register_linear(self, linear: PagedLinear) -> None:
         """Serve `linear` from pages; the layer then passes `(linear.handle,)` as its weights."""
-        self._layers[linear.handle.data_ptr()] = linear
+        native = cpu_native.NativeLayer(linear) if self._native is not None else None
+        self._layers[linear.handle.data_ptr()] = (linear, native)
 
     def set_slot_rank(self, slot: int, rank: int) -> None:
         """The largest rank of the adapter now in `slot`; the ranks are read when they are used."""
@@ -103,13 +106,7 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
         if not len(self.token_groups.slots):
             return
         if lora_a_stacked[0].dtype == torch.int64:
-            cpu_paged.linear(
-                y.view(-1, y.shape[-1]),
-                x.view(-1, x.shape[-1]),
-                self._layers[lora_a_stacked[0].data_ptr()],
-                self.token_groups,
-                add_inputs=add_inputs,
-            )
+            self._paged_linear(y, x, lora_a_stacked[0], add_inputs)
         else:
             cpu_padded.linear(
                 y.view(-1, y.shape[-1]),
@@ -121,6 +118,17 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
                 scale=scale,
                 add_inputs=add_inputs,
             )
+
+    def _paged_linear(self, y: torch.Tensor, x: torch.Tensor, handle: torch.Tensor, add_inputs: bool) -> None:
+        linear, native = self._layers[handle.data_ptr()]
+        if y.dim() != 2:
+            y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        if native is not None and self._native is not None:
+            if self._batch.groups is not self.token_groups:
+                self._batch = cpu_native.NativeBatch(self.token_groups)
+            if self._native.linear(y, x, native, self._batch, add_inputs):
+                return
+        cpu_paged.linear(y, x, linear, self.token_groups, add_inputs=add_inputs)
 
     def add_lora_logits(
         self,
