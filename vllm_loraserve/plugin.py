@@ -185,6 +185,25 @@ def hooks() -> tuple[Hook, ...]:
             when="server",
             patch="0006-resolve-registered-adapters.patch",
         ),
+        Hook(
+            # The agent wraps this method on the one engine client of its server (engine/meter.py), not on the class.
+            name="demand per adapter",
+            target="vllm.v1.engine.async_llm:AsyncLLM.generate",
+            kind="hook",
+            wrap=None,
+            used_by=("vllm.v1.engine.async_llm:AsyncLLM.generate", "lora_request: LoRARequest | None = None,"),
+            when="server",
+            patch="0007-adapter-in-finished-request-stats.patch",
+        ),
+        Hook(
+            name="load of the instance",
+            target="vllm.v1.metrics.loggers:AggregateStatLoggerBase.record",
+            kind="semi",
+            wrap=None,
+            parameters=("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
+            used_by=("vllm.v1.metrics.loggers:StatLoggerManager.record", "for stat_logger in self.stat_loggers:"),
+            when="server",
+        ),
     )
 
 
