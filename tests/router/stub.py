@@ -25,6 +25,7 @@ class Stub:
         self.name = name
         self.script = list(script)
         self.models = ["base"]
+        self.paths: list[str] = []
         self.bodies: list[bytes] = []
         self.headers: list[CIMultiDict[str]] = []
         self.arrived = asyncio.Semaphore(0)
@@ -68,6 +69,7 @@ class Stub:
         return web.json_response({"object": "list", "data": cards})
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
+        self.paths.append(request.raw_path)
         self.bodies.append(await request.read())
         self.headers.append(CIMultiDict(request.headers))
         self.running += 1

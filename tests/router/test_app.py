@@ -18,6 +18,30 @@ async def test_every_forwarded_path_reaches_an_instance(serve: Serve, path: str)
         assert await r.json() == {"served_by": "a"}
 
 
+@pytest.mark.parametrize("path", ["/v1/%63ompletions?a=%41", "http://elsewhere.test/v1/completions?a=%41"])
+async def test_what_is_forwarded_is_the_path_that_was_matched(serve: Serve, path: str) -> None:
+    served = await serve(1)
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.client._base_url.port)  # type: ignore[union-attr]
+    writer.write(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{{}}".encode())
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert served.stubs[0].paths == ["/v1/completions?a=%41"]
+
+
+async def test_header_bytes_beyond_ascii_are_left_out(serve: Serve) -> None:
+    served = await serve(2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.client._base_url.port)  # type: ignore[union-attr]
+    headers = "".join(f"{name}: \xff\r\n" for name in ("X-Session-Id", "Content-Type", "Authorization", "X-Request-Id"))
+    writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: 2\r\n".encode("latin-1"))
+    writer.write(b"Connection: close\r\n\r\n{}")
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert served.idle()
+    assert all(upstream.failures == 0 for upstream in served.router.directory.live())
+
+
 async def test_unknown_paths_and_methods_have_openais_error_body(serve: Serve) -> None:
     served = await serve(1)
     for method, path, status in (

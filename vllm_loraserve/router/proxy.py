@@ -19,6 +19,7 @@ from typing import Final
 import msgspec
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, SocketTimeoutError, web
 from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
 
 from vllm_loraserve.router.adapters import Adapters
 from vllm_loraserve.router.directory import Directory, Target
@@ -142,7 +143,7 @@ class Proxy:
         target = await self._resolve(requested_model(body))
         call.rank = target.rank
         headers = self._headers(request.headers, call.id)
-        affinity = request.headers.get(SESSION_HEADER)
+        affinity = headers.get(SESSION_HEADER)
         tried: list[str] = []
         refusal: web.Response | None = None
         while len(tried) < self._max_attempts:
@@ -180,12 +181,13 @@ class Proxy:
             return self._directory.resolve(model)
 
     def _headers(self, given: CIMultiDictProxy[str], request_id: str) -> dict[str, str]:
-        headers = {name: given[name] for name in FORWARDED if name in given}
+        # Bytes beyond ASCII have no agreed meaning in a header; such a header concerns nobody.
+        headers = {name: value for name in FORWARDED if (value := given.get(name)) is not None and value.isascii()}
         headers["X-Request-Id"] = request_id
         if self._authorization:
             headers["Authorization"] = self._authorization
-        elif self._forward_authorization and "Authorization" in given:
-            headers["Authorization"] = given["Authorization"]
+        elif self._forward_authorization and (value := given.get("Authorization")) is not None and value.isascii():
+            headers["Authorization"] = value
         return headers
 
     async def _attempt(
@@ -197,12 +199,11 @@ class Proxy:
         attempt = Attempt(task, time.monotonic())
         upstream.attempts.add(attempt)
         try:
+            # From our own constant, not from what the client wrote, which may be percent-encoded or name another host.
+            query = request.rel_url.raw_query_string
+            url = URL(f"{upstream.url}{call.endpoint}?{query}" if query else upstream.url + call.endpoint, encoded=True)
             async with self._session.post(
-                upstream.url + request.raw_path,
-                data=body,
-                headers=headers,
-                timeout=self._timeout,
-                allow_redirects=False,
+                url, data=body, headers=headers, timeout=self._timeout, allow_redirects=False
             ) as answer:
                 attempt.last_byte = time.monotonic()
                 if answer.content_type == EVENT_STREAM:
