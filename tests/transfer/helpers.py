@@ -38,10 +38,30 @@ class Holder:
             text=True,
             env=environment,
         )
+        self._endpoint = ""
+
+    @property
+    def endpoint(self) -> str:
+        """Where it serves; waits until it does."""
+        if not self._endpoint:
+            self._endpoint = self.answer()
+        return self._endpoint
+
+    def answer(self) -> str:
+        """The next line that the process prints."""
         assert self.process.stdout is not None
-        self.endpoint = self.process.stdout.readline().strip()
-        if not self.endpoint:
-            raise RuntimeError("the holder process did not start")
+        line = self.process.stdout.readline().strip()
+        if not line:
+            raise RuntimeError("the holder process ended")
+        return line
+
+    def tell(self, command: str) -> str:
+        """Sends "revoke", "replace" or "state"; the process's answer."""
+        _ = self.endpoint
+        assert self.process.stdin is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return self.answer()
 
     def kill(self) -> None:
         self.process.kill()

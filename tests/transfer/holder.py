@@ -1,4 +1,4 @@
-"""A process that serves one adapter until its standard input ends: holder.py MIB NAME [VERBS]."""
+"""A process that serves one adapter until its standard input ends: holder.py MIB NAME [VERBS [HOST [PORT]]]."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def main() -> None:
     mib, name = int(sys.argv[1]), sys.argv[2]
     verbs = sys.argv[3] if len(sys.argv) > 3 else "off"
     host = sys.argv[4] if len(sys.argv) > 4 else "127.0.0.1"
+    port = int(sys.argv[5]) if len(sys.argv) > 5 else 0
     with SlabStore((mib + 1) << 20, max_range=3 << 20) as store:
         store.put("a", adapter_pages(mib), layout=LAYOUT, digest="sha-a")
-        with TransferServer([store], KEY, name, verbs=verbs, host=host) as server:
+        with TransferServer([store], KEY, name, verbs=verbs, host=host, port=port) as server:
             print(server.endpoint, flush=True)
             for line in sys.stdin:
                 if line.strip() == "revoke":

@@ -1,0 +1,92 @@
+"""A thousand fetches on each way, and many sessions: no descriptor, mapping, thread, lease or pin is left; memory is
+flat."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from transfer.helpers import KEY, LAYOUT, make_pages, wanted
+from vllm_loraserve.transfer.errors import TransferError
+from vllm_loraserve.transfer.flight import Flight
+from vllm_loraserve.transfer.peer import Peer
+from vllm_loraserve.transfer.slab_store import SlabStore
+
+
+def counts() -> tuple[int, int, int]:
+    """Open descriptors, mappings of slabs, threads."""
+    gc.collect()
+    maps = Path("/proc/self/maps").read_text().count("loraserve-pool")
+    return len(os.listdir("/proc/self/fd")), maps, threading.active_count()
+
+
+def resident() -> int:
+    """Bytes of this process's own memory, without the shared slabs."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon")
+
+
+def settle(server, before: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The server's threads end a moment after their connections."""
+    end = time.monotonic() + 5
+    while (server.session_count or counts() != before) and time.monotonic() < end:
+        time.sleep(0.02)
+    return counts()
+
+
+@pytest.mark.parametrize("rung", ["memfd", "tcp"])
+def test_a_thousand_fetches_leave_nothing(rung, server, source, target):
+    source.put("small", make_pages(3, count=6, size=4000), layout=LAYOUT)
+    idle = counts()
+    with Peer(server.endpoint, KEY, "two", order=(rung,)) as peer:
+        for _ in range(50):
+            peer.fetch(wanted("small"), target, Flight(10))
+        before, memory = counts(), resident()
+        for _ in range(1000):
+            peer.fetch(wanted("small"), target, Flight(10))
+        assert counts() == before
+        assert resident() - memory < 4 << 20
+        assert server.lease_count == 0
+        assert source._pins == {}
+    assert settle(server, idle) == idle
+    assert target.free_bytes == target.slab.size - target.find(wanted("small")).size
+
+
+@pytest.mark.parametrize("rung", ["memfd", "tcp"])
+def test_failed_fetches_leave_nothing_either(rung, server, source, target):
+    idle = counts()
+    with Peer(server.endpoint, KEY, "two", order=(rung,)) as peer:
+        peer.fetch(wanted("a"), target, Flight(10))
+        target.drop("a")
+        entry = source.find(wanted("a"))
+        source.slab.view(entry.ranges[0].offset, 1)[0] ^= 1
+        for i in range(30):
+            flight = Flight(10)
+            if i % 3 == 0:
+                flight.cancel()
+            with pytest.raises(TransferError):
+                peer.fetch(wanted("a" if i % 3 < 2 else "missing"), target, flight)
+        assert server.lease_count == 0
+    assert settle(server, idle) == idle
+    assert target.free_bytes == target.slab.size
+    assert source._pins == {}
+
+
+def test_sessions_leave_nothing(server, source):
+    def once() -> None:
+        with SlabStore(4 << 20) as target, Peer(server.endpoint, KEY, "two", order=("memfd", "tcp")) as peer:
+            peer.keep_alive()
+            peer.fetch(wanted("a"), target, Flight(10))
+
+    once()
+    before = settle(server, counts())
+    for _ in range(40):
+        once()
+    assert settle(server, before) == before

@@ -1,0 +1,397 @@
+"""The pool: the order of sources, one fetch for many, a second source for a slow first, and every way to fail."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from transfer.helpers import KEY, LAYOUT, make_pages, wanted
+from transfer.holder import adapter_pages
+from vllm_loraserve.transfer.errors import AdapterUnavailableError, CancelledError, RungFailedError, TransferError
+from vllm_loraserve.transfer.flight import Flight
+from vllm_loraserve.transfer.metrics import PoolMetrics
+from vllm_loraserve.transfer.pages import AdapterPages, Landing, Wanted, page_offsets
+from vllm_loraserve.transfer.peers import PeerTable
+from vllm_loraserve.transfer.pool import AdapterPool, Location, PoolOptions
+from vllm_loraserve.transfer.server import TransferServer
+from vllm_loraserve.transfer.slab_store import SlabStore
+
+
+class Checkpoint:
+    """A checkpoint source: makes the pages of adapter "a" anew, unless it is gone."""
+
+    def __init__(self) -> None:
+        self.readable, self.loads, self.gate = True, 0, threading.Event()
+        self.gate.set()
+
+    def __call__(self, asked: Wanted, landing: Landing, flight: Flight) -> AdapterPages:
+        self.loads += 1
+        if not self.readable:
+            raise FileNotFoundError(f"/adapters/{asked.name} is gone")
+        self.gate.wait(10)
+        pages = make_pages(1)
+        entry = _entry(asked, [len(p) for p in pages])
+        destination = landing.reserve(entry)
+        try:
+            for offset, page in zip(page_offsets(entry.page_lengths, destination.ranges), pages, strict=True):
+                destination.slab.view(offset, len(page))[:] = page.data  # type: ignore[attr-defined]
+            flight.check()
+            landing.commit(entry, destination)
+        except BaseException:
+            landing.abandon(destination)
+            raise
+        return entry
+
+
+def _entry(asked: Wanted, lengths: list[int]) -> AdapterPages:
+    return AdapterPages(
+        name=asked.name,
+        generation=0,
+        digest="sha-a",
+        layout=asked.layout,
+        page_lengths=tuple(lengths),
+        checksums=(0,) * len(lengths),
+        ranges=(),
+    )
+
+
+class World:
+    """A pool with its metrics, and whatever it reads from."""
+
+    def __init__(self, target: SlabStore, **options: object) -> None:
+        self.registry = CollectorRegistry()
+        self.peers = PeerTable(KEY, "me", order=("memfd", "tcp"), rest_s=0.5)
+        self.target, self.checkpoint = target, Checkpoint()
+        self.pool = AdapterPool(
+            target,
+            self.peers,
+            tiers=[("host", target.find)],
+            load=self.checkpoint,
+            options=PoolOptions(**{"deadline_s": 10.0, "hedge_s": 5.0, **options}),  # type: ignore[arg-type]
+            metrics=PoolMetrics(self.registry),
+        )
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+
+@pytest.fixture
+def world(target: SlabStore) -> Iterator[World]:
+    made = World(target)
+    yield made
+    made.pool.close()
+
+
+@pytest.fixture
+def at(server: TransferServer) -> Location:
+    return Location("one", server.endpoint)
+
+
+DEAD = Location("dead", "127.0.0.1:1")
+
+
+def test_sources_in_their_order(world, source, at):
+    brought = world.pool.bring(wanted(), [at])
+    assert (brought.source, brought.via) == ("peer", "memfd one")
+    assert world.target.bytes_of("a") == source.bytes_of("a")
+    assert world.pool.bring(wanted(), [at]).source == "host"
+    world.target.drop("a")
+    brought = world.pool.bring(wanted(), [])
+    assert brought.source == "checkpoint"
+    assert world.checkpoint.loads == 1
+    assert world.count("loraserve_fetches_total", source="peer", result="ok") == 1
+    assert world.count("loraserve_fetches_total", source="host", result="ok") == 1
+    assert world.count("loraserve_fetches_total", source="checkpoint", result="ok") == 1
+    assert world.count("loraserve_transfer_arrived_bytes_total", rung="memfd") == brought.pages.size
+    assert world.count("loraserve_transfer_bytes_total") == brought.pages.size
+    assert world.count("loraserve_fetch_seconds_count", source="peer") == 1
+    assert world.count("loraserve_fetches_in_flight") == 0
+
+
+def test_the_arena_goes_before_the_host_tier(target, source):
+    source.put("a", make_pages(1), layout=LAYOUT)
+    with AdapterPool(target, PeerTable(KEY, "me"), tiers=[("arena", source.find), ("host", target.find)]) as pool:
+        assert pool.bring(wanted()).source == "arena"
+
+
+def test_dead_peers_are_passed_over(world, source, at, caplog):
+    brought = world.pool.bring(wanted(), [DEAD, at])
+    assert brought.via == "memfd one"
+    assert "from peer dead failed: 127.0.0.1:1 cannot be reached" in caplog.text
+    assert world.peers.rested_first([DEAD.endpoint, at.endpoint]) == [at.endpoint, DEAD.endpoint]
+    threading.Event().wait(0.6)
+    assert world.peers.rested_first([DEAD.endpoint, at.endpoint]) == [DEAD.endpoint, at.endpoint]
+
+
+def test_checkpoint_gone_while_a_peer_has_it(world, source, at):
+    world.checkpoint.readable = False
+    assert world.pool.bring(wanted(), [at]).source == "peer"
+
+
+def test_peers_gone_while_the_checkpoint_is_there(world, source):
+    assert world.pool.bring(wanted(), [DEAD]).source == "checkpoint"
+    assert world.target.bytes_of("a") == source.bytes_of("a")
+
+
+def test_all_sources_gone_is_one_clear_503_and_the_pool_goes_on(world, source, at):
+    world.checkpoint.readable = False
+    source.drop("a")
+    with pytest.raises(AdapterUnavailableError) as caught:
+        world.pool.bring(wanted(), [DEAD, at])
+    assert caught.value.http_status == 503
+    assert [label for label, _ in caught.value.failures] == ["peer dead", "peer one", "checkpoint"]
+    assert "adapter 'a' cannot be brought in now (peer dead: " in str(caught.value)
+    assert "FileNotFoundError: /adapters/a is gone" in str(caught.value)
+    assert world.target.free_bytes == world.target.slab.size
+    assert world.pool.bring(wanted("b"), [at]).source == "peer"
+    world.checkpoint.readable = True
+    assert world.pool.bring(wanted(), [at]).source == "checkpoint"
+
+
+def test_no_source_at_all_says_so(target):
+    with AdapterPool(target, PeerTable(KEY, "me")) as pool, pytest.raises(AdapterUnavailableError, match="no source"):
+        pool.bring(wanted())
+
+
+def test_a_layout_of_another_tp_size_falls_to_the_checkpoint(world, at):
+    other = "SmolLM2-135M/bfloat16/tp1of2/rows8"
+    brought = world.pool.bring(wanted(layout=other), [at])
+    assert brought.source == "checkpoint"
+    assert brought.pages.layout == other
+
+
+def test_many_requests_for_one_adapter_fetch_it_once(world, server, source, at, monkeypatch):
+    gate, entered = threading.Event(), []
+    acquire = source.acquire
+
+    def slow(name: str) -> AdapterPages | None:
+        entered.append(name)
+        gate.wait(5)
+        return acquire(name)
+
+    monkeypatch.setattr(source, "acquire", slow)
+    results: list[object] = []
+    threads = [threading.Thread(target=lambda: results.append(world.pool.bring(wanted(), [at]))) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 5
+    while world.count("loraserve_fetches_shared_total") < 11 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert [p.name for p in world.pool.progress()] == ["a"]
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 12
+    assert entered == ["a"]
+    assert world.pool.progress() == []
+
+
+def test_all_who_wait_hear_of_a_failure_and_the_next_one_tries_anew(world):
+    world.checkpoint.readable = False
+    with pytest.raises(AdapterUnavailableError):
+        world.pool.bring(wanted())
+    world.checkpoint.readable = True
+    assert world.pool.bring(wanted()).source == "checkpoint"
+
+
+def test_a_slow_first_source_gets_company_and_loses(target, source, server, at, monkeypatch):
+    made = World(target, hedge_s=0.1)
+    gate = threading.Event()
+    acquire = source.acquire
+    monkeypatch.setattr(source, "acquire", lambda name: gate.wait(5) and acquire(name))
+    try:
+        begun = time.monotonic()
+        brought = made.pool.bring(wanted(), [at])
+        assert brought.source == "checkpoint"
+        assert 0.1 <= time.monotonic() - begun < 2
+        assert made.count("loraserve_fetch_hedges_total") == 1
+        held = target.find(wanted())
+    finally:
+        gate.set()
+        made.pool.close()
+    # The loser came too late: nothing of it is left, the winner's pages are untouched.
+    assert target.find(wanted()) == held
+    assert target.free_bytes == target.slab.size - held.size
+    assert made.count("loraserve_fetches_total", source="peer", result="cancelled") == 1
+    assert source.landings == []
+
+
+def test_a_slow_first_source_may_still_win(target, source, server, at):
+    made = World(target, hedge_s=0.05)
+    made.checkpoint.gate.clear()
+    fetch_begun = threading.Event()
+    try:
+        peer = made.peers.get(at.endpoint)
+        rung = peer.rungs()[0]
+        read = rung.read
+
+        def slow(*arguments: object) -> object:
+            fetch_begun.set()
+            threading.Event().wait(0.3)
+            return read(*arguments)
+
+        rung.read = slow  # type: ignore[method-assign]
+        assert made.pool.bring(wanted(), [at]).source == "peer"
+        assert made.checkpoint.loads == 1
+    finally:
+        made.checkpoint.gate.set()
+        made.pool.close()
+    assert target.free_bytes == target.slab.size - target.find(wanted()).size
+
+
+def test_a_hanging_peer_is_left_at_the_deadline(target, source, server, at, monkeypatch):
+    made = World(target, deadline_s=0.5)
+    made.checkpoint.readable = False
+    gate = threading.Event()
+    acquire = source.acquire
+    monkeypatch.setattr(source, "acquire", lambda name: gate.wait(5) and acquire(name))
+    try:
+        begun = time.monotonic()
+        with pytest.raises(AdapterUnavailableError, match="not done in time"):
+            made.pool.bring(wanted(), [at])
+        assert time.monotonic() - begun < 1.5
+    finally:
+        gate.set()
+        made.pool.close()
+    assert target.catalogue() == []
+    assert target.free_bytes == target.slab.size
+
+
+def test_prefetch_waits_for_the_foreground(world, at, source):
+    world.checkpoint.gate.clear()
+    foreground = threading.Thread(target=lambda: world.pool.bring(wanted()))
+    foreground.start()
+    while world.checkpoint.loads == 0:
+        time.sleep(0.01)
+    future = world.pool.prefetch(wanted("b"), [at])
+    time.sleep(0.1)
+    assert not future.done()
+    assert world.target.find(wanted("b")) is None
+    world.checkpoint.gate.set()
+    foreground.join()
+    assert future.result(5).source == "peer"
+    assert world.count("loraserve_prefetches_total") == 1
+    assert world.target.bytes_of("b") == source.bytes_of("b")
+
+
+def test_closing_cancels_what_is_under_way(target, source, server, at):
+    made = World(target)
+    peer = made.peers.get(at.endpoint)
+    rung = peer.rungs()[0]
+    begun, failed = threading.Event(), []
+
+    def endless(link: object, lease: object, destination: object, flight: Flight) -> None:
+        begun.set()
+        while True:
+            flight.check()
+            time.sleep(0.01)
+
+    rung.read = endless  # type: ignore[assignment,method-assign]
+    made.pool._load = None
+
+    def bring() -> None:
+        try:
+            made.pool.bring(wanted(), [at])
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=bring)
+    thread.start()
+    assert begun.wait(5)
+    made.pool.close()
+    thread.join(5)
+    assert isinstance(failed[0], AdapterUnavailableError)
+    assert target.free_bytes == target.slab.size
+    with pytest.raises(CancelledError):
+        made.pool.bring(wanted(), [at])
+
+
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+@pytest.mark.parametrize("rung", ["memfd", "tcp"])
+def test_a_killed_peer_costs_no_request(target, holder, when, rung):
+    """SIGKILL of the holder around a read: the fetch comes from the next holder, whole."""
+    first, second = holder(4, "first"), holder(4, "second")
+    locations = [Location("first", first.endpoint), Location("second", second.endpoint)]
+    peers = PeerTable(KEY, "me", order=(rung,))
+    with AdapterPool(target, peers, options=PoolOptions(hedge_s=5.0)) as pool:
+        peer = peers.get(first.endpoint)
+        if when == "before":
+            first.kill()
+        elif when == "during":
+            reader = peer.rungs()[0]
+            read = reader.read
+
+            def kill_then_read(*arguments: object) -> object:
+                result = read(*arguments)  # the bytes are here, the verdict on them is not
+                first.kill()
+                return result
+
+            reader.read = kill_then_read  # type: ignore[method-assign]
+        brought = pool.bring(wanted(), locations)
+        assert brought.via == f"{rung} {'first' if when == 'after' else 'second'}"
+        if when == "after":
+            first.kill()
+        assert target.bytes_of("a") == b"".join(bytes(p) for p in adapter_pages(4))
+        assert target.free_bytes == target.slab.size - brought.pages.size
+
+
+def test_a_peer_killed_between_two_pieces(target, holder):
+    first = holder(8, "first")
+    peers = PeerTable(KEY, "me", order=("tcp",))
+    pieces: list[int] = []
+
+    def on_bytes(size: int) -> None:
+        pieces.append(size)
+        if len(pieces) == 2:
+            first.kill()
+
+    with contextlib.closing(peers):
+        peer = peers.get(first.endpoint)
+        with pytest.raises(TransferError):
+            peer.fetch(wanted(), target, Flight(10, on_bytes=on_bytes))
+    assert target.catalogue() == []
+    assert target.free_bytes == target.slab.size
+
+
+def test_a_bandwidth_cap_is_shared_by_all_fetches(target, source, at):
+    made = World(target, rate=20e6)
+    try:
+        begun = time.monotonic()
+        moved = 0
+        for _ in range(16):
+            target.drop("a")
+            moved += made.pool.bring(wanted(), [at]).pages.size
+        seconds = time.monotonic() - begun
+    finally:
+        made.pool.close()
+    assert (moved - (8 << 20)) / seconds < 20e6 * 1.1  # one burst is free
+
+
+def test_a_peer_that_restarts_is_connected_anew(world, source):
+    first = TransferServer([source], KEY, "one", verbs="off")
+    port = int(first.endpoint.split(":")[1])
+    location = Location("one", first.endpoint)
+    assert world.pool.bring(wanted(), [location]).source == "peer"
+    first.close()
+    world.target.drop("a")
+    world.checkpoint.readable = False
+    with pytest.raises(AdapterUnavailableError):
+        world.pool.bring(wanted(), [location])
+    with TransferServer([source], KEY, "one", port=port, verbs="off"):
+        assert world.pool.bring(wanted(), [location]).source == "peer"
+
+
+def test_a_rung_failing_everywhere_is_the_peer_s_failure(world, source, at, monkeypatch):
+    peer = world.peers.get(at.endpoint)
+    for rung in peer.rungs():
+
+        def broken(*_: object) -> None:
+            raise RungFailedError("made to fail")
+
+        monkeypatch.setattr(rung, "read", broken)
+    assert world.pool.bring(wanted(), [at]).source == "checkpoint"

@@ -1,0 +1,146 @@
+"""The parts that need no socket: rate limiter, lease table, handover, slab store."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transfer.helpers import LAYOUT, make_pages
+from vllm_loraserve.transfer.flight import RateLimiter
+from vllm_loraserve.transfer.handover import Handover
+from vllm_loraserve.transfer.leases import LeaseTable
+from vllm_loraserve.transfer.slab_store import SlabStore
+
+
+@given(st.lists(st.integers(1, 5_000_000), min_size=1, max_size=60), st.floats(0.0, 0.5))
+def test_no_window_of_the_limiter_exceeds_rate_and_burst(sizes, pause):
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    limiter = RateLimiter(10e6, burst=1 << 20, clock=lambda: now[0], sleep=sleep)
+    history = []
+    for size in sizes:
+        limiter.take(size)
+        history.append((now[0], size))
+        now[0] += pause
+    for i in range(len(history)):
+        for j in range(i, len(history)):
+            moved = sum(size for _, size in history[i + 1 : j + 1])
+            assert moved <= 10e6 * (history[j][0] - history[i][0]) + (1 << 20) + max(sizes) + 1
+
+
+def test_no_limit_never_sleeps():
+    assert RateLimiter(None).take(1 << 40) == 0.0
+    assert RateLimiter(0.0).take(1 << 40) == 0.0
+
+
+class CountingStore:
+    def __init__(self) -> None:
+        self.released: list[str] = []
+
+    def release(self, pages) -> None:
+        self.released.append(pages.name)
+
+
+@pytest.fixture
+def pages():
+    with SlabStore(1 << 20) as store:
+        yield store.put("a", make_pages(1, 2, 100), layout=LAYOUT)
+
+
+def test_a_lease_ends_once_and_takes_its_registration_with_it_first(pages):
+    table, store, order = LeaseTable(10.0), CountingStore(), []
+    lease = table.open(1, store, 0, pages, now=0.0)
+    lease.on_end = lambda: order.append(("deregistered", list(store.released)))
+    table.end(lease)
+    table.end(lease)
+    assert not lease.end()
+    assert order == [("deregistered", [])]
+    assert store.released == ["a"]
+    assert len(table) == 0
+
+
+def test_leases_end_by_session_name_and_silence(pages):
+    table, store = LeaseTable(10.0), CountingStore()
+    for session in (1, 1, 2):
+        table.open(session, store, 0, pages, now=0.0)
+    assert table.end_session(1) == 2
+    assert table.end_expired(9.9) == 0
+    table.renew(2, 5.0)
+    assert table.end_expired(14.9) == 0
+    assert table.end_expired(15.1) == 1
+    table.open(3, store, 0, pages, now=0.0)
+    assert table.end_adapter("another") == 0
+    assert table.end_adapter("a") == 1
+    assert len(store.released) == 4
+
+
+def test_revocation_waits_for_the_thread_that_is_sending(pages):
+    table, store = LeaseTable(10.0), CountingStore()
+    lease = table.open(1, store, 0, pages, now=0.0)
+    assert lease.enter()
+    ending = threading.Thread(target=lambda: table.end_adapter("a"))
+    ending.start()
+    ending.join(0.1)
+    assert ending.is_alive()
+    assert not lease.enter()  # nobody new
+    assert store.released == []
+    lease.leave()
+    ending.join(5)
+    assert store.released == ["a"]
+
+
+def test_a_failing_deregistration_still_unpins(pages):
+    table, store = LeaseTable(10.0), CountingStore()
+    lease = table.open(1, store, 0, pages, now=0.0)
+
+    def fails() -> None:
+        raise RuntimeError("no")
+
+    lease.on_end = fails
+    with pytest.raises(RuntimeError):
+        table.end(lease)
+    assert store.released == ["a"]
+
+
+def test_handover_keeps_the_last_copy():
+    handover = Handover()
+    assert not handover.may_go("a")  # nobody else has it, no checkpoint
+    assert handover.may_go("a", checkpoint_readable=True)
+    assert handover.may_go("a", copies_elsewhere=1)
+    handover.landed("a", "two")  # a fetch by somebody while we keep it anyway
+    handover.leave("a")
+    assert not handover.may_go("a")
+    assert handover.ready() == []
+    handover.landed("a", "two")
+    assert handover.may_go("a")
+    assert handover.ready() == ["a"]
+    handover.stay("a")
+    assert handover.ready() == []
+    assert not handover.may_go("a")
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 6), st.integers(1, 9000)), max_size=25))
+def test_the_slab_store_never_loses_or_overlaps_memory(steps):
+    with SlabStore(1 << 16, max_range=7000) as store:
+        held: dict[str, list[bytes]] = {}
+        for name, count, size in steps:
+            pages = [bytes([len(held) + i]) * size for i in range(count)]
+            try:
+                store.put(name, pages, layout=LAYOUT)
+                held[name] = pages
+            except MemoryError:
+                if store.drop(name):
+                    del held[name]
+            for other, content in held.items():
+                assert store.bytes_of(other) == b"".join(content)
+            used = sum(p.size for p in store.catalogue())
+            assert store.free_bytes == store.slab.size - used
+        for name in held:
+            store.drop(name)
+        assert len(store._free) == 1
