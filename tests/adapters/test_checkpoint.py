@@ -128,9 +128,7 @@ def test_a_broken_config(adapter: Path, text: str) -> None:
         ({"r": 16}, "mismatch", "16"),
     ],
 )
-def test_config_features_that_are_refused(
-    adapter: Path, change: dict[str, object], kind: str, word: str
-) -> None:
+def test_config_features_that_are_refused(adapter: Path, change: dict[str, object], kind: str, word: str) -> None:
     edit_config(adapter, **change)
     refused(kind, adapter, word)
 

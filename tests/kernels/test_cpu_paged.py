@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-
 from paged_layers import make_layer
 
 from vllm_loraserve.kernels import cpu_native, cpu_paged
