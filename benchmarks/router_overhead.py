@@ -179,11 +179,11 @@ class Load:
     async def open_loop(self, rate: float, seconds: float, seed: int) -> dict[str, object]:
         """Poisson arrivals; latencies in ms from the scheduled start, sorted."""
         rng = random.Random(seed)
-        loop = asyncio.get_running_loop()
         latencies: list[float] = []
         bad = 0
         outstanding = 0
         finished = asyncio.Event()
+        behind: deque[tuple[bytes, Callable[[int], None]]] = deque()
         begin = due = time.perf_counter() + 0.05
         end = begin + seconds
         sent = 0
@@ -196,10 +196,18 @@ class Load:
                 latencies.append((last - scheduled) * 1e3)
                 bad += status != 200
                 outstanding -= 1
-                if outstanding == 0:
+                if behind:
+                    send(*behind.popleft())
+                elif outstanding == 0:
                     finished.set()
 
             return done
+
+        def send(request: bytes, done: Callable[[int], None]) -> None:
+            if self.idle:
+                self.idle.popleft().send(request, done)
+            else:
+                behind.append((request, done))  # all connections are busy; its time counts all the same
 
         while due < end:
             pause = due - time.perf_counter()
@@ -208,14 +216,9 @@ class Load:
                 # ones that would take the CPU from the stub, and what is due by then goes out together.
                 await asyncio.sleep(pause if rate > 200 else pause - 0.001 if pause > 0.002 else 0)
                 continue
-            if not self.idle:
-                if outstanding > 4 * CONNECTIONS:
-                    break  # hopelessly behind
-                _, connection = await loop.create_connection(lambda: LoadConnection(self.idle), "127.0.0.1", self.port)
-                self.idle.append(connection)
             outstanding += 1
             finished.clear()
-            self.idle.popleft().send(rng.choice(self.requests), sender(due))
+            send(rng.choice(self.requests), sender(due))
             sent += 1
             due += rng.expovariate(rate)
         if outstanding:
@@ -268,7 +271,7 @@ async def load() -> None:
     for line in iter(sys.stdin.readline, ""):
         port, method, *arguments = json.loads(line)
         target = loads.setdefault(port, Load(port))
-        await target.connect(32)
+        await target.connect(CONNECTIONS if method == "open_loop" and arguments[0] > 200 else 32)
         print(json.dumps(await getattr(target, method)(*arguments)), flush=True)
         # Nothing reads while this process waits for a command; stale connections would fail the next one.
         for connection in list(target.idle):
@@ -350,12 +353,13 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
             rps = float(command(routed, "closed_loop", 64, options.seconds, repeat)["rps"])  # type: ignore[arg-type]
             closed.append(rps)
             cost.append((cpu_s(router.pid) - before) / (rps * options.seconds) * 1e6)
+        # Sustained: the answers keep up with a schedule that waits for nobody, so no queue grows.
         sustained, at_sustained = 0.0, []
-        for share in (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4):
+        for share in (0.95, 0.9, 0.9, 0.8, 0.8, 0.7, 0.7, 0.6, 0.6, 0.5, 0.5, 0.4, 0.4, 0.3, 0.2):
             rate = statistics.median(closed) * share
             answer = command(routed, "open_loop", rate, options.seconds, 99)
             at_sustained = answer["latencies_ms"]  # type: ignore[assignment]
-            if float(answer["achieved_rps"]) >= 0.97 * rate and percentile(at_sustained, 0.99) < 100.0:  # type: ignore[arg-type]
+            if float(answer["achieved_rps"]) >= 0.97 * rate and percentile(at_sustained, 0.5) < 20.0:  # type: ignore[arg-type]
                 sustained = float(answer["achieved_rps"])  # type: ignore[arg-type]
                 break
         before = cpu_s(router.pid)
