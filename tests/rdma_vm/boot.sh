@@ -16,13 +16,14 @@ trap 'rm -f "$launch" "$console"' EXIT
   for name in PYTHON PYTHONPATH RESULTS; do printf 'export %s=%q\n' "$name" "${!name:-}"; done
   printf 'cd %q\nexec /bin/bash %q\n' "$PWD" "$script"
 } > "$launch"
-timeout -k 5 "${SECONDS_MAX:-240}" qemu-system-x86_64 \
+# --foreground: in our own process group, so that who started us can end all of it.
+timeout --foreground -k 5 "${SECONDS_MAX:-240}" qemu-system-x86_64 \
   -accel tcg,thread=multi -cpu max -smp "${CPUS:-2}" -m "${MEMORY:-1536}" \
   -nodefaults -no-user-config -no-reboot -display none -serial stdio \
   -kernel "$dir"/root/boot/vmlinuz-* -initrd "$dir/initramfs" \
   -append "console=ttyS0 quiet panic=-1 mitigations=off audit=0 random.trust_cpu=on run=$launch node=${NODE:-0}" \
   -fsdev local,id=host,path=/,security_model=none,readonly=on,multidevs=remap \
   -device virtio-9p-pci,fsdev=host,mount_tag=host \
-  "$@" < /dev/null 2>&1 | tr -d '\r' | tee "$console"
+  "$@" < /dev/null 2>&1 | sed -u 's,\r,,g' | tee "$console"
 status=$(sed -n 's/^STATUS=\([0-9]*\)$/\1/p' "$console" | tail -n 1)
 exit "${status:-99}"

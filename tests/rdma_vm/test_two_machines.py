@@ -10,7 +10,7 @@ from transfer.helpers import KEY, wanted
 from transfer.holder import adapter_pages
 
 from vllm_loraserve.transfer.errors import PeerLostError, TransferError
-from vllm_loraserve.transfer.flight import Flight
+from vllm_loraserve.transfer.flight import Flight, RateLimiter
 from vllm_loraserve.transfer.peer import Peer
 from vllm_loraserve.transfer.slab_store import SlabStore
 
@@ -58,7 +58,7 @@ def test_a_machine_that_is_switched_off_during_a_read_is_given_up(device, endpoi
     """Nothing says goodbye here: neither a reset nor an end of file, only silence."""
     with connect(endpoint, "verbs") as peer, SlabStore((MIB + 1) << 20) as target:
         assert [rung.name for rung in peer.rungs()] == ["verbs"]
-        flight = Flight(60)
+        flight = Flight(60, RateLimiter(1e6, burst=1 << 20))  # slow, so that the switch is quicker
         original, posted = flight.advance, []
 
         def advance(size: int) -> None:

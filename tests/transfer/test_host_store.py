@@ -1,0 +1,129 @@
+"""The real host tier behind a real server: pages of another rank mix, eviction under a lease, bad offers."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+
+from transfer.helpers import KEY
+from vllm_loraserve.adapters.layout import Layout, ModuleShape, build_layout
+from vllm_loraserve.memory.host_tier import HostTier, HostTierFullError
+from vllm_loraserve.transfer.errors import LayoutMismatchError
+from vllm_loraserve.transfer.flight import Flight
+from vllm_loraserve.transfer.host_store import HostMeta, HostTierStore
+from vllm_loraserve.transfer.pages import Wanted
+from vllm_loraserve.transfer.peer import Peer
+from vllm_loraserve.transfer.server import TransferServer
+
+NAMES = {1: "a", 2: "b", 3: "c"}
+
+
+def layout(tp_rank: int = 0) -> Layout:
+    modules = [ModuleShape("q", "attention", 64, (64,)), ModuleShape("up", "mlp", 64, (96,))]
+    return build_layout(modules, model="tiny", dtype="float32", page_rows=8, tp_rank=tp_rank, tp_size=2)
+
+
+def store(size: int = 1 << 20, tp_rank: int = 0) -> HostTierStore:
+    keys = {name: key for key, name in NAMES.items()}
+    return HostTierStore(HostTier(layout(tp_rank), size), name_of=NAMES.get, key_of=keys.get)
+
+
+def fill(holder: HostTierStore, key: int, ranks: tuple[int, ...], seed: int) -> None:
+    entry = holder.tier.create(key, f"sha-{seed}", ranks)
+    generator = torch.Generator().manual_seed(seed)
+    for target in holder.tier.targets(entry):
+        if target is not None:
+            target.copy_(torch.rand(target.shape, generator=generator))
+    holder.tier.commit(entry)
+
+
+def content(holder: HostTierStore, key: int) -> bytes:
+    entry = holder.tier.get(key)
+    return bytes(holder.slab.view(entry.offset, entry.size))
+
+
+def wanted(holder: HostTierStore, name: str = "a") -> Wanted:
+    return Wanted(name=name, layout=holder.tier.layout.fingerprint)
+
+
+@pytest.mark.parametrize("rung", ["memfd", "tcp"])
+def test_adapters_move_between_host_tiers(rung):
+    source, target = store(), store()
+    fill(source, 1, (64, 64), 1)
+    fill(source, 2, (12, 0), 2)  # one module group only
+    with (
+        TransferServer([source], KEY, "one", verbs="off") as server,
+        Peer(server.endpoint, KEY, "two", order=(rung,)) as peer,
+    ):
+        assert [p.name for p in peer.catalogue()] == ["a", "b"]
+        for key, name in ((1, "a"), (2, "b")):
+            pages, _ = peer.fetch(wanted(target, name), target, Flight(10))
+            assert content(target, key) == content(source, key)
+            got, had = target.tier.get(key), source.tier.get(key)
+            assert (got.digest, got.ranks, got.pages, got.checksums) == (
+                had.digest,
+                had.ranks,
+                had.pages,
+                had.checksums,
+            )
+            assert got.users == had.users == 0
+            assert target.find(wanted(target, name)).page_lengths == pages.page_lengths
+    source.tier.check_integrity()
+    target.tier.check_integrity()
+
+
+def test_a_leased_adapter_is_not_evicted_and_its_memory_comes_back_after():
+    source = store()
+    fill(source, 1, (64, 64), 1)
+    free = source.tier.free_bytes
+    pages = source.acquire("a")
+    before = content(source, 1)
+    source.tier.remove(1)
+    assert source.tier.free_bytes == free
+    assert bytes(source.slab.view(*pages.ranges[0])) == before
+    source.release(pages)
+    assert source.tier.free_bytes == source.tier._extents.size
+    assert source.acquire("a") is None
+    source.tier.check_integrity()
+
+
+def test_another_shard_s_pages_are_refused():
+    source, target = store(tp_rank=0), store(tp_rank=1)
+    fill(source, 1, (8, 8), 1)
+    with (
+        TransferServer([source], KEY, "one", verbs="off") as server,
+        Peer(server.endpoint, KEY, "two") as peer,
+        pytest.raises(LayoutMismatchError),
+    ):
+        peer.fetch(wanted(target), target, Flight(10))
+    assert len(target.tier) == 0
+
+
+def test_offers_that_do_not_fit_their_ranks_are_refused():
+    source, target = store(), store()
+    fill(source, 1, (64, 64), 1)
+    pages = source.find(wanted(source))
+    for meta in (b"", b"nonsense", msgspec.msgpack.encode(HostMeta((64,))), msgspec.msgpack.encode(HostMeta((64, 8)))):
+        with pytest.raises(LayoutMismatchError):
+            target.reserve(msgspec.structs.replace(pages, meta=meta))
+    assert target.tier.free_bytes == target.tier._extents.size
+
+
+def test_a_full_tier_says_so_and_stays_whole():
+    source, target = store(), store(4096)
+    fill(source, 1, (64, 64), 1)
+    with TransferServer([source], KEY, "one", verbs="off") as server, Peer(server.endpoint, KEY, "two") as peer:
+        with pytest.raises(HostTierFullError):
+            peer.fetch(wanted(target), target, Flight(10))
+        assert server.lease_count == 0
+    target.tier.check_integrity()
+
+
+def test_an_adapter_that_pages_do_not_cover_is_not_offered():
+    source = store()
+    fill(source, 1, (8, 8), 1)
+    hidden = HostTierStore(source.tier, name_of=lambda key: None, key_of=lambda name: 1)
+    assert hidden.catalogue() == []
+    assert hidden.acquire("a") is None
+    assert source.tier.get(1).users == 0
