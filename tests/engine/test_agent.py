@@ -170,7 +170,7 @@ async def test_registers_with_capacity_and_shapes(joined):
     coordinator, *_ = joined
     hello = coordinator.controller.members.get("one").hello
     assert hello.base_model == "toy"
-    assert (hello.capacity.slots, hello.capacity.rank_rows, hello.capacity.max_rank) == (4, 256, 64)
+    assert (hello.capacity.slots, hello.capacity.rank_rows, hello.capacity.max_rank) == (4, 256, 256)
     assert hello.capacity.kv_tokens == 1600
     assert hello.module_shapes["k_proj"] == (64, 32)
 

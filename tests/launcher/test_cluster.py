@@ -43,6 +43,7 @@ def test_the_parts_are_told_of_each_other(plan: Plan) -> None:
         "instance": "instance-1",
         "max_rank": 64,
         "adapter_roots": ["/adapters"],
+        "arena_rank_rows": 512,
     }
     assert "--enable-loraserve" in command
     assert command[command.index("--served-model-name") + 1] == "model"
@@ -51,6 +52,13 @@ def test_the_parts_are_told_of_each_other(plan: Plan) -> None:
     assert cluster.coordinator_endpoint in cluster.coordinator.command
     assert cluster.coordinator_endpoint in cluster.router.command
     assert len({cluster.plan.port, *cluster.instance_ports}) == 3
+
+
+def test_an_arena_that_the_user_gives_is_not_overridden(plan: Plan) -> None:
+    plan = dataclasses.replace(plan, vllm_options=("--loraserve-config.arena_gib", "2"))
+    command = Cluster(plan).instances[0].command
+    assert "arena_rank_rows" not in command[command.index("--loraserve-config") + 1]
+    assert command[-2:] == ["--loraserve-config.arena_gib", "2"]
 
 
 def test_a_part_that_ends_stops_the_start_and_shows_its_log(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

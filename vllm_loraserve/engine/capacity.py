@@ -61,7 +61,8 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
         device=_device_name(vllm_config),
         tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
         kv_tokens=(cache.num_gpu_blocks or 0) * (cache.block_size or 0),
-        max_rank=min(config.max_rank, lora.max_lora_rank),
+        # Pages know no --max-lora-rank; an adapter only has to fit the arena.
+        max_rank=min(config.max_rank, rank_rows),
     )
 
 

@@ -21,6 +21,8 @@ from vllm_loraserve.launcher.devices import Machine, share, this_machine, value_
 from vllm_loraserve.launcher.processes import Server, free_ports, healthy, is_free, stop_all
 
 COORDINATOR_PORT = 5700
+ARENA_RANK_ROWS = 512
+"""Rank rows of each instance's arena, unless the user says: 32 adapters of rank 16, say, or 2 of rank 256."""
 POLL_S = 0.2
 JOIN_S = 60.0
 """Longest time between the health of all instances and their presence in the routing table."""
@@ -217,6 +219,8 @@ class Cluster:
             config["max_rank"] = plan.max_rank
         if plan.adapter_roots:
             config["adapter_roots"] = list(plan.adapter_roots)
+        if not any("arena_" in option for option in plan.vllm_options):
+            config["arena_rank_rows"] = max(ARENA_RANK_ROWS, plan.max_rank or 0)
         command = [*plan.programs.instance, plan.model, "--enable-loraserve"]
         command += ["--loraserve-config", json.dumps(config)]
         command += ["--host", "127.0.0.1", "--port", str(self.instance_ports[index])]
