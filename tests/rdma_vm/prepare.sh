@@ -1,7 +1,7 @@
 #!/bin/bash
 # prepare.sh [DIR]: makes DIR ready to boot a small Linux with Soft-RoCE (rdma_rxe). Once; again it takes seconds.
 #
-# Debian packages that are missing are installed (root, after `apt-get update`). The kernel is Debian's full one: the
+# Debian packages that are missing are installed (by root, after an apt-get update). The kernel is Debian's full one: the
 # cloud kernel has no rdma_rxe. It is unpacked, never installed. DIR needs 250 MB; default: ~/.cache/vllm-loraserve/vm.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -15,12 +15,16 @@ absent=()
 for package in "${wanted[@]}"; do
   [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)" = installed ] || absent+=("$package")
 done
+latest_kernel() { apt-cache depends linux-image-amd64 | sed -n 's/^ *Depends: \(linux-image-.*\)$/\1/p' | head -n 1; }
+if { [ ${#absent[@]} -gt 0 ] || [ -z "$(latest_kernel)" ]; } && [ "$(id -u)" = 0 ]; then
+  apt-get update -qq
+fi
 if [ ${#absent[@]} -gt 0 ]; then
   echo "prepare: installing ${absent[*]}"
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${absent[@]}" >/dev/null
 fi
 
-kernel=$(apt-cache depends linux-image-amd64 | sed -n 's/^ *Depends: \(linux-image-.*\)$/\1/p' | head -n 1)
+kernel=$(latest_kernel)
 if [ -z "$kernel" ]; then
   echo "prepare: apt knows no linux-image-amd64; run apt-get update first" >&2
   exit 1

@@ -1,14 +1,17 @@
 #!/bin/bash
 # run.sh [DIR]: boots Soft-RoCE machines and runs the RDMA tests in them: one machine, then two. For CI; under 3 minutes.
 #
-# Needs Debian 12 (apt-get update done, root if packages are missing) and the extension built. PYTHON names the
+# Needs Debian 12 (root if packages are missing) and the extension built. PYTHON names the
 # interpreter to test with (default: python3 on the PATH); it needs this package's dependencies and pytest. The last line
 # is 'N passed, N failed'; a machine that reports nothing counts as one failure. A missing RDMA device is a failure.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 tree=$(cd "$here/../.." && pwd)
 dir=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/vllm-loraserve/vm}
-"$here/prepare.sh" "$dir" || exit 1
+if ! "$here/prepare.sh" "$dir"; then
+  echo "0 passed, 1 failed"
+  exit 1
+fi
 PYTHON=$(command -v "${PYTHON:-python3}")
 export PYTHON
 # The tree under test first; then whatever the caller had.
@@ -36,7 +39,7 @@ count() {
 
 if [ "${ONLY:-}" != two ]; then
   echo "== one machine"
-  "$here/boot.sh" "$dir" "$here/guest/one.sh" | tee "$logs/one"
+  "$here/boot.sh" "$dir" "$here/guest/one.sh" | tee "$logs/one" | sed -u 's/^/one| /'
   count "$logs/one" "${PIPESTATUS[0]}"
 fi
 
@@ -51,7 +54,7 @@ if [ "${ONLY:-}" != one ]; then
   NODE=1 MEMORY=1024 CPUS=1 "$here/boot.sh" "$dir" "$here/guest/reader.sh" \
     -netdev socket,id=wire,connect="127.0.0.1:$port" -device "${card}1" | tee "$logs/reader" |
     while IFS= read -r line; do
-      echo "$line"
+      echo "two| $line"
       # The last test asks for the other machine to be switched off in the middle of a read.
       if [[ $line == *SWITCH-OFF-NODE-0* ]]; then kill -KILL -- "-$holder"; fi
     done

@@ -8,11 +8,11 @@ warning says so, and `cpu_paged.py` does the same work in torch.
 import ctypes
 import functools
 import logging
-import os
 from pathlib import Path
 
 import torch
 
+from vllm_loraserve import native
 from vllm_loraserve.kernels.grouping import TokenGroups
 from vllm_loraserve.kernels.paged import PagedLinear
 
@@ -149,9 +149,8 @@ class NativeLibrary:
 
 
 def library_path() -> Path:
-    """`LORASERVE_CPU_LORA_LIBRARY`, else `_lib/` beside the package's modules."""
-    named = os.environ.get("LORASERVE_CPU_LORA_LIBRARY")
-    return Path(named) if named else Path(__file__).parent.parent / "_lib" / LIBRARY
+    """Where the library is looked for; `LORASERVE_CPU_LORA_LIBRARY` names another file."""
+    return native.library_path(LIBRARY, "LORASERVE_CPU_LORA_LIBRARY")
 
 
 @functools.cache

@@ -59,8 +59,6 @@ def checksums(addresses: Sequence[int], lengths: Sequence[int], device: int = ex
     if device != extension.HOST:
         raise extension.ExtensionError("checksums of device memory need the extension, which is not built")
     return [
-        checksum_of(memoryview((ctypes.c_ubyte * length).from_address(address)))
-        if length
-        else checksum_of(b"")
+        checksum_of(memoryview((ctypes.c_ubyte * length).from_address(address))) if length else checksum_of(b"")
         for address, length in zip(addresses, lengths, strict=True)
     ]

@@ -16,7 +16,6 @@ import ctypes
 import functools
 import json
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+
+from vllm_loraserve import native
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +139,7 @@ class Extension:
         self._declare()
         found = int(self._lib.lsp_abi())
         if found != ABI:
-            raise ExtensionError(
-                f"{path} has ABI {found}, this package needs {ABI}; build the extension again"
-            )
+            raise ExtensionError(f"{path} has ABI {found}, this package needs {ABI}; build the extension again")
 
     def _declare(self) -> None:
         u64, u32, i32, size = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int, ctypes.c_size_t
@@ -249,9 +248,7 @@ class Extension:
             np.array(lengths, np.uint64),
             np.empty(len(lengths), np.uint64),
         )
-        self._check(
-            self._lib.lsp_checksums(device, where.ctypes.data, long.ctypes.data, len(where), sums.ctypes.data)
-        )
+        self._check(self._lib.lsp_checksums(device, where.ctypes.data, long.ctypes.data, len(where), sums.ctypes.data))
         return [int(s) for s in sums]
 
     def gather(self, base: int, pages: Sequence[int], page_bytes: int, out: int, device: int = HOST) -> None:
@@ -260,9 +257,7 @@ class Extension:
         table = np.array(pages, np.int64)
         self._check(self._lib.lsp_gather(device, base, table.ctypes.data, len(table), page_bytes, out))
 
-    def scatter(
-        self, rows: int, pages: Sequence[int], page_bytes: int, base: int, device: int = HOST
-    ) -> None:
+    def scatter(self, rows: int, pages: Sequence[int], page_bytes: int, base: int, device: int = HOST) -> None:
         """Row i at `rows` goes to page `pages[i]` of the memory at `base`."""
         table = np.array(pages, np.int64)
         self._check(self._lib.lsp_scatter(device, rows, table.ctypes.data, len(table), page_bytes, base))
@@ -282,10 +277,8 @@ def _packed(segments: Sequence[Segment]) -> np.ndarray:
 
 
 def library_path() -> Path:
-    """Where the library is looked for: `LORASERVE_POOL_LIBRARY`, else `_lib/` beside the package's
-    modules."""
-    named = os.environ.get("LORASERVE_POOL_LIBRARY")
-    return Path(named) if named else Path(__file__).parent.parent / "_lib" / LIBRARY
+    """Where the library is looked for; `LORASERVE_POOL_LIBRARY` names another file."""
+    return native.library_path(LIBRARY, "LORASERVE_POOL_LIBRARY")
 
 
 _warned = threading.Event()
