@@ -24,8 +24,12 @@ extras=$(IFS=,; echo "$device${*:+,$*}")
   exit 2
 }
 
-# Installing takes minutes; an environment that was made from the same inputs is taken as it is.
-stamp=$(cd "$root" && { echo "$extras"; cat pyproject.toml; find csrc -type f | sort | xargs cat; } | sha256sum | cut -c1-16)
+# Installing takes minutes; an environment that was made from the same files is taken as it is.
+stamp=$(
+  cd "$root"
+  { echo "$extras"; find pyproject.toml README.md csrc vllm_loraserve -type f \
+      -not -path '*/__pycache__/*' -not -path '*/_lib/*' -print0 | sort -z | xargs -0 cat; } | sha256sum | cut -c1-16
+)
 if [ -f "$venv/.loraserve-$stamp" ]; then exit 0; fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || {
@@ -34,7 +38,7 @@ if [ -f "$venv/.loraserve-$stamp" ]; then exit 0; fi
 }
 quiet=(); [ -t 1 ] || quiet=(--quiet --progress-bar off)
 echo "venv.sh: installing vllm-loraserve[$extras] into $venv (a few minutes the first time)"
-"$venv/bin/python" -m pip install "${quiet[@]}" --editable "$root[$extras]" || {
+"$venv/bin/python" -m pip install "${quiet[@]}" "$root[$extras]" || {
   if [ "$device" = cpu ]; then
     echo "venv.sh: if pip found no torch 2.13.0+cpu: let PIP_EXTRA_INDEX_URL name PyTorch's index of CPU wheels" >&2
   fi
