@@ -64,7 +64,14 @@ def _load(folder: Path) -> SimpleNamespace:
         lora_expand=modules["lora_expand_op"]._lora_expand,
         LoRAKernelMeta=modules["lora_kernel_metadata"].LoRAKernelMeta,
         get_lora_op_configs=modules["utils"].get_lora_op_configs,
+        forget_addresses=lambda: _forget_addresses(modules["utils"]),
     )
+
+
+def _forget_addresses(utils: ModuleType) -> None:
+    """vLLM keeps pointers and strides by the address of a weight; a new weight at an old address must not find them."""
+    utils.__dict__["_LORA_A_PTR_DICT"].clear()
+    utils.__dict__["_LORA_B_PTR_DICT"].clear()
 
 
 @contextmanager
@@ -72,21 +79,20 @@ def configured(stock: SimpleNamespace, change: Callable[[str, dict[str, Any]], d
     """Run vLLM's kernels with other block sizes: `change(op_type, default_config)` returns the configuration
     to use."""
     modules = [stock.modules["lora_shrink_op"], stock.modules["lora_expand_op"]]
-    original = stock.get_lora_op_configs
+    originals = [module.get_lora_op_configs for module in modules]
 
-    def replaced(op_type: str, **kwargs: Any) -> dict[str, Any]:
-        return change(op_type, dict(original(op_type, **kwargs)))
+    def changed(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def get_lora_op_configs(op_type: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            return change(op_type, dict(original(op_type, *args, **kwargs)))
 
-    def positional(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        op_type = args[0] if args else kwargs.pop("op_type")
-        return replaced(op_type, **kwargs)
+        return get_lora_op_configs
 
-    for module in modules:
-        module.get_lora_op_configs = positional
+    for module, original in zip(modules, originals, strict=True):
+        module.get_lora_op_configs = changed(original)
     try:
         yield
     finally:
-        for module in modules:
+        for module, original in zip(modules, originals, strict=True):
             module.get_lora_op_configs = original
 
 

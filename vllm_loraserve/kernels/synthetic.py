@@ -35,6 +35,7 @@ def synthetic_linear(
 
     gap: elements of other layers between this layer's blocks in a page. Values are scaled so that a LoRA
     delta of a unit-variance input has a variance near 1.
+    Without `poison` the whole arena is filled at once, quickly.
     """
     rng = torch.Generator(device="cpu").manual_seed(seed)
     slots = len(ranks[0])
@@ -47,18 +48,19 @@ def synthetic_linear(
         at += page_rows * size + gap
     needed = [-(-max(row[slot] for row in ranks) // page_rows) for slot in range(slots)]
     n_pages = sum(needed) + spare_pages
-    fill = float("nan") if poison else 0.0
-    arena = torch.full((n_pages * at,), fill, dtype=dtype, device=device)
+    arena = torch.full((n_pages * at,), float("nan"), dtype=dtype, device=device)
     table = torch.full((slots, max_pages), UNUSED_PAGE, dtype=torch.int32)
     free = torch.randperm(n_pages, generator=rng).tolist()
     value_rng = torch.Generator(device=device).manual_seed(seed + 1)
+    if not poison:
+        arena.normal_(generator=value_rng).mul_(in_size**-0.5)
     for slot in range(slots):
         for index in range(needed[slot]):
             page = free.pop()
             table[slot, index] = page
             for s, size in enumerate(out_sizes):
                 rows = min(page_rows, ranks[s][slot] - index * page_rows)
-                if rows <= 0:
+                if rows <= 0 or not poison:
                     continue
                 for offset, width, scale in (
                     (a_offsets[s], in_size, in_size**-0.5),
