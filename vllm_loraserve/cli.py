@@ -17,6 +17,8 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "status": ("vllm_loraserve.coordinator.status", "show instances, adapters and where they are"),
     "doctor": ("vllm_loraserve.transfer.doctor", "say what this machine has for fast adapter transfers"),
     "keygen": ("vllm_loraserve.coordinator.keygen", "make the keys that protect a cluster across machines"),
+    "simulate": ("vllm_loraserve.simulator.cli", "run workloads under several systems in a simulated cluster"),
+    "size": ("vllm_loraserve.simulator.size", "how many instances a load needs within an SLO"),
 }
 """name -> (module, one-line help). The module has `add_arguments(parser)` and `run(args) -> int`; it is
 imported only when its subcommand is asked for, so that `status` does not pay for torch."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
@@ -24,8 +25,9 @@ import msgspec
 from vllm_loraserve.cluster.operating_points import OperatingPoints, shipped_defaults
 
 IDLE_TOKENS_PER_S = 1e-3
-"""Demand assumed of an adapter never seen: it decides nothing against real demand, and spreads idle
-adapters."""
+IDLE_SHARE = 0.02
+"""Demand assumed of an idle adapter: this share of the mean, so that idle adapters spread over the servers
+without deciding anything against real demand (and IDLE_TOKENS_PER_S when nobody has demand)."""
 
 
 class PlacementError(ValueError):
@@ -80,9 +82,7 @@ class Placement(msgspec.Struct):
     def on(self, server: str) -> list[str]:
         """Adapters that `server` holds (in the order of `phi`, then standby copies)."""
         held = [a for a, routes in self.phi.items() if server in routes]
-        return held + [
-            a for a, ss in self.standby.items() if server in ss and server not in self.phi.get(a, {})
-        ]
+        return held + [a for a, ss in self.standby.items() if server in ss and server not in self.phi.get(a, {})]
 
     def by_server(self) -> dict[str, list[str]]:
         """Server -> adapters it holds, in one pass."""
@@ -107,11 +107,18 @@ class PlacementInput(msgspec.Struct, kw_only=True):
     op: OperatingPoints = msgspec.field(default_factory=shipped_defaults)
     previous: Placement | None = None
     observed_load: dict[str, float] = {}
+    idle_demand: float = -1.0
+    """Tokens/s assumed of an idle adapter; < 0: derived from the others."""
+
+    def __post_init__(self) -> None:
+        if self.idle_demand < 0.0:
+            mean = math.fsum(self.demand.get(a.name, 0.0) for a in self.adapters) / max(len(self.adapters), 1)
+            self.idle_demand = max(IDLE_TOKENS_PER_S, IDLE_SHARE * mean)
 
     def weight(self, adapter: AdapterSpec) -> float:
         """Share of one speed-1.0 server that the adapter asks for; always > 0, so idle adapters spread
         too."""
-        return max(self.demand.get(adapter.name, 0.0), IDLE_TOKENS_PER_S) / self.op.at(adapter.rank)
+        return max(self.demand.get(adapter.name, 0.0), self.idle_demand) / self.op.at(adapter.rank)
 
     def validate(self) -> None:
         """Raises PlacementError for an input no policy can work with."""
@@ -236,7 +243,7 @@ class RankWeighted:
         inp.validate()
         cap = Capacity(inp.servers)
         out = Placement()
-        target = sum(inp.weight(a) for a in inp.adapters) / sum(s.speed for s in inp.servers)
+        target = math.fsum(inp.weight(a) for a in inp.adapters) / math.fsum(s.speed for s in inp.servers)
         heap = [(0.0, s.name) for s in sorted(inp.servers, key=lambda s: s.name)]
         heapq.heapify(heap)
         for a in sorted(inp.adapters, key=lambda a: (-inp.weight(a), a.name)):
@@ -250,8 +257,10 @@ class RankWeighted:
                     continue
                 speed = cap.servers[server].speed
                 room = max(target * speed - load * speed, 0.0)
-                # Split only what is worth a copy: a rest below a tenth of a fair share stays here.
-                take = rest if rest <= room + 0.1 * target * speed else max(room, 0.1 * target * speed)
+                # Split only what is worth a copy: not idle adapters, not a rest below a tenth of a fair
+                # share.
+                whole = not inp.demand.get(a.name) or rest <= room + 0.1 * target * speed
+                take = rest if whole else max(room, 0.1 * target * speed)
                 cap.add(a, server)
                 share[server] = share.get(server, 0.0) + take
                 rest -= take

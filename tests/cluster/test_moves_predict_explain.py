@@ -1,0 +1,71 @@
+"""What `plan` and `explain` print: moves with bytes, predictions, reasons."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from vllm_loraserve.cluster.explain import explain
+from vllm_loraserve.cluster.moves import diff
+from vllm_loraserve.cluster.operating_points import OperatingPoints
+from vllm_loraserve.cluster.placement import (
+    AdapterSpec,
+    Placement,
+    PlacementError,
+    PlacementInput,
+    ServerSpec,
+    make_policy,
+)
+from vllm_loraserve.cluster.predict import predict
+from vllm_loraserve.cluster.relabel import relabel
+
+OP = OperatingPoints(points={8: 10_000.0, 128: 5_000.0})
+A, B = AdapterSpec("a", 8, 8, 100), AdapterSpec("b", 128, 128, 1600)
+SERVERS = [ServerSpec("s0", 512, 10**6), ServerSpec("s1", 512, 10**6)]
+
+
+def given(demand: float, previous: Placement | None = None) -> PlacementInput:
+    return PlacementInput(adapters=[A, B], servers=SERVERS, demand={"a": demand, "b": demand}, op=OP, previous=previous)
+
+
+def test_diff_counts_copies_drops_and_bytes() -> None:
+    before = Placement(phi={"a": {"s0": 1.0}, "b": {"s0": 0.5, "s1": 0.5}})
+    after = Placement(phi={"a": {"s1": 1.0}, "b": {"s0": 1.0}}, standby={"b": ["s1"]})
+    plan = diff([A, B], before, after)
+    assert [(m.kind, m.adapter, m.server, m.bytes) for m in plan.moves] == [
+        ("copy", "a", "s1", 100),
+        ("drop", "a", "s0", 0),
+    ]
+    assert plan.moves[0].sources == ("s0",)
+    assert (plan.bytes_copied, plan.held_bytes, plan.phi_changed) == (100, 100 + 2 * 1600, 2)
+    assert diff([A, B], None, after).bytes_copied == plan.held_bytes
+
+
+def test_relabelling_moves_the_fewest_bytes() -> None:
+    before = Placement(phi={"a": {"s0": 1.0}, "b": {"s1": 1.0}})
+    swapped = Placement(phi={"a": {"s1": 1.0}, "b": {"s0": 1.0}})
+    inp = given(100.0, before)
+    assert relabel(inp, swapped).phi == before.phi
+
+
+def test_prediction_worsens_with_demand_and_saturates() -> None:
+    placement = Placement(phi={"a": {"s0": 1.0}, "b": {"s1": 1.0}})
+    calm, busy, lost = (predict(given(d), placement) for d in (500.0, 5_000.0, 7_000.0))
+    assert calm.loads == pytest.approx({"s0": 0.05, "s1": 0.1})
+    assert calm.headroom == pytest.approx(10.0)
+    assert calm.p95_ttft_s < busy.p95_ttft_s < lost.p95_ttft_s == math.inf
+
+
+def test_explanation_names_the_numbers() -> None:
+    inp = given(4_000.0)
+    placement = make_policy("loraserve").place(inp)
+    text = "\n".join(explain(inp, placement, "b", "loraserve"))
+    assert "rank 128" in text
+    assert "4000.0 tokens/s" in text
+    assert "operating point 5000 tokens/s" in text
+    assert "not measured" in text
+    with pytest.raises(PlacementError, match="no adapter 'c'"):
+        explain(inp, placement, "c")
+    unplaced = Placement(unplaced={"a": "needs more"})
+    assert explain(inp, unplaced, "a")[-1] == "not placed: needs more"

@@ -1,0 +1,131 @@
+"""One simulated instance: step times, leaps, limits, loads; against closed forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from vllm_loraserve.cluster.operating_points import StepCost
+from vllm_loraserve.simulator.machine import Kernels, Machine
+from vllm_loraserve.simulator.results import Result
+from vllm_loraserve.simulator.simulation import simulate
+from vllm_loraserve.simulator.systems import SYSTEMS
+from vllm_loraserve.simulator.workload import Workload
+
+COST = StepCost(base=0.010, prefill_token=1e-4, prefill_token_rank=1e-6, decode_token=1e-3, rank_row=1e-5)
+MACHINE = Machine(
+    step_cost=COST,
+    max_batched_tokens=100,
+    kv_tokens=10_000,
+    arena_rows=256,
+    row_bytes=1000,
+    load_latency_s=0.0,
+    h2d_bytes_s=1e12,
+)
+STEP = 0.010 + 1e-3 + 8e-5
+"""A decode step of one rank-8 request."""
+
+
+def run(
+    requests: list[tuple[float, int, int, int]],
+    ranks: tuple[int, ...] = (8, 128),
+    machine: Machine = MACHINE,
+    kernels: Kernels = Kernels.RANK_AWARE,
+    servers: int = 1,
+    **kw: Any,
+) -> Result:
+    """`requests`: (arrival, adapter, prompt, output)."""
+    columns = np.array(requests, dtype=float)
+    workload = Workload(
+        "test",
+        [machine.adapter(f"a{i}", r) for i, r in enumerate(ranks)],
+        columns[:, 0],
+        columns[:, 1].astype(int),
+        columns[:, 2].astype(int),
+        columns[:, 3].astype(int),
+    )
+    return simulate(workload, [machine] * servers, SYSTEMS["rank-weighted"], kernels, **kw)
+
+
+def test_single_request_costs_what_the_step_cost_says() -> None:
+    r = run([(0.0, 0, 50, 11)])
+    load = 8 * 1000 / 1e12
+    first = load + 0.010 + 50 * 1e-4 + 50 * 8 * 1e-6 + 8 * 1e-5
+    assert r.ttft[0] == pytest.approx(first)
+    assert r.finish[0] == pytest.approx(first + 10 * STEP)
+    assert r.tbt[0] == pytest.approx(STEP)
+
+
+def test_long_prompt_is_chunked() -> None:
+    r = run([(0.0, 0, 250, 1)])
+    # 100 + 100 + 50 tokens: three bases.
+    assert r.ttft[0] == pytest.approx(3 * 0.010 + 250 * (1e-4 + 8e-6) + 3 * 8e-5, rel=1e-4)
+
+
+def test_who_pays_for_the_large_rank() -> None:
+    """A rank-8 prompt batched with a rank-128 one: own rank, the batch's maximum, the configured maximum."""
+    # The first two only bring the adapters into the arena; the step that is looked at starts at 10 s.
+    requests = [(0.0, 0, 1, 1), (0.0, 1, 1, 1), (10.0, 0, 40, 1), (10.0, 1, 40, 1), (10.0, 1, 19, 1)]
+    ttft = {}
+    for kernels in Kernels:
+        # The one that arrives first starts alone; the others of that instant share the second step.
+        ttft[kernels] = run(requests, kernels=kernels).ttft[2:]
+    second = 0.010 + 59 * 1e-4
+    assert ttft[Kernels.RANK_AWARE][1] - ttft[Kernels.RANK_AWARE][0] == pytest.approx(second + 59 * 128e-6 + 128e-5)
+    for kernels, rank in ((Kernels.RANK_AWARE, 8), (Kernels.MAX_IN_BATCH, 8), (Kernels.PADDED, 128)):
+        alone = 0.010 + 40e-4 + 40 * rank * 1e-6 + rank * 1e-5
+        assert ttft[kernels][0] == pytest.approx(alone, rel=1e-4), kernels
+    # A long decode of rank 128 beside a rank-8 prompt: the prompt pays 128 with max-in-batch kernels only.
+    mixed = [(0.0, 0, 1, 1), (0.0, 1, 1, 400), (2.0, 0, 80, 1)]
+    own, largest = (run(mixed, kernels=k).ttft[2] for k in (Kernels.RANK_AWARE, Kernels.MAX_IN_BATCH))
+    assert largest - own == pytest.approx(80 * 120e-6, abs=2e-3)
+
+
+def test_leap_is_cut_at_the_step_boundary_after_an_arrival() -> None:
+    """A second request arriving in a long decode starts at the next boundary, not at the leap's end."""
+    r = run([(0.0, 0, 10, 500), (1.0, 0, 10, 1)])
+    assert r.ttft[1] < 2 * STEP + 0.010
+    assert r.finish[0] == pytest.approx(r.ttft[0] + 499 * STEP, rel=0.01)
+
+
+def test_watching_changes_nothing() -> None:
+    calm = run([(0.0, 0, 10, 300)])
+    watched = run([(0.0, 0, 10, 300)], sample_s=0.001)
+    assert watched.finish[0] == pytest.approx(calm.finish[0])
+    assert len(watched.load) > 100
+
+
+def test_kv_limit_holds_requests_back() -> None:
+    machine = msgspec.structs.replace(MACHINE, kv_tokens=100)
+    r = run([(0.0, 0, 50, 50), (0.0, 0, 50, 50)], machine=machine)
+    assert r.ttft[1] >= r.finish[0]
+    with pytest.raises(ValueError, match="does not fit the KV cache of 100 tokens"):
+        run([(0.0, 0, 90, 50)], machine=machine)
+
+
+def test_arena_limit_serialises_adapters_that_do_not_fit_together() -> None:
+    machine = msgspec.structs.replace(MACHINE, arena_rows=128)
+    roomy = run([(0.0, 0, 20, 50), (0.0, 1, 20, 50)])
+    tight = run([(0.0, 0, 20, 50), (0.0, 1, 20, 50)], machine=machine)
+    assert tight.ttft[1] >= tight.finish[0] > roomy.ttft[1]
+
+
+def test_load_blocks_only_its_own_request_except_with_padded_kernels() -> None:
+    machine = msgspec.structs.replace(MACHINE, load_latency_s=1.0)
+    requests = [(0.0, 0, 20, 400), (2.0, 1, 20, 1)]
+    ours = run(requests, machine=machine)
+    stock = run(requests, machine=machine, kernels=Kernels.PADDED)
+    assert ours.ttft[1] > 1.0
+    assert stock.ttft[1] > 1.0
+    # Padded rows make every stock step dearer, too; the stall of the second load is on top of that.
+    padded_step = 0.010 + 1e-3 + 128e-6 * 0 + 128e-5
+    assert ours.finish[0] < 1.0 + 401 * STEP + 0.1
+    assert stock.finish[0] > 1.0 + 399 * padded_step + 1.0
+
+
+def test_faster_machine_is_faster() -> None:
+    fast = run([(0.0, 0, 50, 11)], machine=msgspec.structs.replace(MACHINE, speed=2.0))
+    assert run([(0.0, 0, 50, 11)]).finish[0] / fast.finish[0] == pytest.approx(2.0, rel=0.01)

@@ -1,0 +1,397 @@
+"""One simulated instance: continuous batching with chunked prefill, a KV limit, an arena of rank rows, a
+host tier.
+
+Time advances in engine steps. A step carries one token of every decoding request and fills the rest of the
+token budget with prompt chunks, oldest first. When there is nothing to prefill, whole runs of identical
+decode steps are taken as one **leap** (its length is exact: it ends at the next finish, or at the step
+boundary after whatever interrupts it).
+
+KV: a request holds its prompt and output tokens from admission on (no preemption is modelled). Adapters:
+resident in the arena (least recently used out first, never one in use), else brought from the host tier,
+else fetched from a peer or the checkpoint; a request whose adapter is on its way waits without blocking
+those behind it, except with padded kernels, where the load happens inside the step and everybody waits.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from itertools import islice
+
+from vllm_loraserve.cluster.placement import AdapterSpec
+from vllm_loraserve.simulator.machine import Kernels, Machine
+
+SCAN = 32
+"""How deep into the queue a step looks for requests whose adapter is ready, and prefetches for the others."""
+AGEING_S = 5.0
+"""A request that waited longer than this for room in the arena stops admissions behind it."""
+
+
+class Request:
+    """One request: what it asks for and what happened to it. Times in seconds, -1.0: not yet."""
+
+    __slots__ = (
+        "adapter",
+        "arrival",
+        "finish",
+        "first_token",
+        "index",
+        "output",
+        "prefilled",
+        "prompt",
+        "rank",
+        "retries",
+        "server",
+        "session",
+    )
+
+    def __init__(self, index: int, arrival: float, adapter: int, rank: int, prompt: int, output: int) -> None:
+        self.index = index
+        self.arrival = arrival
+        self.adapter = adapter
+        self.rank = rank
+        self.prompt = prompt
+        self.output = output
+        self.session = -1
+        self.prefilled = 0
+        self.first_token = -1.0
+        self.finish = -1.0
+        self.server = -1
+        self.retries = 0
+
+
+class Server:
+    """An instance. The event loop calls `enqueue`, `start`, `finish_step`, `interrupt`, `loaded`.
+
+    `fetch(server, adapter, now) -> completion time` brings an adapter that the host tier lacks;
+    `post_load(server, adapter, time)` asks the loop to call `loaded` then.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        machine: Machine,
+        kernels: Kernels,
+        adapters: list[AdapterSpec],
+        fetch: Callable[[Server, int, float], float],
+        post_load: Callable[[Server, int, float], None],
+    ) -> None:
+        self.index = index
+        self.machine = machine
+        self.kernels = kernels
+        self.adapters = adapters
+        self.fetch = fetch
+        self.post_load = post_load
+        padded = -(-machine.max_rank // machine.page_rows) * machine.page_rows
+        self.rows_of = [padded if kernels is Kernels.PADDED else a.rank_rows for a in adapters]
+        self.alive = True
+        self.version = 0
+        self.host: OrderedDict[int, None] = OrderedDict()
+        self.host_used = 0
+        self.peak_host = 0
+        self.busy_s = 0.0
+        self.loads = 0
+        self.pcie_free = 0.0
+        self.nic_in_free = 0.0
+        self.nic_out_free = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all work and residency, as a restarted instance would."""
+        self.waiting: deque[Request] = deque()
+        self.prefilling: list[Request] = []
+        self.decoding: list[tuple[int, int, Request]] = []
+        self.plan: list[tuple[Request, int]] = []
+        self.arena: OrderedDict[int, None] = OrderedDict()
+        self.arena_used = 0
+        self.loading: dict[int, float] = {}
+        self.refs: dict[int, int] = {}
+        self.rank_refs: dict[int, int] = {}
+        self.rows_in_use = 0
+        self.max_rank = 0
+        self.steps = 0
+        self.running = 0
+        self.decode_rank_sum = 0
+        self.context = 0
+        self.kv_used = 0
+        self.queued_tokens = 0
+        self.queued_token_ranks = 0
+        self.queued_kv = 0
+        self.leap = 0
+        self.leap_start = 0.0
+        self.leap_dt = 0.0
+        self.step_end = -1.0  # < 0: idle
+        self.last_dt = 0.0
+
+    # -- the work of a step
+    # ------------------------------------------------------------------------------------
+
+    def enqueue(self, r: Request) -> None:
+        """A request arrives in the queue."""
+        r.server = self.index
+        self.waiting.append(r)
+        self.queued_tokens += r.prompt
+        self.queued_token_ranks += r.prompt * r.rank
+        self.queued_kv += r.prompt + r.output
+
+    def start(self, now: float) -> bool:
+        """Starts a step or a leap; sets `step_end` (idle: -1.0) and returns whether there is one."""
+        m = self.machine
+        n_decode = len(self.decoding)
+        budget = m.max_batched_tokens - n_decode
+        plan: list[tuple[Request, int]] = []
+        tokens = token_ranks = 0
+        for r in self.prefilling:
+            if budget <= 0:
+                break
+            chunk = min(r.prompt - r.prefilled, budget)
+            plan.append((r, chunk))
+            budget -= chunk
+            tokens += chunk
+            token_ranks += chunk * r.rank
+        stall = 0.0
+        if self.waiting and budget > 0 and self.running < m.max_seqs:
+            admitted, stall = self._admit(now, budget)
+            for r in admitted:
+                chunk = min(r.prompt, budget)
+                plan.append((r, chunk))
+                budget -= chunk
+                tokens += chunk
+                token_ranks += chunk * r.rank
+        self.plan = plan
+        if not plan and not n_decode:
+            self.step_end = -1.0
+            return False
+        c = m.step_cost
+        if self.kernels is Kernels.RANK_AWARE:
+            decode_rank_sum, rows = self.decode_rank_sum, self.rows_in_use
+        else:
+            paid = m.max_rank if self.kernels is Kernels.PADDED else self.max_rank
+            token_ranks = tokens * paid
+            decode_rank_sum = n_decode * paid
+            rows = self.rows_in_use
+        dt = (
+            c.base
+            + c.prefill_token * tokens
+            + c.prefill_token_rank * token_ranks
+            + c.decode_token * n_decode
+            + c.decode_token_rank * decode_rank_sum
+            + c.rank_row * rows
+            + c.adapter * len(self.refs)
+            + c.context_token * self.context
+        ) / m.speed
+        self.last_dt = dt
+        if plan:
+            self.leap = 1
+            dt += stall
+        else:
+            self.leap = k = self.decoding[0][0] - self.steps
+            # The context grows by one token per request and step: charge the mean.
+            dt += c.context_token * n_decode * (k - 1) * 0.5 / m.speed
+        self.leap_start = now
+        self.leap_dt = dt
+        self.step_end = now + dt * self.leap
+        return True
+
+    def interrupt(self, now: float) -> bool:
+        """Something arrived during a leap: end it at the next step boundary. True if `step_end` changed."""
+        if self.leap <= 1 or self.step_end < 0.0:
+            return False
+        done = int((now - self.leap_start) / self.leap_dt) + 1
+        if done >= self.leap:
+            return False
+        self.leap = done
+        self.step_end = self.leap_start + self.leap_dt * done
+        return True
+
+    def finish_step(self, now: float) -> list[Request]:
+        """The step or leap ends: tokens appear, prompts become decodes, finished requests leave
+        (returned)."""
+        self.busy_s += now - self.leap_start
+        self.steps += self.leap
+        self.context += len(self.decoding) * self.leap
+        finished: list[Request] = []
+        decoding = self.decoding
+        while decoding and decoding[0][0] <= self.steps:
+            r = heapq.heappop(decoding)[2]
+            r.finish = now
+            self.decode_rank_sum -= r.rank
+            self.context -= r.prompt + r.output
+            self._leave(r)
+            finished.append(r)
+        for r, chunk in self.plan:
+            r.prefilled += chunk
+            self.queued_tokens -= chunk
+            self.queued_token_ranks -= chunk * r.rank
+            if r.prefilled >= r.prompt:
+                self.prefilling.remove(r)
+                if r.first_token < 0.0:
+                    r.first_token = now
+                if r.output <= 1:
+                    r.finish = now
+                    self._leave(r)
+                    finished.append(r)
+                else:
+                    heapq.heappush(decoding, (self.steps + r.output - 1, r.index, r))
+                    self.decode_rank_sum += r.rank
+                    self.context += r.prompt + 1
+        self.plan = []
+        return finished
+
+    def _leave(self, r: Request) -> None:
+        self.running -= 1
+        self.kv_used -= r.prompt + r.output
+        a = r.adapter
+        if a < 0:
+            return
+        left = self.refs[a] - 1
+        if left:
+            self.refs[a] = left
+            return
+        del self.refs[a]
+        self.rows_in_use -= self.rows_of[a]
+        rank = r.rank
+        self.rank_refs[rank] -= 1
+        if not self.rank_refs[rank]:
+            del self.rank_refs[rank]
+            if rank == self.max_rank:
+                self.max_rank = max(self.rank_refs, default=0)
+
+    def _enter(self, r: Request) -> None:
+        self.running += 1
+        self.kv_used += r.prompt + r.output
+        self.queued_kv -= r.prompt + r.output
+        self.prefilling.append(r)
+        a = r.adapter
+        if a < 0:
+            return
+        self.arena.move_to_end(a)
+        if a in self.refs:
+            self.refs[a] += 1
+            return
+        self.refs[a] = 1
+        self.rows_in_use += self.rows_of[a]
+        self.rank_refs[r.rank] = self.rank_refs.get(r.rank, 0) + 1
+        self.max_rank = max(self.max_rank, r.rank)
+
+    def _admit(self, now: float, budget: int) -> tuple[list[Request], float]:
+        """Requests that join this step (their first chunks fit `budget`), and the seconds it stalls on
+        loads."""
+        m = self.machine
+        admitted: list[Request] = []
+        waiting = self.waiting
+        stall = 0.0
+        skipped: list[Request] = []
+        wanted: set[int] = set()
+        while waiting and budget > 0 and self.running < m.max_seqs and len(skipped) < SCAN:
+            r = waiting[0]
+            if self.kv_used + r.prompt + r.output > m.kv_tokens:
+                break
+            a = r.adapter
+            if a >= 0 and a not in self.arena:
+                if self.kernels is Kernels.PADDED and self._make_room(a, wanted):
+                    stall += self._bring(a, now + stall) - (now + stall)
+                    self._insert(a)
+                else:
+                    wanted.add(a)
+                    if a not in self.loading:
+                        if self._make_room(a, wanted):
+                            self._start_load(a, now)
+                        elif now - r.arrival > AGEING_S and self.running:
+                            break  # let running adapters leave: those behind must not keep the arena for ever
+                    skipped.append(waiting.popleft())
+                    continue
+            waiting.popleft()
+            self._enter(r)
+            admitted.append(r)
+            budget -= r.prompt
+        if skipped:
+            # Prefetch in queue order for those that could not be looked at for lack of budget.
+            waiting.extendleft(reversed(skipped))
+        if waiting and self.kernels is not Kernels.PADDED:
+            for r in islice(waiting, len(skipped), SCAN):
+                self.prefetch(r.adapter, now, wanted)
+        return admitted, stall
+
+    # -- adapters
+    # ----------------------------------------------------------------------------------------------
+
+    def prefetch(self, a: int, now: float, keep: set[int] | None = None) -> None:
+        """Starts bringing `a` into the arena when it is absent and room can be made."""
+        if a >= 0 and a not in self.arena and a not in self.loading:
+            keep = keep if keep is not None else set()
+            if self._make_room(a, keep):
+                keep.add(a)
+                self._start_load(a, now)
+
+    def _start_load(self, a: int, now: float) -> None:
+        done = self._bring(a, now)
+        self.loading[a] = done
+        self.arena_used += self.rows_of[a]  # reserved from now on
+        self.post_load(self, a, done)
+
+    def _bring(self, a: int, now: float) -> float:
+        """Time at which `a` is in the arena, from the host tier or through `fetch`; books the links."""
+        self.loads += 1
+        m = self.machine
+        if a in self.host:
+            self.host.move_to_end(a)
+            begin = max(now, self.pcie_free)
+            done = begin + m.load_latency_s + self.adapters[a].bytes * self._padding(a) / m.h2d_bytes_s
+            self.pcie_free = done
+            return done
+        return self.fetch(self, a, now)
+
+    def _padding(self, a: int) -> float:
+        return self.rows_of[a] / max(self.adapters[a].rank_rows, 1)
+
+    def loaded(self, a: int) -> None:
+        """A load that `post_load` announced has arrived."""
+        if a in self.loading:
+            del self.loading[a]
+            self.arena_used -= self.rows_of[a]
+            self._insert(a)
+
+    def _insert(self, a: int) -> None:
+        self.arena[a] = None
+        self.arena_used += self.rows_of[a]
+
+    def _make_room(self, a: int, keep: set[int]) -> bool:
+        """Evicts least recently used adapters that nobody in the batch uses until `a` fits; False: it
+        can't."""
+        m = self.machine
+        need = self.rows_of[a]
+        free = m.arena_rows - self.arena_used
+        full = bool(m.slots) and len(self.arena) + len(self.loading) >= m.slots
+        if free >= need and not full:
+            return True
+        victims = []
+        for v in self.arena:
+            if v not in self.refs and v not in keep:
+                victims.append(v)
+                free += self.rows_of[v]
+                if free >= need:
+                    break
+        if free < need or (full and not victims):
+            return False
+        for v in victims:
+            del self.arena[v]
+            self.arena_used -= self.rows_of[v]
+        return True
+
+    def hold(self, a: int) -> None:
+        """Puts a copy into the host tier."""
+        if a not in self.host:
+            self.host[a] = None
+            self.host_used += self.adapters[a].bytes
+            self.peak_host = max(self.peak_host, len(self.host))
+
+    def drop(self, a: int) -> None:
+        """Removes the copy from the host tier (and from the arena when idle)."""
+        if a in self.host:
+            del self.host[a]
+            self.host_used -= self.adapters[a].bytes
+        if a in self.arena and a not in self.refs:
+            del self.arena[a]
+            self.arena_used -= self.rows_of[a]
