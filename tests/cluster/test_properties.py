@@ -33,7 +33,7 @@ def inputs(draw: st.DrawFn, identical: bool = False) -> PlacementInput:
     adapters = [AdapterSpec(f"a{i:02d}", r, r, r * 1000) for i, r in enumerate(ranks)]
     n = draw(st.integers(1, 6))
     if identical:
-        servers = [ServerSpec(f"s{i}", 256, draw(st.just(2_000_000)), 0, 1.0) for i in range(n)]
+        servers = [ServerSpec(f"s{i}", 256, 8_000_000, 0, 1.0) for i in range(n)]
     else:
         servers = [
             ServerSpec(
@@ -100,7 +100,9 @@ def test_order_of_input_changes_nothing(name: str, inp: PlacementInput, seed: in
     inp.servers = rng.sample(inp.servers, len(inp.servers))
     inp.adapters = rng.sample(inp.adapters, len(inp.adapters))
     again = policy.place(inp)
-    assert again.phi == expected.phi
+    assert again.phi.keys() == expected.phi.keys()
+    for a, routes in again.phi.items():
+        assert routes == pytest.approx(expected.phi[a])  # the last bit of a sum may differ
     assert again.unplaced.keys() == expected.unplaced.keys()
 
 
@@ -126,7 +128,7 @@ def test_names_of_identical_servers_change_nothing(name: str, inp: PlacementInpu
 def test_more_servers_never_lower_predicted_throughput(name: str, inp: PlacementInput) -> None:
     policy = make_policy(name)
     worst = max(server_loads(inp, policy.place(inp)).values())
-    inp.servers = [*inp.servers, ServerSpec("more", 256, 2_000_000, 0, 1.0)]
+    inp.servers = [*inp.servers, ServerSpec("more", 256, 8_000_000, 0, 1.0)]
     # Rounding: a fraction smaller than a tenth of a fair share is not split off.
     assert max(server_loads(inp, policy.place(inp)).values()) <= worst * 1.1 + 1e-9
 

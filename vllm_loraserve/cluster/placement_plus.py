@@ -23,10 +23,12 @@ from vllm_loraserve.cluster.placement import (
     register,
 )
 from vllm_loraserve.cluster.relabel import relabel
-from vllm_loraserve.cluster.stability import settle
+from vllm_loraserve.cluster.stability import Ledger, repair, settle
 
 SPLIT_ABOVE = 0.5
 """An adapter that asks for more than this share of a server's fair load gets a second holder."""
+LEVEL = 1.05
+"""A fresh placement leaves no server above this multiple of the fair load, where memory allows."""
 STANDBY_COPIES = 1
 """Warm copies without phi that each busy adapter gets where host memory is free."""
 STANDBY_MEMORY = 0.8
@@ -79,7 +81,12 @@ class LoRAServePlus:
                 out.phi[a.name] = normalise(share)
             else:
                 out.unplaced[a.name] = cap.why_not(a)
-        return out
+        # What was put whole on the last server may still be split: level what is left above the target.
+        ledger = Ledger(inp, out)
+        repair(inp, ledger, LEVEL * target)
+        level = ledger.placement()
+        level.unplaced = out.unplaced
+        return level
 
     @staticmethod
     def _spread(

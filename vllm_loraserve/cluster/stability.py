@@ -95,7 +95,7 @@ class Ledger:
         self.weight = {a.name: inp.weight(a) for a in inp.adapters}
         self.phi: dict[str, dict[str, float]] = {}
         self.on: dict[str, set[str]] = {s: set() for s in self.speed}
-        for a, routes in start.phi.items():
+        for a, routes in sorted(start.phi.items()):
             self.phi[a] = dict(routes)
             for s, v in routes.items():
                 self.cap.add(self.specs[a], s)
@@ -175,7 +175,7 @@ def repair(inp: PlacementInput, ledger: Ledger, limit: float) -> bool:
 def _shift(ledger: Ledger, server: str, excess: float, limit: float, heap: list[tuple[float, str]]) -> bool:
     """Moves up to `excess` weight of one adapter off `server`."""
     best: tuple[float, str, str, float] | None = None
-    for name in ledger.on[server]:
+    for name in sorted(ledger.on[server]):
         spec = ledger.specs[name]
         here = ledger.phi[name][server] * ledger.weight[name]
         if here <= 0.0:
