@@ -56,6 +56,48 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         Meta(description="HTTP base URL under which routers reach this instance; unset: from --host/--port."),
     ] = None
     heartbeat_s: Annotated[float, Meta(gt=0, le=60, description="Seconds between heartbeats to the coordinator.")] = 1.0
+    prefetch: Annotated[
+        int, Meta(ge=1, le=1024, description="Adapters that may be loading, or loaded and not yet running, at a time.")
+    ] = 8
+    concurrent_loads: Annotated[int, Meta(ge=1, le=64, description="Adapters read from their source at a time.")] = 2
+    load_timeout_s: Annotated[
+        float, Meta(gt=0, le=3600, description="Seconds after which a load that has not ended counts as failed.")
+    ] = 120.0
+    load_retries: Annotated[
+        int, Meta(ge=0, le=100, description="Times that a load is tried again when its source is slow or away.")
+    ] = 3
+    skip_window: Annotated[
+        int,
+        Meta(ge=0, description="Requests that may overtake one whose adapter finds no room, before room is made."),
+    ] = 64
+    max_skip_s: Annotated[
+        float, Meta(ge=0, description="Seconds that a request may be overtaken before room is made for its adapter.")
+    ] = 2.0
+    lora_cost_per_rank: Annotated[
+        float,
+        Meta(ge=0, description="Work that one rank row adds to a token, as a fraction of a base token's work."),
+    ] = 1 / 256
+    lora_share: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(
+            description="Most work that LoRA prefill may add to a step while others decode, as a fraction of the "
+            "step's token budget; null: no bound.",
+        ),
+    ] = 0.25
+    shares: Annotated[
+        dict[str, Annotated[float, Meta(gt=0)]],
+        Meta(description="Weighted shares by adapter name, tenant (what precedes / in the name) or *; empty: none."),
+    ] = {}
+    max_inflight_tokens: Annotated[
+        dict[str, Annotated[int, Meta(gt=0)]],
+        Meta(description="Most tokens (prompt + max_tokens) running at a time by adapter name, tenant or *."),
+    ] = {}
+    limit_wait_s: Annotated[
+        float, Meta(ge=0, description="Seconds that a request over its max_inflight_tokens waits before it gets 429.")
+    ] = 30.0
+    trace_schedule: Annotated[
+        str | None, Meta(description="File that gets one JSON line per step of the scheduler; unset: none.")
+    ] = None
 
 
 def parse_config(raw: Mapping[str, Any] | LoRAServeConfig | None) -> LoRAServeConfig:

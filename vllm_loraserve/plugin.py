@@ -98,7 +98,7 @@ def refusal() -> str | None:
 
 def hooks() -> tuple[Hook, ...]:
     """The table. The first two rows are needed to refuse in a clear line, so they come first."""
-    from vllm_loraserve.engine import api_server, engine_config, flags, worker_hooks
+    from vllm_loraserve.engine import api_server, engine_config, flags, request_errors, worker_hooks
 
     return (
         Hook(
@@ -165,6 +165,16 @@ def hooks() -> tuple[Hook, ...]:
             ),
             when="server",
             patch="0005-api-server-extensions.patch",
+        ),
+        Hook(
+            name="reasons of ended requests",
+            target="vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+            kind="hook",
+            wrap=request_errors.wrap_process_outputs,
+            parameters=("self", "engine_core_outputs", "engine_core_timestamp", "iteration_stats", "weight_version"),
+            used_by=("vllm.v1.engine.output_processor:OutputProcessor.process_outputs", "req_state.queue.put("),
+            when="server",
+            patch="0008-request-error-reasons.patch",
         ),
         Hook(
             name="adapter resolver",

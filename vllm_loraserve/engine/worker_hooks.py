@@ -44,12 +44,16 @@ def wrap_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]:
     return make_lora_manager
 
 
-def lora_manager_class(config: LoRAServeConfig | None, stock: Callable[..., Any]) -> Callable[..., Any]:
+def lora_manager_class(config: LoRAServeConfig | None, stock: Any) -> Callable[..., Any]:
     """The manager class for an engine with these options (None: the flag is off)."""
-    if config is None or not offered(MANAGER):
+    if config is None:
         return stock
+    from vllm_loraserve.engine.side_loading import side_loading
+
+    if not offered(MANAGER):
+        return side_loading(stock)
     module, _, name = MANAGER.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    return side_loading(getattr(importlib.import_module(module), name))
 
 
 def wrap_get_punica_wrapper(original: Callable[..., str]) -> Callable[..., str]:

@@ -1,0 +1,141 @@
+"""Scheduler objects without a model: a configuration, requests, and steps with made-up sampled tokens."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_loraserve.engine.scheduler import RankAwareAsyncScheduler, RankAwareScheduler
+
+BLOCK = 16
+
+
+@functools.cache
+def _engine_config(model: str, max_loras: int, policy: str) -> Any:
+    return EngineArgs(
+        model=model,
+        enable_lora=True,
+        max_loras=max_loras,
+        scheduling_policy=policy,
+        max_model_len=2048,
+        enforce_eager=True,
+        block_size=BLOCK,
+    ).create_engine_config()
+
+
+def make_scheduler(
+    cls: type,
+    model: str,
+    *,
+    blocks: int = 1000,
+    max_seqs: int = 16,
+    max_tokens: int = 256,
+    max_loras: int = 4,
+    policy: str = "fcfs",
+    caching: bool = True,
+    chunked: bool = True,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """A scheduler of class `cls`, as EngineCore makes it."""
+    config = copy.deepcopy(_engine_config(model, max_loras, policy))
+    config.scheduler_config.max_num_seqs = max_seqs
+    config.scheduler_config.max_num_batched_tokens = max_tokens
+    config.scheduler_config.max_num_scheduled_tokens = None
+    config.scheduler_config.enable_chunked_prefill = chunked
+    config.scheduler_config.async_scheduling = issubclass(cls, RankAwareAsyncScheduler) or "Async" in cls.__name__
+    config.cache_config.enable_prefix_caching = caching
+    config.cache_config.num_gpu_blocks = blocks
+    config.additional_config = {"loraserve": options or {}} if issubclass(
+        cls, RankAwareScheduler | RankAwareAsyncScheduler
+    ) else {}
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    cache = KVCacheConfig(
+        num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+    )
+    return cls(
+        vllm_config=config,
+        kv_cache_config=cache,
+        block_size=BLOCK,
+        log_stats=True,
+        structured_output_manager=StructuredOutputManager(config),
+    )
+
+
+def make_request(
+    name: str,
+    prompt: int | list[int] = 20,
+    max_tokens: int = 8,
+    *,
+    adapter: int = 0,
+    priority: int = 0,
+    arrival: float = 0.0,
+    path: str = "",
+    adapter_name: str = "",
+) -> Request:
+    """A request of `prompt` tokens (or these tokens) that generates exactly `max_tokens`."""
+    init_none_hash(sha256)
+    tokens = list(range(prompt)) if isinstance(prompt, int) else prompt
+    lora = None
+    if adapter:
+        lora = LoRARequest(adapter_name or f"a{adapter}", adapter, path or f"/adapters/{adapter}")
+    return Request(
+        request_id=name,
+        prompt_token_ids=tokens,
+        sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+        pooling_params=None,
+        lora_request=lora,
+        priority=priority,
+        arrival_time=arrival,
+        block_hasher=get_request_block_hasher(BLOCK, sha256),
+    )
+
+
+def model_output(scheduler: Any, output: SchedulerOutput) -> ModelRunnerOutput:
+    """One token for each request whose known tokens are all computed after this step."""
+    ids = list(output.num_scheduled_tokens)
+    sampled = []
+    for request_id in ids:
+        request = scheduler.requests.get(request_id)
+        sampled.append([7] if request is not None and not request.is_prefill_chunk else [])
+    return ModelRunnerOutput(
+        req_ids=ids, req_id_to_index={r: i for i, r in enumerate(ids)}, sampled_token_ids=sampled
+    )
+
+
+def decisions(output: SchedulerOutput) -> dict[str, Any]:
+    """Everything a step decided, comparable between two schedulers."""
+    cached = output.scheduled_cached_reqs
+    return {
+        "tokens": dict(output.num_scheduled_tokens),
+        "new": [(r.req_id, r.block_ids, r.num_computed_tokens) for r in output.scheduled_new_reqs],
+        "cached": (cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, sorted(cached.resumed_req_ids)),
+        "finished": sorted(output.finished_req_ids),
+        "preempted": sorted(output.preempted_req_ids or ()),
+    }
+
+
+def step(scheduler: Any) -> tuple[SchedulerOutput, list[Any]]:
+    """One whole step; (what was scheduled, EngineCoreOutputs' outputs)."""
+    output = scheduler.schedule()
+    outs = scheduler.update_from_output(output, model_output(scheduler, output))
+    return output, [o for core in outs.values() for o in core.outputs]
+
+
+def scheduled_adapters(scheduler: Any, names: Iterable[str]) -> set[int]:
+    """Adapters of these requests."""
+    loras = (scheduler.requests[name].lora_request for name in names)
+    return {lora.lora_int_id for lora in loras if lora is not None}

@@ -1,0 +1,209 @@
+"""Between the scheduler and the LoRA managers of its workers: which adapters to bring in, which are in.
+
+The scheduler lives in the engine-core process, each manager in a worker process, and vLLM offers no way between them
+but the step itself. This channel is beside the step: a ROUTER socket that the scheduler binds and reads without waiting
+once per step, a DEALER socket in each worker that a side thread reads. So a load starts when its request is queued,
+even while a step is running, its end is known at the next step, and a step never waits for it.
+
+Every worker says Hello when it is connected; the scheduler counts an adapter as ready when every rank has said Ready.
+Both sides live and die together with their engine, so there is no reconnection protocol.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+
+class Order(msgspec.Struct, frozen=True, tag=True):
+    """Scheduler -> workers."""
+
+
+class Prepare(Order, frozen=True, tag=True):
+    """Bring an adapter in, aside. Answered by Ready or Failed with the same `attempt`."""
+
+    adapter: int
+    attempt: int
+    request: bytes
+    """The LoRARequest, as msgpack."""
+
+
+class Forget(Order, frozen=True, tag=True):
+    """The adapter that was brought in is not wanted any more (replaced, or its requests are gone)."""
+
+    adapter: int
+
+
+class Report(msgspec.Struct, frozen=True, tag=True):
+    """Worker -> scheduler."""
+
+    rank: int
+    """Global rank of the worker in its engine."""
+
+
+class Hello(Report, frozen=True, tag=True):
+    """The worker can take orders. `rank_rows`: what its arena holds; None: only slots count. `prepared`: how many
+    adapters it can hold ready that do not run yet; None: no such bound."""
+
+    rank_rows: int | None
+    page_rows: int = 1
+    prepared: int | None = None
+
+
+class Ready(Report, frozen=True, tag=True):
+    """The adapter can be activated without reading or converting anything."""
+
+    adapter: int
+    attempt: int
+    lora_rank: int
+    """Its largest rank over all modules, in rank rows."""
+    seconds: float
+    path: str = ""
+
+
+class Failed(Report, frozen=True, tag=True):
+    """It can't; `transient`: trying again may help."""
+
+    adapter: int
+    attempt: int
+    reason: str
+    transient: bool
+
+
+class Gone(Report, frozen=True, tag=True):
+    """An adapter that was ready no longer is (evicted, removed)."""
+
+    adapter: int
+
+
+class Stalled(Report, frozen=True, tag=True):
+    """An adapter had to be read inside a step after all, for `seconds`."""
+
+    adapter: int
+    seconds: float
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_order = msgspec.msgpack.Decoder(Prepare | Forget).decode
+_decode_report = msgspec.msgpack.Decoder(Hello | Ready | Failed | Gone | Stalled).decode
+
+
+def address_of(vllm_config: Any, purpose: str = "loads") -> str | None:
+    """Address for one engine, known to all its processes; None when its workers are on several machines."""
+    parallel = vllm_config.parallel_config
+    if getattr(parallel, "nnodes", 1) > 1:
+        return None
+    folder = Path(tempfile.gettempdir()) / f"vllm-loraserve-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
+        raise PermissionError(f"{folder} belongs to somebody else; remove it or set TMPDIR")
+    return f"ipc://{folder}/{purpose}-{vllm_config.instance_id}-{parallel.data_parallel_index}"
+
+
+class SchedulerEnd:
+    """The scheduler's end. Not thread-safe; everything but `wait_for_workers` returns at once."""
+
+    def __init__(self, address: str) -> None:
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+        self._peers: dict[int, bytes] = {}
+        self._pending: list[Report] = []
+
+    def wait_for_workers(self, count: int, timeout_s: float) -> list[Hello]:
+        """The Hellos that came within the time; fewer than `count` when workers are missing."""
+        deadline = time.monotonic() + timeout_s
+        hellos: dict[int, Hello] = {}
+        while len(hellos) < count and (left := deadline - time.monotonic()) > 0:
+            if self._socket.poll(int(left * 1000) + 1):
+                for report in self._receive():
+                    if isinstance(report, Hello):
+                        hellos[report.rank] = report
+                    else:
+                        self._pending.append(report)
+        return list(hellos.values())
+
+    def send(self, order: Order) -> None:
+        """To every worker."""
+        payload = _encode(order)
+        for peer in self._peers.values():
+            self._socket.send_multipart([peer, payload])
+
+    def reports(self) -> list[Report]:
+        """Everything that has come since the last call."""
+        reports, self._pending = [*self._pending, *self._receive()], []
+        return reports
+
+    def _receive(self) -> Iterator[Report]:
+        while True:
+            try:
+                peer, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            report: Report = _decode_report(payload)
+            self._peers[report.rank] = peer
+            yield report
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class WorkerEnd:
+    """A worker's end: one daemon thread that receives orders and sends what any thread reports."""
+
+    def __init__(self, address: str, hello: Hello, on_order: Callable[[Order], None]) -> None:
+        self._address, self._on_order, self.rank = address, on_order, hello.rank
+        self._inside = f"inproc://loraserve-{os.getpid()}-{id(self)}"
+        self._local = threading.local()
+        self._wake: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
+        self._wake.bind(self._inside)
+        self._thread = threading.Thread(target=self._run, args=(hello,), name="loraserve-orders", daemon=True)
+        self._thread.start()
+
+    def report(self, report: Report) -> None:
+        """From any thread; returns at once."""
+        socket = getattr(self._local, "socket", None)
+        if socket is None:
+            socket = self._local.socket = zmq.Context.instance().socket(zmq.PUSH)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.set_hwm(0)
+            socket.connect(self._inside)
+        socket.send(_encode(report))
+
+    def _run(self, hello: Hello) -> None:
+        outside: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        outside.setsockopt(zmq.LINGER, 0)
+        outside.set_hwm(0)
+        outside.connect(self._address)
+        outside.send(_encode(hello))
+        poller = zmq.Poller()
+        poller.register(outside, zmq.POLLIN)
+        poller.register(self._wake, zmq.POLLIN)
+        while True:
+            for socket, _ in poller.poll():
+                message = socket.recv()
+                if socket is outside:
+                    self._on_order(_decode_order(message))
+                elif message == b"stop":
+                    outside.close()
+                    self._wake.close()
+                    return
+                else:
+                    outside.send(message)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        socket.connect(self._inside)
+        socket.send(b"stop")
+        self._thread.join(2)
+        socket.close()

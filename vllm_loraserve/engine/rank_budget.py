@@ -1,0 +1,149 @@
+"""What LoRA may cost a step: rank rows of its adapters in the arena, and work for its tokens. Pure.
+
+Room: the adapters of all running requests lie in the arena together, so a request of another adapter is admitted only
+while slots and rank rows are left. Work: a token of an adapter of rank r costs `cost_per_rank * r` base tokens more
+than a token of the base model; prefill of adapters, which can be cut finer, is held to a share of the step's token
+budget as long as somebody else decodes. Decodes are never held back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+MIN_CHUNK = 16
+"""Tokens; the smallest prefill chunk that the work budget cuts, so that every prefill makes progress."""
+
+
+def cost_per_rank_from(operating_points: Mapping[int, float]) -> float:
+    """Work that one rank row adds to a token, in base tokens: least squares over operating points.
+
+    `operating_points`: rank -> tokens/s that one instance carries with all traffic at that rank; a token's time is
+    taken as a + b * rank, and b / a is returned. Raises ValueError with fewer than two ranks or a rate of 0.
+    """
+    if len(operating_points) < 2 or min(operating_points.values()) <= 0:
+        raise ValueError(f"operating points need two ranks or more and positive tokens/s, got {dict(operating_points)}")
+    ranks = list(operating_points)
+    times = [1.0 / operating_points[rank] for rank in ranks]
+    mean_rank, mean_time = sum(ranks) / len(ranks), sum(times) / len(times)
+    variance = sum((rank - mean_rank) ** 2 for rank in ranks)
+    covariance = sum((rank - mean_rank) * (time - mean_time) for rank, time in zip(ranks, times, strict=True))
+    slope = max(covariance / variance, 0.0)
+    base = mean_time - slope * mean_rank
+    # A steep line may leave nothing for the base: then the smallest rank's time stands for it.
+    return slope / (base if base > 0 else min(times))
+
+
+@dataclass(slots=True)
+class ArenaRoom:
+    """Slots and rank rows, and which adapters of running requests take them. `rank_rows` None: only slots count."""
+
+    slots: int
+    rank_rows: int | None = None
+    page_rows: int = 1
+    _rows: dict[int, int] = field(default_factory=dict)
+    """Adapter -> rank rows it takes, for adapters in use."""
+    _users: dict[int, int] = field(default_factory=dict)
+    used_rows: int = 0
+
+    def rows_of(self, lora_rank: int) -> int:
+        """Rank rows that an adapter of this rank takes: whole pages."""
+        return -(-lora_rank // self.page_rows) * self.page_rows
+
+    def ever_fits(self, lora_rank: int) -> bool:
+        """Whether an adapter of this rank fits the empty arena."""
+        return self.rank_rows is None or self.rows_of(lora_rank) <= self.rank_rows
+
+    def fits(self, adapter: int, lora_rank: int) -> bool:
+        """Whether a request of this adapter may join the running ones."""
+        if adapter in self._users:
+            return True
+        if len(self._users) >= self.slots:
+            return False
+        return self.rank_rows is None or self.used_rows + self.rows_of(lora_rank) <= self.rank_rows
+
+    def lacking(self, lora_rank: int) -> tuple[int, int]:
+        """(slots, rank rows) that have to come free before an adapter of this rank fits."""
+        rows = 0 if self.rank_rows is None else self.used_rows + self.rows_of(lora_rank) - self.rank_rows
+        return max(len(self._users) + 1 - self.slots, 0), max(rows, 0)
+
+    def take(self, adapter: int, lora_rank: int) -> None:
+        """One more running request of this adapter."""
+        if adapter in self._users:
+            self._users[adapter] += 1
+            return
+        self._users[adapter] = 1
+        self._rows[adapter] = self.rows_of(lora_rank)
+        self.used_rows += self._rows[adapter]
+
+    def release(self, adapter: int) -> None:
+        """One running request of this adapter less."""
+        self._users[adapter] -= 1
+        if not self._users[adapter]:
+            del self._users[adapter]
+            self.used_rows -= self._rows.pop(adapter)
+
+    def clear(self) -> None:
+        """Nothing runs."""
+        self._users.clear()
+        self._rows.clear()
+        self.used_rows = 0
+
+    @property
+    def users(self) -> Mapping[int, int]:
+        """Adapter -> running requests."""
+        return self._users
+
+    def to_drain(self, lora_rank: int) -> set[int]:
+        """The adapters whose running requests should end without successors, to make room for this rank: those with
+        the fewest running requests for the rank rows they give back."""
+        slots, rows = self.lacking(lora_rank)
+        drain: set[int] = set()
+        order = sorted(self._users, key=lambda adapter: (self._users[adapter] / max(self._rows[adapter], 1), adapter))
+        for adapter in order:
+            if slots <= 0 and rows <= 0:
+                break
+            drain.add(adapter)
+            slots, rows = slots - 1, rows - self._rows[adapter]
+        return drain
+
+
+@dataclass(slots=True)
+class WorkBudget:
+    """LoRA work of one step, in base tokens."""
+
+    cost_per_rank: float
+    share: float | None
+    left: float = 0.0
+    spent: float = 0.0
+    bounded: bool = False
+    granted: bool = False
+    """A prefill of an adapter runs in this step."""
+
+    def begin(self, step_tokens: int, decode_ranks: list[int], others_decode: bool) -> None:
+        """A step of `step_tokens` starts; `decode_ranks`: the ranks of running requests that decode one token."""
+        self.spent = self.cost_per_rank * sum(decode_ranks)
+        self.bounded = self.share is not None and others_decode and self.cost_per_rank > 0
+        self.left = (self.share or 0.0) * step_tokens - self.spent
+        self.granted = False
+
+    def allow(self, tokens: int, lora_rank: int) -> int:
+        """How many of `tokens` prefill tokens of this rank may run in this step: all, fewer, or 0; not yet spent.
+
+        The first prefill of a step always gets MIN_CHUNK, so that decodes alone can't hold prefill up for ever.
+        """
+        if not self.bounded or not lora_rank:
+            return tokens
+        most = int(self.left / (self.cost_per_rank * lora_rank))
+        if most >= tokens:
+            return tokens
+        if most >= MIN_CHUNK:
+            return most
+        return 0 if self.granted else min(tokens, MIN_CHUNK)
+
+    def spend(self, tokens: int, lora_rank: int) -> None:
+        """`tokens` prefill tokens of this rank were scheduled."""
+        cost = self.cost_per_rank * lora_rank * tokens
+        self.left -= cost
+        self.spent += cost
+        self.granted = True

@@ -1,0 +1,176 @@
+"""Which adapters can run now, which are on their way, and what to bring in next. Pure: the time is passed in.
+
+An adapter is ready when every rank has said so. Loads are ordered by the oldest request that waits for each adapter; at
+most `concurrent_loads` run at a time, and at most `prefetch` adapters are loading or loaded ahead of their turn. A load
+that fails for a passing reason is tried again after 0.5, 1, 2, ... seconds; any other failure, and the last of these,
+is final for the requests that wait, and forgotten with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vllm_loraserve.engine import channel
+
+FIRST_BACKOFF_S = 0.5
+LOAD_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+
+@dataclass(slots=True)
+class Adapter:
+    """What the scheduler knows about one adapter id."""
+
+    path: str
+    state: Literal["wanted", "loading", "ready", "failed"] = "wanted"
+    lora_rank: int = 0
+    """In rank rows; 0 until it was ready once."""
+    attempt: int = 0
+    ready_on: set[int] = field(default_factory=set)
+    """Ranks of workers that said Ready."""
+    started: float = 0.0
+    not_before: float = 0.0
+    retries: int = 0
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class LoadCounters:
+    """Totals since start."""
+
+    loads: int = 0
+    load_seconds: float = 0.0
+    failures: int = 0
+    retries: int = 0
+    stalls: int = 0
+    stall_seconds: float = 0.0
+    load_histogram: list[int] = field(default_factory=lambda: [0] * (len(LOAD_BUCKETS_S) + 1))
+
+
+class Readiness:
+    """State of every adapter that was asked for. `world_size`: workers that must be ready; 0: no channel, all count
+    as ready and vLLM loads in the step."""
+
+    def __init__(
+        self, world_size: int, *, prefetch: int, concurrent_loads: int, load_timeout_s: float, load_retries: int
+    ) -> None:
+        self.world_size = world_size
+        self.prefetch, self.concurrent_loads = prefetch, concurrent_loads
+        self.load_timeout_s, self.load_retries = load_timeout_s, load_retries
+        self.counters = LoadCounters()
+        self._adapters: dict[int, Adapter] = {}
+        self._loading: set[int] = set()
+        self._attempts = 0
+
+    def is_ready(self, adapter: int, path: str) -> bool:
+        """Whether a request for this content can be scheduled now."""
+        if not self.world_size:
+            return True
+        entry = self._adapters.get(adapter)
+        return entry is not None and entry.state == "ready" and entry.path == path
+
+    def rank_of(self, adapter: int) -> int:
+        """Its rank in rank rows; 0 when it was never ready."""
+        entry = self._adapters.get(adapter)
+        return entry.lora_rank if entry is not None else 0
+
+    def failure(self, adapter: int, path: str) -> str | None:
+        """Why requests for it can't be served, or None."""
+        entry = self._adapters.get(adapter)
+        return entry.reason if entry is not None and entry.state == "failed" and entry.path == path else None
+
+    def forget_failure(self, adapter: int) -> None:
+        """Its waiting requests have been ended: the next request tries anew."""
+        entry = self._adapters.get(adapter)
+        if entry is not None and entry.state == "failed":
+            del self._adapters[adapter]
+
+    @property
+    def loading(self) -> int:
+        """Adapters being loaded now."""
+        return len(self._loading)
+
+    def next_loads(self, wanted: Iterable[tuple[int, str]], running: set[int], now: float) -> list[tuple[int, int]]:
+        """(adapter, attempt) to start now. `wanted`: (adapter, path) in queue order, oldest first; `running`: adapters
+        of running requests, whose content must not change under them."""
+        starts: list[tuple[int, int]] = []
+        if not self.world_size:
+            return starts
+        self._expire(now)
+        ahead = 0
+        for adapter, path in wanted:
+            entry = self._adapters.get(adapter)
+            if entry is None:
+                entry = self._adapters[adapter] = Adapter(path)
+            elif entry.path != path and entry.state != "loading" and adapter not in running:
+                entry.path, entry.state, entry.retries, entry.not_before = path, "wanted", 0, 0.0
+                entry.ready_on.clear()
+            if adapter not in running:
+                ahead += 1
+            if entry.state == "wanted" and now >= entry.not_before and entry.path == path:
+                if len(self._loading) >= self.concurrent_loads:
+                    break
+                self._attempts += 1
+                entry.state, entry.attempt, entry.started = "loading", self._attempts, now
+                entry.ready_on.clear()
+                self._loading.add(adapter)
+                starts.append((adapter, entry.attempt))
+            if ahead >= self.prefetch:
+                break
+        return starts
+
+    def on_report(self, report: channel.Report, now: float) -> None:
+        """A worker's message."""
+        if isinstance(report, channel.Ready):
+            self._on_ready(report)
+        elif isinstance(report, channel.Failed):
+            entry = self._adapters.get(report.adapter)
+            if entry is not None and entry.state == "loading" and report.attempt in (0, entry.attempt):
+                self._fail(report.adapter, entry, report.reason, report.transient, now)
+        elif isinstance(report, channel.Gone):
+            entry = self._adapters.get(report.adapter)
+            if entry is not None:
+                entry.ready_on.discard(report.rank)
+                if entry.state == "ready":
+                    entry.state, entry.retries, entry.not_before = "wanted", 0, 0.0
+        elif isinstance(report, channel.Stalled):
+            self.counters.stalls += 1
+            self.counters.stall_seconds += report.seconds
+
+    def _on_ready(self, report: channel.Ready) -> None:
+        entry = self._adapters.get(report.adapter)
+        if entry is None:
+            # Brought in by `add_lora`, before any request.
+            entry = self._adapters[report.adapter] = Adapter(report.path)
+        if report.path and report.path != entry.path:
+            if entry.state == "loading" or entry.ready_on:
+                return
+            entry.path = report.path
+        entry.ready_on.add(report.rank)
+        entry.lora_rank = max(entry.lora_rank, report.lora_rank)
+        if len(entry.ready_on) >= self.world_size and entry.state != "ready":
+            entry.state, entry.retries = "ready", 0
+            self._loading.discard(report.adapter)
+            counters = self.counters
+            counters.loads += 1
+            counters.load_seconds += report.seconds
+            counters.load_histogram[sum(report.seconds > bound for bound in LOAD_BUCKETS_S)] += 1
+
+    def _expire(self, now: float) -> None:
+        for adapter in [a for a in self._loading if now - self._adapters[a].started > self.load_timeout_s]:
+            entry = self._adapters[adapter]
+            reason = f"LoRA adapter at {entry.path} was not loaded within {self.load_timeout_s:g} s"
+            self._fail(adapter, entry, reason, True, now)
+
+    def _fail(self, adapter: int, entry: Adapter, reason: str, transient: bool, now: float) -> None:
+        self._loading.discard(adapter)
+        entry.reason = reason
+        if transient and entry.retries < self.load_retries:
+            entry.state = "wanted"
+            entry.not_before = now + FIRST_BACKOFF_S * 2**entry.retries
+            entry.retries += 1
+            self.counters.retries += 1
+        else:
+            entry.state = "failed"
+            self.counters.failures += 1

@@ -1,0 +1,51 @@
+"""How the scheduler's reason for ending a request reaches its client.
+
+vLLM's engine core can end a request with an error, and the front end then says "Internal server error". The reason and
+the HTTP status travel in `stop_reason`; the front end's output processor turns them into the exception that vLLM
+answers with that status. Offline, the reason is in the output's `stop_reason`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+PREFIX = "loraserve-error"
+
+
+def stop_reason(status: HTTPStatus, reason: str) -> str:
+    """What a request that was ended by the scheduler carries."""
+    return f"{PREFIX}:{int(status)}:{reason}"
+
+
+def parse(text: Any) -> tuple[HTTPStatus, str] | None:
+    """(status, reason) of what `stop_reason` made; None for anything else."""
+    if not isinstance(text, str) or not text.startswith(PREFIX + ":"):
+        return None
+    _, status, reason = text.split(":", 2)
+    return HTTPStatus(int(status)), reason
+
+
+def wrap_process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """OutputProcessor.process_outputs that hands the reason to whoever waits for the request."""
+
+    @functools.wraps(original)
+    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        ended = []
+        for output in engine_core_outputs:
+            if output.finish_reason is not None and (error := parse(output.stop_reason)) is not None:
+                state = self.request_states.get(output.request_id)
+                if state is not None and state.queue is not None:
+                    ended.append((state.queue, *error))
+        result = original(self, engine_core_outputs, *args, **kwargs)
+        for queue, status, reason in ended:
+            from vllm.exceptions import GracefulHTTPError
+
+            # In place of the output that says no more than "error", and before anybody could have taken it.
+            queue.output = GracefulHTTPError(reason, status)
+            queue.ready.set()
+        return result
+
+    return process_outputs

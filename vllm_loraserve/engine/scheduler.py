@@ -1,0 +1,376 @@
+"""vLLM's scheduler with adapters in mind: who waits for which adapter, what fits together, what LoRA may cost a step.
+
+`schedule()` stays vLLM's. Around it: the waiting queue shows only requests whose adapter is ready and finds room
+(admission.py), loads are started aside in the order of the queue (readiness.py, channel.py), prefill of adapters is cut
+to a work budget (rank_budget.py), shares and limits hold (fairness.py). With no request of an adapter every decision is
+vLLM's own.
+
+A request that finds no room is overtaken by younger ones whose adapters are in use, at most `skip_window` times and for
+at most `max_skip_s`; then the cheapest set of adapters that makes room for it gets no new requests until it runs. Since
+the requests that run end, it waits for a bounded time after that; several such requests are served oldest first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.engine import channel
+from vllm_loraserve.engine.admission import AdmissionQueue, Lane
+from vllm_loraserve.engine.engine_config import config_of
+from vllm_loraserve.engine.fairness import Limits, Shares
+from vllm_loraserve.engine.rank_budget import MIN_CHUNK, ArenaRoom, WorkBudget
+from vllm_loraserve.engine.readiness import Readiness
+from vllm_loraserve.engine.request_errors import stop_reason
+from vllm_loraserve.engine.trace import StepCounters, StepTrace
+
+logger = init_logger("vllm.loraserve.scheduler")
+
+WORKERS_TIMEOUT_S = 10.0
+LOADS_EVERY_S = 0.05
+"""How often loads are looked at when nothing has changed: back-offs and timeouts run out."""
+
+_Base: Any = Scheduler if TYPE_CHECKING else object
+
+
+class RankAwareMixin(_Base):
+    """Goes before one of vLLM's scheduler classes."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        config = config_of(vllm_config) or LoRAServeConfig()
+        lora_config = vllm_config.lora_config
+        self.loraserve = config
+        self._end: channel.SchedulerEnd | None = None
+        self.room = ArenaRoom(slots=lora_config.max_loras if lora_config is not None else 1)
+        prefetch, workers = config.prefetch, 0
+        address = channel.address_of(vllm_config)
+        if lora_config is not None and address is not None:
+            prefetch, workers = self._meet_workers(address, vllm_config.parallel_config.world_size, prefetch)
+        self.readiness = Readiness(
+            workers,
+            prefetch=prefetch,
+            concurrent_loads=config.concurrent_loads,
+            load_timeout_s=config.load_timeout_s,
+            load_retries=config.load_retries,
+        )
+        share = config.lora_share if self.scheduler_config.enable_chunked_prefill else None
+        self.work = WorkBudget(config.lora_cost_per_rank, share)
+        self.shares, self.limits = Shares(config.shares), Limits(config.max_inflight_tokens)
+        self.counters = StepCounters()
+        self.trace = StepTrace(config.trace_schedule) if config.trace_schedule else None
+        self.waiting: AdmissionQueue = AdmissionQueue(self.policy, self)
+        self._doomed: dict[str, tuple[HTTPStatus, str]] = {}
+        """Requests to be ended with an error after this step."""
+        self._draining: set[int] = set()
+        self._drain_for: Lane | None = None
+        self._loads_looked_at = 0.0
+        self._idle = True
+
+    def _meet_workers(self, address: str, count: int, prefetch: int) -> tuple[int, int]:
+        """(prefetch, workers): what the workers' managers can do; 0 workers: loads stay in the step."""
+        self._end = channel.SchedulerEnd(address)
+        hellos = self._end.wait_for_workers(count, WORKERS_TIMEOUT_S)
+        if len(hellos) < count:
+            logger.warning(
+                "%d of %d workers answered within %g s: adapters will be loaded inside the step.",
+                len(hellos),
+                count,
+                WORKERS_TIMEOUT_S,
+            )
+            return prefetch, 0
+        rows = [hello.rank_rows for hello in hellos if hello.rank_rows is not None]
+        self.room.rank_rows = min(rows) if rows else None
+        self.room.page_rows = max(hello.page_rows for hello in hellos)
+        held = [hello.prepared for hello in hellos if hello.prepared is not None]
+        return max(min([prefetch, *held]), 1), count
+
+    # ---- the step ----
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """One step's work, as vLLM decides it over the requests that can run."""
+        begin = time.monotonic()
+        self.waiting.begin_step()
+        if self._end is not None:
+            for report in self._end.reports():
+                self.readiness.on_report(report, begin)
+                self.waiting.lanes_changed = True
+        self._survey(begin)
+        output = super().schedule(throttle_prefills)
+        self._account(output, begin)
+        return output
+
+    def _survey(self, now: float) -> None:
+        """What runs, what waits, what should be loaded, who has waited long enough."""
+        lanes = self.waiting.lanes
+        self._idle = not lanes and not any(request.lora_request is not None for request in self.running)
+        self.work.bounded, self.work.spent = False, 0.0
+        self._draining, self._drain_for = set(), None
+        self._count_running()
+        if self._idle:
+            return
+        self._begin_work()
+        if not lanes:
+            return
+        self._start_loads(now)
+        self._end_hopeless(now)
+        self._age(now)
+
+    def _count_running(self) -> None:
+        self.room.clear()
+        self.limits.clear()
+        for request in self.running:
+            if (lora := request.lora_request) is not None:
+                self.room.take(lora.lora_int_id, self.readiness.rank_of(lora.lora_int_id))
+                self.limits.take(lora.lora_name, _reach(request))
+
+    def _begin_work(self) -> None:
+        decodes = [request for request in self.running if not request.is_prefill_chunk]
+        ranks = [self._rank(request) for request in decodes if request.lora_request is not None]
+        self.work.begin(self.max_num_scheduled_tokens, ranks, others_decode=bool(decodes))
+
+    def _start_loads(self, now: float) -> None:
+        if not self.waiting.lanes_changed and now - self._loads_looked_at < LOADS_EVERY_S:
+            return
+        self.waiting.lanes_changed, self._loads_looked_at = False, now
+        lanes = self.waiting.in_order()
+        running = set(self.room.users)
+        wanted = [(lane.adapter, lane.path) for lane in lanes]
+        for adapter, attempt in self.readiness.next_loads(wanted, running, now):
+            lane = next(lane for lane in lanes if lane.adapter == adapter)
+            request = self.waiting.head(lane)[1].lora_request
+            if self._end is not None:
+                self._end.send(channel.Prepare(adapter, attempt, msgspec.msgpack.encode(request)))
+
+    def _end_hopeless(self, now: float) -> None:
+        """Requests whose adapter can't be had, can never fit, or that waited too long over their limit."""
+        for lane in list(self.waiting.lanes.values()):
+            reason = self.readiness.failure(lane.adapter, lane.path)
+            rank = self.readiness.rank_of(lane.adapter)
+            if reason is None and not self.room.ever_fits(rank):
+                reason = (
+                    f"LoRA adapter '{lane.name}' of rank {rank} takes {self.room.rows_of(rank)} rank rows; "
+                    f"the arena holds {self.room.rank_rows}"
+                )
+            if reason is not None:
+                self._doom(self.waiting.requests_of(lane), HTTPStatus.BAD_REQUEST, reason)
+                self.readiness.forget_failure(lane.adapter)
+            elif self.limits.most:
+                head = self.waiting.head(lane)[1]
+                if not self.limits.allows(lane.name, _reach(head)):
+                    late = [
+                        request
+                        for request in self.waiting.requests_of(lane)
+                        if now - self.waiting.queued_at(request) > self.loraserve.limit_wait_s
+                    ]
+                    reason = f"Too many tokens of LoRA adapter '{lane.name}' are in flight; try again later"
+                    self._doom(late, HTTPStatus.TOO_MANY_REQUESTS, reason)
+
+    def _doom(self, requests: Iterable[Request], status: HTTPStatus, reason: str) -> None:
+        for request in requests:
+            self._doomed.setdefault(request.request_id, (status, reason))
+
+    def _age(self, now: float) -> None:
+        """Finds the oldest request that was overtaken long enough, and the adapters to drain for it."""
+        aged: Lane | None = None
+        for lane in self.waiting.lanes.values():
+            ready = self.readiness.is_ready(lane.adapter, lane.path)
+            if not ready or self.room.fits(lane.adapter, self.readiness.rank_of(lane.adapter)):
+                lane.blocked = None
+                continue
+            if lane.blocked is None:
+                lane.blocked = (now, self.counters.admitted)
+            since, admitted = lane.blocked
+            if (
+                now - since > self.loraserve.max_skip_s
+                or self.counters.admitted - admitted > self.loraserve.skip_window
+            ) and (aged is None or self.waiting.head(lane)[0] < self.waiting.head(aged)[0]):
+                aged = lane
+        if aged is not None:
+            self._drain_for = aged
+            self._draining = self.room.to_drain(self.readiness.rank_of(aged.adapter))
+            self.counters.drains += 1
+
+    # ---- the gate of the waiting queue ----
+
+    def opens(self, lane: Lane) -> bool:
+        """An adapter's requests are shown when it is ready and not held back for an aged one."""
+        if not self.readiness.is_ready(lane.adapter, lane.path):
+            return False
+        if self._drain_for is None or lane is self._drain_for:
+            return True
+        return lane.adapter in self.room.users and lane.adapter not in self._draining
+
+    def admits(self, lane: Lane, request: Request) -> bool:
+        """Room in the arena, under its limit, and work left for at least a small chunk."""
+        rank = self.readiness.rank_of(lane.adapter)
+        if request.request_id in self._doomed or not self.room.fits(lane.adapter, rank):
+            return False
+        if not self.limits.allows(lane.name, _reach(request)):
+            return False
+        if self.work.allow(min(request.num_tokens, MIN_CHUNK), rank) == 0:
+            self.counters.held_prefills += 1
+            return False
+        return True
+
+    def share_time(self, lane: Lane) -> float:
+        """Virtual time of the lane's label."""
+        return self.shares.time(lane.name)
+
+    def taken(self, request: Request) -> None:
+        """Counts as running until it is returned."""
+        self.counters.admitted += 1
+        lora = request.lora_request
+        name = lora.lora_name if lora is not None else ""
+        self.shares.admit(name, _reach(request))
+        if lora is not None:
+            self.room.take(lora.lora_int_id, self.readiness.rank_of(lora.lora_int_id))
+            self.limits.take(name, _reach(request))
+
+    def returned(self, request: Request) -> None:
+        """Takes back what `taken` counted."""
+        self.counters.admitted -= 1
+        lora = request.lora_request
+        name = lora.lora_name if lora is not None else ""
+        self.shares.refund(name, _reach(request))
+        if lora is not None:
+            self.room.release(lora.lora_int_id)
+            self.limits.release(name, _reach(request))
+
+    # ---- places where vLLM's schedule() asks ----
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Also for requests that hold KV blocks, which vLLM admits before the waiting queue."""
+        if not super()._handle_blocked_waiting_request(request):
+            return False
+        lora = request.lora_request
+        if lora is None or request in self.waiting:
+            return True
+        self._count_running()
+        return self.readiness.is_ready(lora.lora_int_id, lora.lora_path) and self.room.fits(
+            lora.lora_int_id, self._rank(request)
+        )
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """vLLM's last word on the length of a chunk: here the work budget cuts prefill of adapters."""
+        lora = request.lora_request
+        if lora is None or not self.work.bounded or not self._may_cut(request, num_new_tokens):
+            return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        rank = self._rank(request)
+        allowed = self.work.allow(num_new_tokens, rank)
+        if allowed < num_new_tokens:
+            self.counters.cut_chunks += 1
+        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, allowed) if allowed else 0
+        self.work.spend(tokens, rank)
+        return tokens
+
+    def _may_cut(self, request: Request, tokens: int) -> bool:
+        """Decodes with their drafts, encoder inputs and state-aligned chunks have lengths of their own."""
+        return (
+            tokens > 1 + self.num_spec_tokens
+            and not request.has_encoder_inputs
+            and not self.need_mamba_block_aligned_split
+        )
+
+    def _rank(self, request: Request) -> int:
+        return self.readiness.rank_of(request.lora_request.lora_int_id) if request.lora_request is not None else 0
+
+    # ---- after the step ----
+
+    def _account(self, output: SchedulerOutput, begin: float) -> None:
+        counters = self.counters
+        counters.steps += 1
+        if self._idle and self.trace is None:
+            return
+        waiting = [self.waiting.queued_at(self.waiting.head(lane)[1]) for lane in self.waiting.lanes.values()]
+        counters.oldest_wait_s = begin - min(waiting) if waiting else 0.0
+        tokens: dict[int, int] = {}
+        cost = 0.0
+        for request_id, count in output.num_scheduled_tokens.items():
+            lora = self.requests[request_id].lora_request
+            if lora is not None:
+                tokens[lora.lora_int_id] = tokens.get(lora.lora_int_id, 0) + count
+        rows = 0
+        for adapter, count in tokens.items():
+            rank = self.readiness.rank_of(adapter)
+            rows += self.room.rows_of(rank)
+            cost += self.work.cost_per_rank * rank * count
+        total = output.total_num_scheduled_tokens
+        if tokens:
+            counters.observe(rows, cost / total)
+        if self.trace is not None and total:
+            self.trace.write(
+                t=round(time.time(), 4),
+                step=self.current_step,
+                running=len(self.running),
+                waiting=len(self.waiting),
+                tokens=total,
+                lora_tokens=tokens,
+                rank_rows=rows,
+                rows_in_use=self.room.used_rows,
+                lora_cost=round(cost, 2),
+                loading=self.readiness.loading,
+                waiting_adapters=len(self.waiting.lanes),
+                draining=sorted(self._draining),
+                oldest_wait_s=round(counters.oldest_wait_s, 4),
+                schedule_us=round((time.monotonic() - begin) * 1e6),
+            )
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
+        """As vLLM; then ends the requests that can't be served, each with its reason."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._doomed:
+            self._end_doomed(outputs)
+        return outputs
+
+    def _end_doomed(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        doomed, self._doomed = self._doomed, {}
+        for request in self.finish_requests(doomed, RequestStatus.FINISHED_ERROR):
+            status, reason = doomed[request.request_id]
+            if status == HTTPStatus.TOO_MANY_REQUESTS:
+                self.counters.limited_requests += 1
+            else:
+                self.counters.failed_requests += 1
+            logger.warning("Request %s ends with %d: %s", request.request_id, status, reason)
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    stop_reason=stop_reason(status, reason),
+                    events=request.take_events(),
+                    trace_headers=request.trace_headers,
+                )
+            )
+
+    def shutdown(self) -> None:
+        """Closes the trace and the channel besides what vLLM closes."""
+        if self.trace is not None:
+            self.trace.close()
+        if self._end is not None:
+            self._end.close()
+        super().shutdown()
+
+
+def _reach(request: Request) -> int:
+    """Tokens that the request may reach: its prompt and all that it may generate."""
+    return int(request.num_prompt_tokens + request.max_tokens)
+
+
+class RankAwareScheduler(RankAwareMixin, Scheduler):
+    """For engines without async scheduling (CPU)."""
+
+
+class RankAwareAsyncScheduler(RankAwareMixin, AsyncScheduler):
+    """For engines with async scheduling."""

@@ -1,0 +1,219 @@
+"""Worker side of loading adapters aside: reading and converting on a side thread, activating in the step.
+
+`side_loading(cls)` adds that to a worker LoRA manager class. A manager that can prepare an adapter off the engine's
+thread offers `prepare(lora_request)` itself; for vLLM's own manager `prepare` reads the checkpoint into the LoRAModel
+that `add_adapter` will then find instead of reading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from typing import Any
+
+import msgspec
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+
+from vllm_loraserve.engine import channel
+
+logger = init_logger("vllm.loraserve.side_loading")
+
+_LOADER_NICENESS = 10
+"""Added to a loader thread's niceness: on a busy machine the step goes first."""
+
+
+def side_loading(cls: type) -> type:
+    """A subclass of a worker LoRA manager class that loads aside."""
+    bases = (SideLoadingMixin, cls) if hasattr(cls, "prepare") else (SideLoadingMixin, PrepareStockMixin, cls)
+    return type(f"SideLoading{cls.__name__}", bases, {"__module__": __name__})
+
+
+class PrepareStockMixin:
+    """`prepare` for vLLM's own manager."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._prepared: dict[int, tuple[str, Any]] = {}
+        self._prepared_lock = threading.Lock()
+        super().__init__(*args, **kwargs)
+
+    @property
+    def prepared_capacity(self) -> int:
+        """Adapters held ready at a time."""
+        return max(int(self.lora_config.max_cpu_loras), 2)  # type: ignore[attr-defined]
+
+    def prepare(self, lora_request: LoRARequest) -> int:
+        """Reads the checkpoint; returns its largest rank. Raises what reading raises."""
+        lora = super()._load_adapter(lora_request)  # type: ignore[misc]
+        dropped = []
+        with self._prepared_lock:
+            self._prepared.pop(lora_request.lora_int_id, None)
+            while len(self._prepared) >= self.prepared_capacity:
+                dropped.append(next(iter(self._prepared)))
+                del self._prepared[dropped[-1]]
+            self._prepared[lora_request.lora_int_id] = (lora_request.lora_path, lora)
+        for adapter in dropped:
+            self._tell_gone(adapter)  # type: ignore[attr-defined]
+        return int(lora.rank)
+
+    def forget(self, adapter_id: int) -> None:
+        """Drops what `prepare` read."""
+        with self._prepared_lock:
+            self._prepared.pop(adapter_id, None)
+
+    def is_prepared(self, lora_request: LoRARequest) -> bool:
+        """True when activating needs no reading."""
+        prepared = self._prepared.get(lora_request.lora_int_id)
+        return prepared is not None and prepared[0] == lora_request.lora_path
+
+    def _load_adapter(self, lora_request: LoRARequest) -> Any:
+        with self._prepared_lock:
+            prepared = self._prepared.pop(lora_request.lora_int_id, None)
+        if prepared is not None and prepared[0] == lora_request.lora_path:
+            return prepared[1]
+        return super()._load_adapter(lora_request)  # type: ignore[misc]
+
+
+class SideLoadingMixin:
+    """Takes the scheduler's orders and answers them; `add_adapter` outside a step only starts a load."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
+        self._in_step = False
+        self._paths: dict[int, str] = {}
+        """Adapter -> the path it was read from, for adapters that are ready."""
+        self._vllm_config = vllm_config
+        self._channel: channel.WorkerEnd | None = None
+
+    def create_lora_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class; afterwards the worker can take orders."""
+        model = super().create_lora_manager(*args, **kwargs)  # type: ignore[misc]
+        address = channel.address_of(self._vllm_config)
+        if address is not None:
+            hello = channel.Hello(
+                rank=self._vllm_config.parallel_config.rank,
+                rank_rows=getattr(self, "arena_rank_rows", None),
+                page_rows=getattr(self, "page_rows", 1),
+                prepared=getattr(self, "prepared_capacity", None),
+            )
+            self._channel = channel.WorkerEnd(address, hello, self._on_order)
+        return model
+
+    # ---- orders, on the channel's thread ----
+
+    def _on_order(self, order: channel.Order) -> None:
+        if isinstance(order, channel.Prepare):
+            request = msgspec.msgpack.decode(order.request, type=LoRARequest)
+            self._start_load(request, order.attempt)
+        elif isinstance(order, channel.Forget):
+            self._paths.pop(order.adapter, None)
+            self.forget(order.adapter)  # type: ignore[attr-defined]
+
+    def _start_load(self, request: LoRARequest, attempt: int) -> None:
+        # A thread for each load: one that hangs must not hold up the next. The scheduler bounds their number.
+        threading.Thread(
+            target=self._load, args=(request, attempt), name=f"loraserve-load-{request.lora_int_id}", daemon=True
+        ).start()
+
+    def _load(self, request: LoRARequest, attempt: int) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADER_NICENESS)
+        begin = time.monotonic()
+        adapter = request.lora_int_id
+        rank = self._vllm_config.parallel_config.rank
+        report: channel.Report
+        try:
+            lora_rank = self.prepare(request)  # type: ignore[attr-defined]
+            self._paths[adapter] = request.lora_path
+            seconds = time.monotonic() - begin
+            report = channel.Ready(rank, adapter, attempt, _rank_of(lora_rank), seconds, request.lora_path)
+        except Exception as error:
+            reason = f"LoRA adapter '{request.lora_name}' can't be loaded: {_one_line(error)}"
+            report = channel.Failed(rank, adapter, attempt, reason, transient=is_transient(error))
+        self._report(report)
+
+    def _report(self, report: channel.Report) -> None:
+        if self._channel is not None:
+            self._channel.report(report)
+
+    # ---- vLLM's calls, on the engine's thread ----
+
+    def set_active_adapters(self, *args: Any, **kwargs: Any) -> None:
+        self._in_step = True
+        try:
+            super().set_active_adapters(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._in_step = False
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """In a step: activates. Outside (`add_lora`): checks that the adapter is there, loads aside, returns."""
+        adapter = lora_request.lora_int_id
+        if self._channel is None:
+            return super().add_adapter(lora_request)  # type: ignore[misc]
+        if not self._in_step:
+            if self._paths.get(adapter) != lora_request.lora_path or lora_request.load_inplace:
+                _check_exists(lora_request)
+                self._start_load(_settled(lora_request), attempt=0)
+            return True
+        known = adapter in self.list_adapters()  # type: ignore[attr-defined]
+        if known and self._paths.get(adapter, lora_request.lora_path) == lora_request.lora_path:
+            return super().add_adapter(_settled(lora_request))  # type: ignore[misc]
+        before = set(self.list_adapters())  # type: ignore[attr-defined]
+        prepared = self.is_prepared(lora_request)  # type: ignore[attr-defined]
+        begin = time.monotonic()
+        added = super().add_adapter(_settled(lora_request, inplace=known))  # type: ignore[misc]
+        rank = self._vllm_config.parallel_config.rank
+        if not prepared:
+            self._report(channel.Stalled(rank, adapter, time.monotonic() - begin))
+        self._paths[adapter] = lora_request.lora_path
+        for gone in before - set(self.list_adapters()):  # type: ignore[attr-defined]
+            self._tell_gone(gone)
+        return added
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        removed = super().remove_adapter(adapter_id)  # type: ignore[misc]
+        if adapter_id in self._paths:
+            self._tell_gone(adapter_id)
+        return removed
+
+    def remove_all_adapters(self) -> None:
+        super().remove_all_adapters()  # type: ignore[misc]
+        for adapter in list(self._paths):
+            self._tell_gone(adapter)
+
+    def _tell_gone(self, adapter: int) -> None:
+        self._paths.pop(adapter, None)
+        self._report(channel.Gone(self._vllm_config.parallel_config.rank, adapter))
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: the source was slow or away, not wrong."""
+    return isinstance(error, OSError) and not isinstance(
+        error, FileNotFoundError | NotADirectoryError | PermissionError
+    )
+
+
+def _rank_of(prepared: Any) -> int:
+    return int(getattr(prepared, "rank", prepared))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _settled(request: LoRARequest, inplace: bool = False) -> LoRARequest:
+    """The request without `load_inplace`, which asks vLLM to read the adapter again in every step."""
+    return msgspec.structs.replace(request, load_inplace=inplace)
+
+
+def _check_exists(request: LoRARequest) -> None:
+    """Cheap refusal of what can't be an adapter, in the caller's turn; raises as vLLM's loader does."""
+    from vllm.exceptions import LoRAAdapterNotFoundError
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    path = get_adapter_absolute_path(request.lora_path)
+    local = os.path.isabs(path) or os.path.exists(path)
+    if local and not os.path.isfile(os.path.join(path, "adapter_config.json")):
+        raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
