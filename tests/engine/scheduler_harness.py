@@ -49,6 +49,7 @@ def make_scheduler(
     caching: bool = True,
     chunked: bool = True,
     options: dict[str, Any] | None = None,
+    world_size: int = 1,
 ) -> Any:
     """A scheduler of class `cls`, as EngineCore makes it."""
     config = copy.deepcopy(_engine_config(model, max_loras, policy))
@@ -57,15 +58,14 @@ def make_scheduler(
     config.scheduler_config.max_num_scheduled_tokens = None
     config.scheduler_config.enable_chunked_prefill = chunked
     config.scheduler_config.async_scheduling = issubclass(cls, RankAwareAsyncScheduler) or "Async" in cls.__name__
+    config.parallel_config.world_size = world_size
     config.cache_config.enable_prefix_caching = caching
     config.cache_config.num_gpu_blocks = blocks
-    config.additional_config = {"loraserve": options or {}} if issubclass(
-        cls, RankAwareScheduler | RankAwareAsyncScheduler
-    ) else {}
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
-    cache = KVCacheConfig(
-        num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+    config.additional_config = (
+        {"loraserve": options or {}} if issubclass(cls, RankAwareScheduler | RankAwareAsyncScheduler) else {}
     )
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    cache = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
     return cls(
         vllm_config=config,
         kv_cache_config=cache,
@@ -111,9 +111,7 @@ def model_output(scheduler: Any, output: SchedulerOutput) -> ModelRunnerOutput:
     for request_id in ids:
         request = scheduler.requests.get(request_id)
         sampled.append([7] if request is not None and not request.is_prefill_chunk else [])
-    return ModelRunnerOutput(
-        req_ids=ids, req_id_to_index={r: i for i, r in enumerate(ids)}, sampled_token_ids=sampled
-    )
+    return ModelRunnerOutput(req_ids=ids, req_id_to_index={r: i for i, r in enumerate(ids)}, sampled_token_ids=sampled)
 
 
 def decisions(output: SchedulerOutput) -> dict[str, Any]:

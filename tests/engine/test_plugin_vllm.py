@@ -251,6 +251,8 @@ def test_base_requests_get_the_base_model_in_a_mixed_batch(model_dir: Path, make
     )
     assert json.loads(ours["used"]["loraserve"]) == {"max_rank": 16, "instance": "offline"}
     assert ours["used"]["manager"].startswith("vllm_loraserve.")
+    assert ours["used"]["scheduler"].endswith("engine.scheduler.RankAwareScheduler")
+    assert ours["used"]["manager"].endswith("SideLoadingLoRAServeWorkerManager")
     assert ours["used"]["punica"].startswith("vllm_loraserve.")
     assert ours["apart"]["base"] == plain["apart"]["base"]
     assert ours["mixed"] == ours["apart"]

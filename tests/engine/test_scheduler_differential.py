@@ -13,9 +13,8 @@ pytestmark = pytest.mark.vllm
 
 def run(scheduler: Any, seed: int, steps: int, adapters: int = 0, asynchronous: bool = False) -> list[dict[str, Any]]:
     """A workload drawn from `seed` alone: arrivals, shared prefixes, priorities, aborts; the decisions of each step."""
-    from vllm.v1.request import RequestStatus
-
     from scheduler_harness import decisions, make_request, model_output
+    from vllm.v1.request import RequestStatus
 
     rng = random.Random(seed)
     log: list[dict[str, Any]] = []
@@ -70,10 +69,10 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()))
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_same_schedule_without_adapters(model_dir: Path, shape: dict[str, Any], seed: int, asynchronous: bool) -> None:
+    from scheduler_harness import make_scheduler
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from scheduler_harness import make_scheduler
     from vllm_loraserve.engine.scheduler import RankAwareAsyncScheduler, RankAwareScheduler
 
     ours, stock = (RankAwareAsyncScheduler, AsyncScheduler) if asynchronous else (RankAwareScheduler, Scheduler)
@@ -86,9 +85,9 @@ def test_same_schedule_without_adapters(model_dir: Path, shape: dict[str, Any], 
 
 def test_the_comparison_sees_a_difference(model_dir: Path) -> None:
     """Adapters with room for one at a time: there the schedules differ, so the comparison above can fail."""
+    from scheduler_harness import make_scheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from scheduler_harness import make_scheduler
     from vllm_loraserve.engine.scheduler import RankAwareScheduler
 
     shape: dict[str, Any] = {"max_loras": 1, "options": {"skip_window": 0, "max_skip_s": 0}}

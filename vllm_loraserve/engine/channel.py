@@ -70,12 +70,13 @@ class Ready(Report, frozen=True, tag=True):
 
 
 class Failed(Report, frozen=True, tag=True):
-    """It can't; `transient`: trying again may help."""
+    """It can't; `transient`: trying again may help; `status`: the HTTP status that says so to a client."""
 
     adapter: int
     attempt: int
     reason: str
     transient: bool
+    status: int = 400
 
 
 class Gone(Report, frozen=True, tag=True):

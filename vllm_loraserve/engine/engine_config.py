@@ -1,8 +1,7 @@
 """What the flag changes in vLLM's configuration, before and after vLLM makes it.
 
 `--enable-loraserve` implies LoRA; the scheduler is ours. `--max-lora-rank` keeps its value: it only sizes what pages do
-not cover, and the default arena. Nothing here runs
-without the flag.
+not cover, and the default arena. Nothing here runs without the flag.
 """
 
 from __future__ import annotations
@@ -38,6 +37,9 @@ def prepare_engine_args(args: Any) -> LoRAServeConfig | None:
     raw = args.additional_config[ADDITIONAL_CONFIG_KEY]
     config = parse_config(raw)
     args.enable_lora = True
+    if not args.max_cpu_loras:
+        # Adapters are brought in ahead of their turn, and must not push out those that run.
+        args.max_cpu_loras = args.max_loras + config.prefetch
     args.additional_config = {**args.additional_config, ADDITIONAL_CONFIG_KEY: msgspec.to_builtins(config)}
     return config
 

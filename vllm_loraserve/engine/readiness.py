@@ -33,6 +33,7 @@ class Adapter:
     not_before: float = 0.0
     retries: int = 0
     reason: str = ""
+    status: int = 400
 
 
 @dataclass(slots=True)
@@ -75,10 +76,12 @@ class Readiness:
         entry = self._adapters.get(adapter)
         return entry.lora_rank if entry is not None else 0
 
-    def failure(self, adapter: int, path: str) -> str | None:
-        """Why requests for it can't be served, or None."""
+    def failure(self, adapter: int, path: str) -> tuple[int, str] | None:
+        """(HTTP status, why requests for it can't be served), or None."""
         entry = self._adapters.get(adapter)
-        return entry.reason if entry is not None and entry.state == "failed" and entry.path == path else None
+        if entry is None or entry.state != "failed" or entry.path != path:
+            return None
+        return entry.status, entry.reason
 
     def forget_failure(self, adapter: int) -> None:
         """Its waiting requests have been ended: the next request tries anew."""
@@ -127,7 +130,7 @@ class Readiness:
         elif isinstance(report, channel.Failed):
             entry = self._adapters.get(report.adapter)
             if entry is not None and entry.state == "loading" and report.attempt in (0, entry.attempt):
-                self._fail(report.adapter, entry, report.reason, report.transient, now)
+                self._fail(report.adapter, entry, report.reason, report.transient, report.status, now)
         elif isinstance(report, channel.Gone):
             entry = self._adapters.get(report.adapter)
             if entry is not None:
@@ -161,11 +164,11 @@ class Readiness:
         for adapter in [a for a in self._loading if now - self._adapters[a].started > self.load_timeout_s]:
             entry = self._adapters[adapter]
             reason = f"LoRA adapter at {entry.path} was not loaded within {self.load_timeout_s:g} s"
-            self._fail(adapter, entry, reason, True, now)
+            self._fail(adapter, entry, reason, True, 503, now)
 
-    def _fail(self, adapter: int, entry: Adapter, reason: str, transient: bool, now: float) -> None:
+    def _fail(self, adapter: int, entry: Adapter, reason: str, transient: bool, status: int, now: float) -> None:
         self._loading.discard(adapter)
-        entry.reason = reason
+        entry.reason, entry.status = reason, status
         if transient and entry.retries < self.load_retries:
             entry.state = "wanted"
             entry.not_before = now + FIRST_BACKOFF_S * 2**entry.retries

@@ -156,15 +156,16 @@ class RankAwareMixin(_Base):
     def _end_hopeless(self, now: float) -> None:
         """Requests whose adapter can't be had, can never fit, or that waited too long over their limit."""
         for lane in list(self.waiting.lanes.values()):
-            reason = self.readiness.failure(lane.adapter, lane.path)
+            failure = self.readiness.failure(lane.adapter, lane.path)
             rank = self.readiness.rank_of(lane.adapter)
-            if reason is None and not self.room.ever_fits(rank):
+            if failure is None and not self.room.ever_fits(rank):
                 reason = (
                     f"LoRA adapter '{lane.name}' of rank {rank} takes {self.room.rows_of(rank)} rank rows; "
                     f"the arena holds {self.room.rank_rows}"
                 )
-            if reason is not None:
-                self._doom(self.waiting.requests_of(lane), HTTPStatus.BAD_REQUEST, reason)
+                failure = (int(HTTPStatus.BAD_REQUEST), reason)
+            if failure is not None:
+                self._doom(self.waiting.requests_of(lane), HTTPStatus(failure[0]), failure[1])
                 self.readiness.forget_failure(lane.adapter)
             elif self.limits.most:
                 head = self.waiting.head(lane)[1]

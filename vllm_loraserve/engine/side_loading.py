@@ -47,15 +47,11 @@ class PrepareStockMixin:
     def prepare(self, lora_request: LoRARequest) -> int:
         """Reads the checkpoint; returns its largest rank. Raises what reading raises."""
         lora = super()._load_adapter(lora_request)  # type: ignore[misc]
-        dropped = []
         with self._prepared_lock:
             self._prepared.pop(lora_request.lora_int_id, None)
             while len(self._prepared) >= self.prepared_capacity:
-                dropped.append(next(iter(self._prepared)))
-                del self._prepared[dropped[-1]]
+                del self._prepared[next(iter(self._prepared))]
             self._prepared[lora_request.lora_int_id] = (lora_request.lora_path, lora)
-        for adapter in dropped:
-            self._tell_gone(adapter)  # type: ignore[attr-defined]
         return int(lora.rank)
 
     def forget(self, adapter_id: int) -> None:
@@ -63,10 +59,9 @@ class PrepareStockMixin:
         with self._prepared_lock:
             self._prepared.pop(adapter_id, None)
 
-    def is_prepared(self, lora_request: LoRARequest) -> bool:
+    def is_prepared(self, adapter_id: int) -> bool:
         """True when activating needs no reading."""
-        prepared = self._prepared.get(lora_request.lora_int_id)
-        return prepared is not None and prepared[0] == lora_request.lora_path
+        return adapter_id in self._prepared or adapter_id in self.list_adapters()  # type: ignore[attr-defined]
 
     def _load_adapter(self, lora_request: LoRARequest) -> Any:
         with self._prepared_lock:
@@ -92,14 +87,23 @@ class SideLoadingMixin:
         model = super().create_lora_manager(*args, **kwargs)  # type: ignore[misc]
         address = channel.address_of(self._vllm_config)
         if address is not None:
+            arena = getattr(self._adapter_manager, "arena", None)  # type: ignore[attr-defined]
             hello = channel.Hello(
                 rank=self._vllm_config.parallel_config.rank,
-                rank_rows=getattr(self, "arena_rank_rows", None),
-                page_rows=getattr(self, "page_rows", 1),
-                prepared=getattr(self, "prepared_capacity", None),
+                rank_rows=arena.rank_rows if arena is not None else None,
+                page_rows=arena.layout.page_rows if arena is not None else 1,
+                prepared=self._ahead(),
             )
             self._channel = channel.WorkerEnd(address, hello, self._on_order)
         return model
+
+    def _ahead(self) -> int:
+        """Adapters that can be held ready beside those that fill the slots."""
+        capacity = getattr(self, "prepared_capacity", None)
+        if capacity is None:
+            lora_config = self._vllm_config.lora_config
+            capacity = int(lora_config.max_cpu_loras) - int(lora_config.max_loras)
+        return max(capacity, 1)
 
     # ---- orders, on the channel's thread ----
 
@@ -109,7 +113,8 @@ class SideLoadingMixin:
             self._start_load(request, order.attempt)
         elif isinstance(order, channel.Forget):
             self._paths.pop(order.adapter, None)
-            self.forget(order.adapter)  # type: ignore[attr-defined]
+            if (forget := getattr(self, "forget", None)) is not None:
+                forget(order.adapter)
 
     def _start_load(self, request: LoRARequest, attempt: int) -> None:
         # A thread for each load: one that hangs must not hold up the next. The scheduler bounds their number.
@@ -131,8 +136,15 @@ class SideLoadingMixin:
             report = channel.Ready(rank, adapter, attempt, _rank_of(lora_rank), seconds, request.lora_path)
         except Exception as error:
             reason = f"LoRA adapter '{request.lora_name}' can't be loaded: {_one_line(error)}"
-            report = channel.Failed(rank, adapter, attempt, reason, transient=is_transient(error))
+            report = channel.Failed(rank, adapter, attempt, reason, is_transient(error), _status_of(error))
         self._report(report)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Tells which adapters are not ready any more: bringing one in may have pushed others out."""
+        for adapter in list(self._paths):
+            if not self.is_prepared(adapter):  # type: ignore[attr-defined]
+                self._tell_gone(adapter)
 
     def _report(self, report: channel.Report) -> None:
         if self._channel is not None:
@@ -157,19 +169,16 @@ class SideLoadingMixin:
                 _check_exists(lora_request)
                 self._start_load(_settled(lora_request), attempt=0)
             return True
-        known = adapter in self.list_adapters()  # type: ignore[attr-defined]
-        if known and self._paths.get(adapter, lora_request.lora_path) == lora_request.lora_path:
+        path = self._paths.get(adapter)
+        if path == lora_request.lora_path and self.is_prepared(adapter):  # type: ignore[attr-defined]
             return super().add_adapter(_settled(lora_request))  # type: ignore[misc]
-        before = set(self.list_adapters())  # type: ignore[attr-defined]
-        prepared = self.is_prepared(lora_request)  # type: ignore[attr-defined]
         begin = time.monotonic()
-        added = super().add_adapter(_settled(lora_request, inplace=known))  # type: ignore[misc]
+        replaced = path is not None and path != lora_request.lora_path
+        added = super().add_adapter(_settled(lora_request, inplace=replaced))  # type: ignore[misc]
         rank = self._vllm_config.parallel_config.rank
-        if not prepared:
-            self._report(channel.Stalled(rank, adapter, time.monotonic() - begin))
+        self._report(channel.Stalled(rank, adapter, time.monotonic() - begin))
         self._paths[adapter] = lora_request.lora_path
-        for gone in before - set(self.list_adapters()):  # type: ignore[attr-defined]
-            self._tell_gone(gone)
+        self._sweep()
         return added
 
     def remove_adapter(self, adapter_id: int) -> bool:
@@ -196,7 +205,16 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _rank_of(prepared: Any) -> int:
-    return int(getattr(prepared, "rank", prepared))
+    """Largest rank over the modules that lie in pages (or over all), of what `prepare` returned."""
+    return int(getattr(prepared, "page_rank", prepared))
+
+
+def _status_of(error: BaseException) -> int:
+    """The HTTP status for requests that need what couldn't be loaded."""
+    kinds = {"not_found": 404, "forbidden": 403}
+    if isinstance(error, FileNotFoundError) or type(error).__name__ == "LoRAAdapterNotFoundError":
+        return 404
+    return 503 if is_transient(error) else kinds.get(getattr(error, "kind", ""), 400)
 
 
 def _one_line(error: BaseException) -> str:
@@ -205,6 +223,8 @@ def _one_line(error: BaseException) -> str:
 
 def _settled(request: LoRARequest, inplace: bool = False) -> LoRARequest:
     """The request without `load_inplace`, which asks vLLM to read the adapter again in every step."""
+    if request.load_inplace == inplace:
+        return request
     return msgspec.structs.replace(request, load_inplace=inplace)
 
 
