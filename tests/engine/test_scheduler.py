@@ -210,7 +210,7 @@ def test_an_adapter_that_goes_while_requests_wait_is_loaded_again(build: Any) ->
     from scheduler_harness import make_request, step
 
     scheduler, workers = build(max_loras=1)
-    scheduler.add_request(make_request("running", adapter=2, max_tokens=30))
+    scheduler.add_request(make_request("running", adapter=2, max_tokens=1500))
     run_until(scheduler, lambda: bool(scheduler.running), checker(scheduler))
     scheduler.add_request(make_request("waiting", adapter=1))
     run_until(scheduler, lambda: scheduler.readiness.is_ready(1, "/adapters/1"), checker(scheduler))

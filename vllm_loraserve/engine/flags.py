@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from msgspec import Meta, structs
+from msgspec import NODEFAULT, Meta, structs
 
 from vllm_loraserve.config import ADDITIONAL_CONFIG_KEY, ConfigError, LoRAServeConfig, parse_config
 
@@ -26,7 +26,8 @@ def options_help() -> str:
     lines = []
     for field in structs.fields(LoRAServeConfig):
         text = next((m.description for m in _metas(field.type) if m.description), "")
-        lines.append(f"- {field.encode_name}: {text} (default: {json.dumps(field.default, default=list)})")
+        default = field.default if field.default is not NODEFAULT else field.default_factory()
+        lines.append(f"- {field.encode_name}: {text} (default: {json.dumps(default)})")
     return "\n".join(lines)
 
 
