@@ -185,6 +185,8 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         with self.host.reading(lora_id) as entry:
             if entry is None:
                 raise LookupError(f"LoRA {lora_id} is not in the host tier; prepare it first")
+            # A replacement may have reached the host tier since this adapter was registered.
+            adapter.ranks, adapter.pages = entry.ranks, entry.pages
             self._make_room(lora_id, adapter.pages)
             self._take_slot(lora_id)
             pages = self.arena.allocate(adapter.pages, lora_id)

@@ -1,0 +1,157 @@
+"""Activating an adapter that is in host memory: vLLM's manager and ours, on the same model and adapter, alternating.
+
+Two in-process engines of the same dummy Llama on a CPU; in each, rank-64 adapters are registered (weights in host memory)
+and made active by turns in one slot. Timed is `activate_adapter`, the copy into the slot: stock zeroes and fills the slot
+module by module, ours copies whole pages. Also timed: bringing an adapter from its checkpoint into host memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+LAYERS, HIDDEN, INNER, HEADS, KV_HEADS = 16, 1024, 2816, 16, 8
+
+
+def make_model(folder: Path) -> Path:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "num_hidden_layers": LAYERS,
+        "vocab_size": 1024,
+        "max_position_embeddings": 256,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": True,
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_adapter(folder: Path, rank: int, seed: int) -> Path:
+    import torch
+    from safetensors.torch import save_file
+
+    kv = HIDDEN // HEADS * KV_HEADS
+    shapes = {
+        "self_attn.q_proj": (HIDDEN, HIDDEN),
+        "self_attn.k_proj": (HIDDEN, kv),
+        "self_attn.v_proj": (HIDDEN, kv),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.gate_proj": (HIDDEN, INNER),
+        "mlp.up_proj": (HIDDEN, INNER),
+        "mlp.down_proj": (INNER, HIDDEN),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(LAYERS):
+        for module, (n_in, n_out) in shapes.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            weights[f"{name}.lora_A.weight"] = torch.randn(rank, n_in, generator=generator).bfloat16()
+            weights[f"{name}.lora_B.weight"] = torch.randn(n_out, rank, generator=generator).bfloat16()
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [m.split(".")[1] for m in shapes]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def start(model: Path, rank: int, **options: Any) -> tuple[Any, Any]:
+    from vllm import LLM
+
+    llm = LLM(
+        str(model),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        enforce_eager=True,
+        max_model_len=128,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=16 << 20,
+        enable_lora=True,
+        max_loras=1,
+        max_cpu_loras=4,
+        max_lora_rank=rank,
+        **options,
+    )
+    return llm, llm.collective_rpc(lambda worker: worker)[0].model_runner.lora_manager
+
+
+class Side:
+    """One engine with two adapters in host memory."""
+
+    def __init__(self, model: Path, adapters: list[Path], rank: int, **options: Any) -> None:
+        from vllm.lora.request import LoRARequest
+
+        self.llm, self.worker_manager = start(model, rank, **options)
+        self.manager = self.worker_manager._adapter_manager
+        began = time.perf_counter()
+        for index, path in enumerate(adapters, 1):
+            self.worker_manager.add_adapter(LoRARequest(f"a{index}", index, str(path)))
+        self.first_load_s = (time.perf_counter() - began) / len(adapters)
+        self.times: list[float] = []
+
+    def activate(self, lora_id: int) -> None:
+        if hasattr(self.manager, "in_use"):
+            self.manager.in_use = frozenset()
+        assert lora_id in self.manager.list_adapters(), "the adapter must be in host memory"
+        assert lora_id not in self.manager._active_adapters
+        began = time.perf_counter()
+        self.manager.activate_adapter(lora_id)
+        self.times.append(time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(Path(folder) / "model")
+        adapters = [make_adapter(Path(folder) / f"a{n}", options.rank, n) for n in range(2)]
+        stock = Side(model, adapters, options.rank)
+        ours = Side(model, adapters, options.rank, additional_config={"loraserve": {}})
+        for turn in range(options.repeats):
+            for side in (stock, ours):
+                side.activate(turn % 2 + 1)
+        size = ours.manager.layout.size_bytes(ours.manager.adapter(1).pages)
+    stock_s, ours_s = statistics.median(stock.times), statistics.median(ours.times)
+    result = {
+        "benchmark": "adapter_load",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "benchmarks/adapter_load.py", *sys.argv[1:]]),
+        "device": f"CPU, {os.cpu_count()} cores",
+        "model": f"Llama, {LAYERS} layers, hidden {HIDDEN}, bf16, dummy weights",
+        "rank": options.rank,
+        "adapter_mib": size / 2**20,
+        "activate_ms": {"stock": stock_s * 1e3, "ours": ours_s * 1e3},
+        "activate_ratio": stock_s / ours_s,
+        "ours_gib_per_s": size / ours_s / 2**30,
+        "load_from_checkpoint_ms": {"stock": stock.first_load_s * 1e3, "ours": ours.first_load_s * 1e3},
+    }
+    print(json.dumps(result, indent=1))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
