@@ -14,15 +14,19 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be checked here")
 
 CHECKS = sorted(Path(__file__).with_name("interpreted").glob("check_*.py"))
+NEED_VLLM = {"check_engine", "check_punica_gpu"}
 
 
 def test_there_are_checks():
-    assert len(CHECKS) >= 2
+    assert {path.stem for path in CHECKS} >= NEED_VLLM | {"check_lora_linear", "check_stock_parity", "check_cost"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.vllm] if path.stem in NEED_VLLM else []) for path in CHECKS],
+)
 def test_interpreted(path):
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
