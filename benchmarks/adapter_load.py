@@ -1,8 +1,8 @@
 """Activating an adapter that is in host memory: vLLM's manager and ours, on the same model and adapter, alternating.
 
-Two in-process engines of the same dummy Llama on a CPU; in each, rank-64 adapters are registered (weights in host memory)
-and made active by turns in one slot. Timed is `activate_adapter`, the copy into the slot: stock zeroes and fills the slot
-module by module, ours copies whole pages. Also timed: bringing an adapter from its checkpoint into host memory.
+Two in-process engines of the same dummy Llama on a CPU; in each, rank-64 adapters are registered (their weights are in
+host memory) and made active by turns in one slot. Timed is `activate_adapter`, the copy into the slot: stock zeroes and
+fills the slot module by module, ours copies whole pages. Also timed: from its checkpoint into host memory and a slot.
 """
 
 from __future__ import annotations

@@ -8,9 +8,14 @@ from hypothesis import strategies as st
 from vllm_loraserve.kernels.grouping import group_by_slot, slots_of
 
 
-@given(st.lists(st.integers(-1, 5), max_size=40))
-def test_groups_partition_the_adapter_tokens(slots: list[int]) -> None:
+@given(st.lists(st.integers(-1, 5), max_size=40), st.sets(st.integers(0, 5)))
+def test_groups_partition_the_adapter_tokens(slots: list[int], wanted: set[int]) -> None:
     groups = group_by_slot(np.array(slots, np.int32))
+    kept = group_by_slot(np.array([slot if slot in wanted else -1 for slot in slots], np.int32))
+    only = groups.only(wanted)
+    assert [(slot, np.arange(len(slots))[rows].tolist()) for slot, rows in only] == [
+        (slot, np.arange(len(slots))[rows].tolist()) for slot, rows in kept
+    ]
     rows: dict[int, list[int]] = {}
     for slot, index in groups:
         assert slot not in rows

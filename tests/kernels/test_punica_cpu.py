@@ -104,6 +104,21 @@ def test_embedding_never_touches_base_rows() -> None:
         assert torch.allclose(y[row], before[row] + delta, atol=1e-4)
 
 
+def test_slots_without_such_weights_are_left_out() -> None:
+    a, b = weights(torch.float32)
+    x, y = torch.randn(3, IN), torch.randn(3, OUT[0])
+    before = y.clone()
+    made = wrapper(TOKENS, [14, 0, 11])
+    made.occupied_slots = {b[0].data_ptr(): {IDS.index(11)}}
+    want = expected(y, x, a[:1], b[:1], [0, 0, 11])
+    made.add_lora_logits(y, x, a[0], b[0], 1.0)
+    assert torch.allclose(y.double(), want, atol=1e-3)
+    assert torch.equal(y[:2], before[:2])
+    made.occupied_slots = {b[0].data_ptr(): set()}
+    made.add_lora_logits(y, torch.full((3, IN), float("nan")), a[0], b[0], 1.0)
+    assert not y.isnan().any()
+
+
 def test_an_adapter_without_a_slot_is_an_error() -> None:
     with pytest.raises(KeyError):
         wrapper([99], [99])

@@ -43,6 +43,7 @@ from vllm_loraserve.engine.paged_layers import (
     stacked_bytes,
     without_stacked_weights,
 )
+from vllm_loraserve.engine.stock_layers import track_slots
 from vllm_loraserve.memory.arena import Arena, arena_rank_rows
 from vllm_loraserve.memory.eviction import Candidate, Demand, eviction_order, load_seconds
 from vllm_loraserve.memory.host_tier import HostTier
@@ -98,11 +99,21 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         self.tables = SlotTables(self.layout, self.lora_slots, self.options.max_rank, self.device)
         linears = attach(paged, self.layout, self.arena, self.tables)
         by_name = {linear.name: linear for linear in linears}
-        for wrapper in {id(w): w for w in self.punica_wrapper_mapping.values()}.values():
-            wrapper.configure_paged(max_rank=self.options.max_rank, stock_layers=bool(self.modules))
+        occupied = track_slots(self.modules.values())
+        captured = self._vllm_config.compilation_config.max_cudagraph_capture_size
+        for wrapper in self._wrappers():
+            wrapper.configure_paged(
+                max_rank=self.options.max_rank,
+                stock_layers=bool(self.modules),
+                **({"graph_tokens": captured} if captured else {}),
+            )
+            wrapper.occupied_slots = occupied
         for name, layer in paged.items():
             layer.punica_wrapper.register_linear(by_name[name])
         self._log_memory()
+
+    def _wrappers(self) -> list[Any]:
+        return list({id(wrapper): wrapper for wrapper in self.punica_wrapper_mapping.values()}.values())
 
     def _build_layout(self, paged: dict[str, Any]) -> Layout:
         some = next(iter(paged.values()), None)
@@ -258,7 +269,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             self.arena.free(pages, lora_id)
 
     def _slot_rank(self, slot: int, rank: int) -> None:
-        for wrapper in {id(w): w for w in self.punica_wrapper_mapping.values()}.values():
+        for wrapper in self._wrappers():
             wrapper.set_slot_rank(slot, rank)
 
     def _add_adapter(self, lora: LoRAModel) -> None:

@@ -4,7 +4,7 @@ A group is all tokens of one slot, wherever they stand in the batch. Base-model 
 group, so that nothing downstream can touch their rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,17 @@ class TokenGroups:
                 yield slot, slice(first, last + 1)
             else:
                 yield slot, torch.from_numpy(rows)
+
+    def only(self, wanted: Set[int]) -> "TokenGroups":
+        """The groups whose slot is in `wanted`."""
+        keep = [index for index, slot in enumerate(self.slots.tolist()) if slot in wanted]
+        if len(keep) == len(self.slots):
+            return self
+        if not keep:
+            return NO_GROUPS
+        parts = [self.rows[self.starts[index] : self.starts[index + 1]] for index in keep]
+        starts = np.cumsum([0, *(len(part) for part in parts)]).astype(np.int32)
+        return TokenGroups(self.slots[keep], starts, np.concatenate(parts), False)
 
 
 _NONE = np.empty(0, np.int32)

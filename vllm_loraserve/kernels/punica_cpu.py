@@ -5,6 +5,8 @@ A base-model token is in no group: its rows are never read or written, so base r
 without LoRA.
 """
 
+from collections.abc import Mapping, Set
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
     sampler_groups: TokenGroups = NO_GROUPS
     """Groups of the rows that the logits are computed for."""
     stock_layers: bool = True
+    occupied_slots: Mapping[int, Set[int]] = MappingProxyType({})
+    """Slots that hold weights, by address of a stacked B; a layer that is not listed may use every slot."""
 
     def configure_paged(self, *, max_rank: int, stock_layers: bool = True, **_: Any) -> None:
         """Prepare for paged layers (the same call as on a GPU). `stock_layers`: some layers are not paged."""
@@ -88,7 +92,8 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        cpu_padded.expand(y, x, lora_b_stacked, self.token_groups, add_inputs=add_inputs)
+        groups = self._occupied(self.token_groups, lora_b_stacked)
+        cpu_padded.expand(y, x, lora_b_stacked, groups, add_inputs=add_inputs)
 
     def add_lora_linear(
         self,
@@ -119,6 +124,10 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
                 add_inputs=add_inputs,
             )
 
+    def _occupied(self, groups: TokenGroups, b_stacked: torch.Tensor) -> TokenGroups:
+        slots = self.occupied_slots.get(b_stacked.data_ptr())
+        return groups if slots is None else groups.only(slots)
+
     def _paged_linear(self, y: torch.Tensor, x: torch.Tensor, handle: torch.Tensor, add_inputs: bool) -> None:
         linear, native = self._layers[handle.data_ptr()]
         if y.dim() != 2:
@@ -141,7 +150,7 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
         buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        groups = self.sampler_groups
+        groups = self._occupied(self.sampler_groups, lora_b_stacked)
         if not len(groups.slots):
             return
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
