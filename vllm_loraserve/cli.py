@@ -19,6 +19,9 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "keygen": ("vllm_loraserve.coordinator.keygen", "make the keys that protect a cluster across machines"),
     "simulate": ("vllm_loraserve.simulator.cli", "run workloads under several systems in a simulated cluster"),
     "size": ("vllm_loraserve.simulator.size", "how many instances a load needs within an SLO"),
+    "plan": ("vllm_loraserve.coordinator.plan", "show what a placement policy would change, without changing it"),
+    "explain": ("vllm_loraserve.coordinator.explain", "say why an adapter is where it is"),
+    "profile": ("vllm_loraserve.coordinator.profile", "measure what an instance sustains at each adapter rank"),
 }
 """name -> (module, one-line help). The module has `add_arguments(parser)` and `run(args) -> int`; it is
 imported only when its subcommand is asked for, so that `status` does not pay for torch."""

@@ -77,6 +77,8 @@ class FakeInstance:
         self.results: list[CommandResult] = []
         self.done: list[tuple[str, str]] = []
         self.broken: set[str] = set()
+        self.waiting = 0
+        self.beat_s = 0.5
 
     def hello(self, base_model: str = "toy") -> Register:
         return Register(
@@ -88,9 +90,11 @@ class FakeInstance:
         names = self.running.keys() | self.rates.keys()
         results, self.results = tuple(self.results), []
         return Heartbeat(
-            instance=self.name, incarnation=self.incarnation, load=Load(running=sum(self.running.values())),
+            instance=self.name, incarnation=self.incarnation,
+            load=Load(running=sum(self.running.values()), waiting=self.waiting),
             demand=tuple(
-                AdapterDemand(name=n, tokens_per_s=self.rates.get(n, 0.0), running=self.running.get(n, 0))
+                AdapterDemand(name=n, tokens_per_s=self.rates.get(n, 0.0), running=self.running.get(n, 0),
+                    tokens=round(self.rates.get(n, 0.0) * self.beat_s))
                 for n in names
             ),
             resident=tuple(self.resident.values()), results=results,

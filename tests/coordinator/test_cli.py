@@ -139,6 +139,15 @@ async def test_sigterm_ends_it_in_good_order_and_status_shows_the_cluster(start,
     assert "one 100%" in shown.stdout
     as_json = await asyncio.to_thread(subprocess.run, [*status, "--json"], capture_output=True, text=True)
     assert json.loads(as_json.stdout)["table"]["adapters"][0]["adapter"]["rank"] == 32
+    for command, says in ((["plan"], "would move nothing"), (["explain", "word-a"], "Placed on 'one' for 100%")):
+        arguments = [*COMMAND, *command, "--coordinator", start.endpoint]
+        told = await asyncio.to_thread(subprocess.run, arguments, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        assert says in told.stdout
+    unknown = [*COMMAND, "explain", "nobody", "--coordinator", start.endpoint]
+    told = await asyncio.to_thread(subprocess.run, unknown, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert "no adapter 'nobody'" in told.stderr
     process.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(process.wait, 10) == 0
     gone = await asyncio.to_thread(subprocess.run, [*status, "--timeout", "0.3"], capture_output=True, text=True)

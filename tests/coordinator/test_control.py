@@ -199,7 +199,7 @@ def test_demand_moves_adapters_but_wobble_does_not(bench):
     add(b, *"abcd", rank=64)
     b.run(12)
     settled = b.routes()
-    op = b.controller.op.at(64)
+    op = b.controller.loop.op.at(64)
     for wobble in (0.95, 1.05, 0.97, 1.02):
         for i in (one, two):
             i.rates = dict.fromkeys(i.resident, 0.2 * op * wobble)

@@ -54,12 +54,16 @@ class FakeEngine:
         self.broken: set[str] = set()
         self.logger_manager = SimpleNamespace(stat_loggers=[])
         self.gate = asyncio.Event()
+        self.load_s = 0.0
         self.closed = 0
 
     async def add_lora(self, request):
         if request.lora_name in self.broken:
             raise RuntimeError("Call to add_lora failed:\nno adapter_config.json there")
-        self.held[request.lora_int_id] = request
+        if not self.load_s:
+            self.held[request.lora_int_id] = request
+        else:
+            asyncio.get_running_loop().call_later(self.load_s, self.held.__setitem__, request.lora_int_id, request)
         return True
 
     async def remove_lora(self, lora_id):
@@ -231,6 +235,19 @@ async def test_new_content_under_a_name_gets_a_new_id_and_another_path_spelling(
     await until(lambda: list(engine.held) == [second.lora_int_id])
     await agent.prefetch(record("a", "one"))
     assert models.lora_requests["a"].lora_path == first.lora_path, "its old blocks are right again"
+
+
+async def test_a_prefetch_into_an_engine_that_loads_aside_ends_when_it_is_there(joined, monkeypatch):
+    _, agent, engine, _ = joined
+    engine.load_s = 0.3
+    started = time.monotonic()
+    await agent.prefetch(record("a"))
+    assert time.monotonic() - started >= 0.3
+    assert engine.held
+    monkeypatch.setattr("vllm_loraserve.engine.agent.LOAD_PATIENCE_S", 0.2)
+    engine.load_s = 3.0
+    with pytest.raises(TimeoutError, match="has not loaded 'b'"):
+        await agent.prefetch(record("b"))
 
 
 async def test_what_the_operator_loaded_is_left_alone(joined):

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from vllm_loraserve.cluster.operating_points import OperatingPointsError
+from vllm_loraserve.cluster.operating_points import load as load_points
 from vllm_loraserve.cluster.placement import PlacementError, make_policy, policy_names
 from vllm_loraserve.coordinator.control import Controller, ControlOptions
 from vllm_loraserve.coordinator.curve import KEYS_VARIABLE, CoordinatorKeys, KeysError, load_coordinator_keys
@@ -51,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"placement policy (default {DEFAULT_POLICY}): {', '.join(policy_names())}",
     )
     add(
+        "--operating-points",
+        type=Path,
+        metavar="FILE",
+        help="what `vllm-loraserve profile` measured (default: shipped values, good only to compare ranks)",
+    )
+    add(
         "--expiry", type=float, default=control.expiry_s, metavar="S", help="silence that ends an instance's membership"
     )
     add(
@@ -74,8 +82,9 @@ def run(args: argparse.Namespace) -> int:
         policy = make_policy(args.policy)
         directory = args.keys or os.environ.get(KEYS_VARIABLE)
         keys = load_coordinator_keys(directory) if directory else None
+        points = load_points(args.operating_points) if args.operating_points else None
         registry = Registry(args.database)
-    except (PlacementError, KeysError, RegistryError, OSError) as error:
+    except (PlacementError, OperatingPointsError, KeysError, RegistryError, OSError) as error:
         print(f"vllm-loraserve coordinator: {error}", file=sys.stderr)
         return 1
     control = ControlOptions(
@@ -89,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         insecure=args.insecure,
     )
     try:
-        controller = Controller(registry, policy, control, time.monotonic())
+        controller = Controller(registry, policy, control, time.monotonic(), points)
         return asyncio.run(_serve(controller, options, keys, (args.metrics_host, args.metrics_port)))
     except (ServerError, ValueError, OSError) as error:
         print(f"vllm-loraserve coordinator: {error}", file=sys.stderr)

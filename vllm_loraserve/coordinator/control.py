@@ -6,14 +6,13 @@ were members before are back, or `settle_s` has passed, no table is published, s
 instead of one with holes. Times are seconds of a monotonic clock that the caller passes in.
 
     register, heartbeat --> members --+
-    add, remove adapter --> registry -+--> placement (policy, repair) --> commands to instances
-                                      +--> routes that can be served ---> table for routers
+    add, remove adapter --> registry -+--> placement (PlacementLoop) --> commands to instances
+                                      +--> routes that can be served --> table for routers
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import logging
 import time
 from collections.abc import Iterable
@@ -22,12 +21,9 @@ import msgspec
 
 from vllm_loraserve.cluster.operating_points import OperatingPoints, shipped_defaults
 from vllm_loraserve.cluster.placement import (
-    AdapterSpec,
     Placement,
-    PlacementError,
     PlacementInput,
     PlacementPolicy,
-    ServerSpec,
     normalise,
 )
 from vllm_loraserve.coordinator.commands import CommandBook
@@ -45,13 +41,12 @@ from vllm_loraserve.coordinator.messages import (
     Route,
     RoutingTable,
 )
-from vllm_loraserve.coordinator.rebalance import effective_routes, moves, repair, worth_adopting
+from vllm_loraserve.coordinator.placement_loop import PAGE_ROWS, PlacementLoop
+from vllm_loraserve.coordinator.rebalance import effective_routes
 from vllm_loraserve.coordinator.registry import Registry
 
 logger = logging.getLogger(__name__)
 
-PAGE_ROWS = 8
-"""Rank rows are taken in pages of so many."""
 FETCH_PATIENCE_S = 10.0
 """An instance that has not confirmed a prefetch by then is routed to all the same: the request itself brings it in."""
 COMMAND_S = 1.0
@@ -97,20 +92,17 @@ class Controller:
         operating_points: OperatingPoints | None = None,
     ) -> None:
         self.registry = registry
-        self.policy = policy
         self.options = options
-        self.op = operating_points if operating_points is not None else shipped_defaults()
+        op = operating_points if operating_points is not None else shipped_defaults()
+        self.loop = PlacementLoop(policy, op, options.rebalance_s, now)
         self.members = Membership(options.expiry_s)
         self.commands = CommandBook()
-        self.placement = Placement()
-        self.decisions: collections.deque[tuple[float, str]] = collections.deque(maxlen=200)
         self.base_model = options.base_model or registry.get_meta("base_model") or ""
         self.dirty = asyncio.Event()
         self.version = 0
         self._drains: dict[str, Drain] = {}
         self._awaited = registry.known_instances()
         self._settled_at = now + options.settle_s
-        self._rebalanced_at = now
         self._commanded_at = now
         self._spare_since: dict[tuple[str, str], float] = {}
         for record in registry.all():
@@ -133,7 +125,7 @@ class Controller:
         self._adopt_residents(member)
         self._awaited.discard(hello.instance)
         if known is None:
-            self._rebalanced_at = min(self._rebalanced_at, now - self.options.rebalance_s + 1.0)
+            self.loop.soon(now)
         self._place(now)
         return Registered(epoch=self.registry.epoch, expiry_s=self.options.expiry_s)
 
@@ -166,6 +158,7 @@ class Controller:
         before = self.members.get(beat.instance)
         held = before.resident if before is not None else {}
         member = self.members.beat(beat, now)
+        self.loop.observe(member, beat, self.registry.ranks(), now)
         for result in beat.results:
             self.commands.answered(beat.instance, result, now)
         if beat.results or member.resident != held:
@@ -182,6 +175,7 @@ class Controller:
     def _gone(self, instances: Iterable[str], now: float) -> None:
         for instance in instances:
             self.commands.forget_instance(instance)
+            self.loop.speeds.forget(instance)
             self.registry.forget_instance(instance)
         self._place(now)
 
@@ -276,57 +270,22 @@ class Controller:
         """Whether the members of before a restart are back, or were waited for long enough."""
         return not self._awaited
 
-    def placement_input(self, demand: dict[str, float] | None = None) -> PlacementInput:
+    @property
+    def placement(self) -> Placement:
+        """The placement in force."""
+        return self.loop.placement
+
+    def placement_input(self, now: float) -> PlacementInput:
         """What a policy gets to see now."""
-        if demand is None:
-            demand = {name: d.tokens_per_s for name, d in self.members.demand().items() if name}
-        return PlacementInput(
-            adapters=[
-                AdapterSpec(r.name, r.rank, -(-r.rank // PAGE_ROWS) * PAGE_ROWS, r.size_bytes)
-                for r in self.registry.all()
-                if r.state == "active"
-            ],
-            servers=[
-                ServerSpec(m.name, m.hello.capacity.rank_rows, m.hello.capacity.host_bytes) for m in self.members.all()
-            ],
-            demand=demand,
-            op=self.op,
-            previous=self.placement,
-        )
+        return self.loop.input(self.members, self.registry.all(), now)
 
     def _place(self, now: float) -> None:
         """Gives every adapter a place on the present instances, changing as little as possible."""
         self.dirty.set()
         # Before everybody is back, "nobody holds it" is not known yet.
         if len(self.members) and self.settled:
-            self.placement = repair(self.placement_input(), self.placement)
+            self.loop.repair(self.placement_input(now))
             self._command(now)
-
-    def _rebalance(self, now: float) -> None:
-        self._rebalanced_at = now
-        if not len(self.members) or not len(self.registry):
-            return
-        inp = self.placement_input()
-        try:
-            proposed = self.policy.place(inp)
-        except PlacementError as error:
-            self._decide(f"kept: policy {self.policy.name} found no placement ({error})")
-            return
-        # What the policy finds no room for keeps its place, or shares one by eviction.
-        proposed = repair(inp, proposed)
-        adopt, why = worth_adopting(inp, self.placement, proposed)
-        changes = moves(inp, self.placement, proposed)
-        if not adopt or not changes:
-            return
-        fetched = [m for m in changes if m.action == "prefetch"]
-        self._decide(f"{why}; {len(fetched)} copies of {sum(m.bytes for m in fetched)} bytes to fetch")
-        self.placement = proposed
-        self._command(now)
-        self.dirty.set()
-
-    def _decide(self, text: str) -> None:
-        self.decisions.append((time.time(), text))
-        logger.info("Placement %s", text)
 
     def _command(self, now: float) -> None:
         """Tells instances to fetch what is placed there, and to release what need not be there any more."""
@@ -389,8 +348,9 @@ class Controller:
         self._drain(now)
         if self.settled and now - self._commanded_at >= COMMAND_S:
             self._command(now)
-        if self.settled and now - self._rebalanced_at >= self.options.rebalance_s:
-            self._rebalance(now)
+        if self.settled and (reason := self.loop.due(now)) and self.loop.look(self.placement_input(now), reason, now):
+            self._command(now)
+            self.dirty.set()
 
     def _not_ready(self, name: str, target: Iterable[str], now: float) -> set[str]:
         out = set()
@@ -449,6 +409,7 @@ class Controller:
             f"'{instance}' can't load '{adapter}': {f.error}"
             for (instance, adapter), f in sorted(self.commands.failures().items())
         ]
+        out += self.loop.speeds.warnings()
         out += [f"Waiting for '{name}' to register again after the restart." for name in sorted(self._awaited)]
         return out
 

@@ -89,6 +89,8 @@ class AdapterDemand(Part, frozen=True):
     requests_per_s: float = 0.0
     running: int = 0
     """Requests inside the instance now; an adapter is released only when this is 0 everywhere."""
+    tokens: int = 0
+    """Tokens since the last heartbeat that was answered."""
 
 
 class Residency(Part, frozen=True):
@@ -220,6 +222,62 @@ class GetAdapter(Message, frozen=True):
     name: str
 
 
+class GetPlan(Message, frozen=True):
+    """A dry run: what would a policy change now? Reply: Plan, or Error `invalid` (unknown policy, nothing to place)."""
+
+    policy: str = ""
+    """Empty: the one in force."""
+
+
+class PlannedMove(Part, frozen=True):
+    """One copy that would be fetched (`bytes` to move) or released."""
+
+    adapter: Name
+    instance: Name
+    action: Literal["prefetch", "release"]
+    bytes: int = 0
+
+
+class Forecast(Part, frozen=True):
+    """One instance under a placement: load (1.0: at its operating point) and adapters placed."""
+
+    instance: Name
+    load: float
+    adapters: int
+
+
+class Plan(Message, frozen=True):
+    """What `vllm-loraserve plan` shows."""
+
+    policy: str
+    adopt: bool
+    """Whether the loop would do it; else the damping keeps the placement as it is."""
+    why: str
+    moves: tuple[PlannedMove, ...]
+    bytes: int
+    now: tuple[Forecast, ...]
+    then: tuple[Forecast, ...]
+    p95_now_s: float
+    """Predicted P95 of the time to first token over all requests; -1: an instance is overloaded."""
+    p95_then_s: float
+    measured: bool = False
+    """Whether the operating points were measured (else shipped defaults)."""
+    demand: str = ""
+    """How demand was forecast."""
+
+
+class Explain(Message, frozen=True):
+    """Why an adapter is where it is. Reply: Explanation, or Error `not_found`."""
+
+    name: str
+
+
+class Explanation(Message, frozen=True):
+    """Sentences, most general first."""
+
+    lines: tuple[str, ...]
+
+
 class AdapterReply(Message, frozen=True):
     """One registry record; `created` is False when the same content was registered before."""
 
@@ -263,6 +321,8 @@ class Status(Message, frozen=True):
     """One sentence each: what an operator should know."""
     decisions: tuple[tuple[float, str], ...] = ()
     """The last placement decisions: time and reason."""
+    speeds: dict[str, float] = {}
+    """Instance -> observed speed relative to the operating points, where it was seen at its limit."""
 
 
 class Ok(Message, frozen=True):
@@ -289,5 +349,7 @@ class Error(Message, frozen=True):
     message: str
 
 
-Request = Register | Heartbeat | Leave | AddAdapter | RemoveAdapter | GetAdapter | GetTable | GetStatus
-Reply = Registered | HeartbeatReply | AdapterReply | RoutingTable | Status | Ok | Error
+Request = (
+    Register | Heartbeat | Leave | AddAdapter | RemoveAdapter | GetAdapter | GetTable | GetStatus | GetPlan | Explain
+)
+Reply = Registered | HeartbeatReply | AdapterReply | RoutingTable | Status | Plan | Explanation | Ok | Error

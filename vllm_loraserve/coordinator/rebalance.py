@@ -8,6 +8,7 @@ where they can be served (`effective_routes`).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Literal
 
 import msgspec
 
@@ -28,7 +29,7 @@ class Move(msgspec.Struct, frozen=True):
 
     adapter: str
     instance: str
-    action: str
+    action: Literal["prefetch", "release"]
     bytes: int
 
 
@@ -84,6 +85,29 @@ def worth_adopting(inp: PlacementInput, current: Placement, proposed: Placement)
     if gain < MIN_GAIN or gain < MIN_GAIN_SHARE * now:
         return False, f"kept: {told} is less than the {MIN_GAIN_SHARE:.0%} and {MIN_GAIN} that a move must gain"
     return True, f"adopted: {told}"
+
+
+def only_fractions(current: Placement, proposed: Placement) -> bool:
+    """Whether `proposed` has the copies of `current` and other fractions: free, so always worth it."""
+    if current.phi.keys() != proposed.phi.keys():
+        return False
+    changed = False
+    for adapter, routes in proposed.phi.items():
+        before = current.phi[adapter]
+        if routes.keys() != before.keys():
+            return False
+        changed = changed or any(abs(before[s] - f) > 0.02 for s, f in routes.items())
+    return changed
+
+
+def with_standby(current: Placement, proposed: Placement) -> Placement:
+    """`current` with the warm copies that `proposed` wants beside what serves already."""
+    standby = {}
+    for adapter, routes in current.phi.items():
+        spare = [s for s in proposed.standby.get(adapter, ()) if s not in routes]
+        if spare:
+            standby[adapter] = spare
+    return Placement(phi=current.phi, standby=standby, unplaced=current.unplaced)
 
 
 def moves(inp: PlacementInput, current: Placement, proposed: Placement) -> list[Move]:

@@ -63,6 +63,7 @@ class Registry:
             self._records = {
                 r.name: r for r in map(self._record, self._db.execute(f"SELECT adapter_id, {_COLUMNS} FROM adapters"))
             }
+            self._ranks = {r.name: r.rank for r in self._records.values()}
         except sqlite3.DatabaseError as error:
             os.close(self._lock)
             raise RegistryError(f"The registry '{self.path}' can't be read ({error}); restore or remove it.") from error
@@ -100,6 +101,10 @@ class Registry:
         """Every record, in the order of their addition."""
         return sorted(self._records.values(), key=lambda r: r.adapter_id)
 
+    def ranks(self) -> dict[str, int]:
+        """Adapter -> rank; to be read only."""
+        return self._ranks
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -115,6 +120,7 @@ class Registry:
         )
         assert cursor.lastrowid is not None
         stored = msgspec.structs.replace(record, adapter_id=cursor.lastrowid)
+        self._ranks[record.name] = record.rank
         self._records[record.name] = stored
         return stored
 
@@ -131,7 +137,7 @@ class Registry:
 
     def remove(self, name: str) -> None:
         """Forgets an adapter; KeyError if unknown."""
-        del self._records[name]
+        del self._records[name], self._ranks[name]
         self._db.execute("DELETE FROM adapters WHERE name=?", (name,))
 
     def remember_instance(self, name: str, url: str, last_seen: float) -> None:

@@ -23,6 +23,7 @@ from vllm_loraserve.coordinator.admission import inspect_source
 from vllm_loraserve.coordinator.client import publish_endpoint
 from vllm_loraserve.coordinator.control import Controller
 from vllm_loraserve.coordinator.curve import CoordinatorKeys, is_loopback
+from vllm_loraserve.coordinator.insight import explain, plan
 from vllm_loraserve.coordinator.membership import Refused
 from vllm_loraserve.coordinator.messages import (
     HEADER,
@@ -32,7 +33,9 @@ from vllm_loraserve.coordinator.messages import (
     AdapterReply,
     AddAdapter,
     Error,
+    Explain,
     GetAdapter,
+    GetPlan,
     GetStatus,
     GetTable,
     Heartbeat,
@@ -124,7 +127,7 @@ class CoordinatorServer:
             self.options.bind,
             publish,
             len(self.controller.registry),
-            self.controller.policy.name,
+            self.controller.loop.policy.name,
         )
 
     def _bind(self, kind: int, endpoint: str) -> zmq.asyncio.Socket:
@@ -258,6 +261,10 @@ class CoordinatorServer:
                     return self.controller.table(now)
                 case GetStatus():
                     return self._status(now)
+                case GetPlan():
+                    return plan(self.controller, message.policy, now)
+                case Explain():
+                    return explain(self.controller, message.name, now)
             raise Refused("unknown_message", f"{type(message).__name__} is not a request.")
         except Refused as refused:
             return Error(code=refused.code, message=str(refused))
@@ -275,9 +282,10 @@ class CoordinatorServer:
             demand=controller.demand(),
             counters=dict(sorted(self.counters.items())),
             pending=controller.commands.pending(),
-            policy=controller.policy.name,
+            policy=controller.loop.policy.name,
             problems=tuple(controller.problems()),
-            decisions=tuple(controller.decisions)[-20:],
+            decisions=tuple(controller.loop.decisions)[-20:],
+            speeds=controller.loop.speeds.learned(),
         )
 
     async def _answer_later(self, peer: bytes, correlation: bytes, message: AddAdapter | RemoveAdapter) -> None:

@@ -51,7 +51,8 @@ async def _ask(args: argparse.Namespace) -> Status:
         return await client.ask(GetStatus(), Status)
 
 
-def _bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
+    """A size for people."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -109,7 +110,7 @@ def _adapters(status: Status) -> Table:
         ]
         rate = demand[adapter.name].tokens_per_s if adapter.name in demand else 0.0
         out.add_row(
-            adapter.name, str(adapter.rank), _bytes(adapter.size_bytes), adapter.state, f"{rate:.1f}", placed,
+            adapter.name, str(adapter.rank), format_bytes(adapter.size_bytes), adapter.state, f"{rate:.1f}", placed,
             ", ".join(held) or "-",
         )  # fmt: skip
     return out

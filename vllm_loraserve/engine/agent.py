@@ -51,6 +51,8 @@ RESIDENCY_S = 3.0
 REFRESH_S = 30.0
 """Time between two looks at the whole registry, kept for the coordinator's absence."""
 DRAIN_POLL_S = 0.1
+LOAD_PATIENCE_S = 60.0
+"""A prefetch that is not in the engine by then has failed; a request for the adapter tells why."""
 
 
 async def start_agent(
@@ -211,6 +213,7 @@ class Agent:
             self._epoch = None
             await self._register()
             return
+        self.meter.acknowledge(demand)
         for key in sent:
             self._outbox.pop(key, None)
         if reply.epoch != self._epoch:
@@ -282,23 +285,34 @@ class Agent:
         """Loads this content under the adapter's name, replacing other content; raises what the engine raises."""
         self.resolver.learn(record)
         async with self.models.lora_resolver_lock[record.name]:
-            present = self.models.lora_requests.get(record.name)
-            if present is not None and self.resolver.digest_of(present) == record.sha256:
-                if present.lora_int_id not in await self.engine.list_loras():
-                    await self._add(present)
-                return
-            if present is not None:
-                if self.resolver.digest_of(present) is None:
+            request = self.models.lora_requests.get(record.name)
+            if request is not None and self.resolver.digest_of(request) != record.sha256:
+                if self.resolver.digest_of(request) is None:
                     raise ValueError(f"'{record.name}' was loaded here from outside the registry; unload it.")
-                self._unserve(record.name, present)
-            request = self.resolver.request_for(record, self.models.lora_id_counter.inc(1))
-            await self._add(request)
+                self._unserve(record.name, request)
+                request = None
+            if request is None:
+                request = self.resolver.request_for(record, self.models.lora_id_counter.inc(1))
+            if request.lora_int_id not in await self.engine.list_loras():
+                await self.engine.add_lora(request)
             self.models.lora_requests[record.name] = request
+        # Outside of the lock: an engine that loads aside has answered before the adapter is there, and requests that
+        # name it meanwhile wait for it there, or are told why it can't be loaded.
+        if not await self._held(request):
+            if self.models.lora_requests.get(record.name) is request:
+                self._unserve(record.name, request)
+            raise TimeoutError(f"The engine has not loaded '{record.name}' within {LOAD_PATIENCE_S:g} s.")
         logger.info("Prefetched adapter '%s' (rank %d) from '%s'", record.name, record.rank, record.source)
 
-    async def _add(self, request: LoRARequest) -> None:
-        if not await self.engine.add_lora(request):
-            logger.debug("The engine had '%s' already", request.lora_name)
+    async def _held(self, request: LoRARequest) -> bool:
+        """Waits until the engine holds the adapter; False when it has not come within LOAD_PATIENCE_S."""
+        end, pause = time.monotonic() + LOAD_PATIENCE_S, 0.05
+        while request.lora_int_id not in await self.engine.list_loras():
+            if time.monotonic() > end or self.models.lora_requests.get(request.lora_name) is not request:
+                return False
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        return True
 
     async def release(self, record: AdapterRecord) -> None:
         """Stops serving the adapter's name, waits for its running requests, and lets the engine forget it.

@@ -36,6 +36,7 @@ class Meter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._tallies: dict[str, _Tally] = {}
+        self._acknowledged: dict[str, int] = {}
         self._running_ids: collections.Counter[int] = collections.Counter()
         self._history: collections.deque[tuple[float, dict[str, tuple[int, int]]]] = collections.deque()
         self._history.append((clock(), {}))
@@ -89,7 +90,10 @@ class Meter:
         return self._running_ids[lora_int_id]
 
     def demand(self) -> tuple[AdapterDemand, ...]:
-        """Rates over the last WINDOW_S seconds (less at the start), of whoever had any; to be called regularly."""
+        """Rates over the last WINDOW_S seconds (less at the start), of whoever had any; to be called regularly.
+
+        `tokens` is what has come since the last `acknowledge`.
+        """
         now = self._clock()
         while len(self._history) > 1 and self._history[1][0] <= now - WINDOW_S:
             self._history.popleft()
@@ -105,10 +109,16 @@ class Meter:
                         tokens_per_s=(tally.tokens - tokens) / elapsed,
                         requests_per_s=(tally.requests - requests) / elapsed,
                         running=tally.running,
+                        tokens=tally.tokens - self._acknowledged.get(name, 0),
                     )
                 )
         self._history.append((now, {n: (t.tokens, t.requests) for n, t in self._tallies.items()}))
         return tuple(sorted(out, key=lambda d: d.name))
+
+    def acknowledge(self, demand: tuple[AdapterDemand, ...]) -> None:
+        """`demand` has reached the coordinator: its tokens are not reported again."""
+        for d in demand:
+            self._acknowledged[d.name] = self._acknowledged.get(d.name, 0) + d.tokens
 
 
 class LoadLogger(AggregateStatLoggerBase):

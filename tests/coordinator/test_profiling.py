@@ -1,0 +1,162 @@
+"""Profiling against a server whose step cost is known."""
+
+import asyncio
+import json
+import time
+
+import aiohttp
+import numpy as np
+import pytest
+from aiohttp import web
+from coordinator_bench import FakeInstance, write_adapter
+from safetensors.numpy import load_file
+
+from vllm_loraserve.adapters.checkpoint import inspect_checkpoint
+from vllm_loraserve.cluster import operating_points
+from vllm_loraserve.cluster.fit import fit_step_cost
+from vllm_loraserve.coordinator import profile
+from vllm_loraserve.coordinator.messages import AddAdapter
+from vllm_loraserve.coordinator.profiling import Profiler, ProfilingError, Workload
+
+BASE, PREFILL, DECODE_RANK = 4e-3, 4e-5, 2e-5
+
+
+class Engine:
+    """Continuous batching with a step cost of BASE + PREFILL x prompt tokens + DECODE_RANK x sum of decode ranks."""
+
+    def __init__(self) -> None:
+        self.new: list[tuple[asyncio.Queue, int, int, int]] = []
+        self.running: list[list] = []
+        self.models: set[str] = set()
+
+    @staticmethod
+    def rank(model: str) -> int:
+        return int(model.split("-r")[1].split("-")[0]) if "-r" in model else 0
+
+    async def run(self) -> None:
+        while True:
+            if not self.new and not self.running:
+                await asyncio.sleep(0.0005)
+                continue
+            new, self.new = self.new, []
+            cost = BASE + PREFILL * sum(n[1] for n in new) + DECODE_RANK * sum(r[2] for r in self.running)
+            await asyncio.sleep(cost)
+            for r in list(self.running):
+                r[0].put_nowait(True)
+                r[1] -= 1
+                if r[1] == 0:
+                    self.running.remove(r)
+                    r[0].put_nowait(None)
+            for queue, _, output, rank in new:
+                queue.put_nowait(True)
+                if output > 1:
+                    self.running.append([queue, output - 1, rank])
+                else:
+                    queue.put_nowait(None)
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.models.add(body["model"])
+        if body["model"] == "missing":
+            return web.json_response({"error": {"message": "no such model"}}, status=404)
+        queue: asyncio.Queue = asyncio.Queue()
+        self.new.append((queue, len(body["prompt"]), body["max_tokens"], self.rank(body["model"])))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        while await queue.get():
+            await response.write(b"data: " + json.dumps({"choices": [{"text": "x"}]}).encode() + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+@pytest.fixture
+async def engine():
+    """(engine, URL)"""
+    engine = Engine()
+    app = web.Application()
+    app.router.add_post("/v1/completions", engine.complete)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    loop = asyncio.create_task(engine.run())
+    yield engine, f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+    loop.cancel()
+    await runner.cleanup()
+
+
+WORKLOAD = Workload(prompt_tokens=64, output_tokens=8, concurrency=8, trial_s=0.8, slo_ttft_s=0.2)
+
+
+async def test_points_fall_with_rank_and_the_fit_predicts_steps(engine):
+    _, url = engine
+    async with aiohttp.ClientSession() as session:
+        profiler = Profiler(session, url, WORKLOAD)
+        by_rank = {r: [f"p-r{r}-0", f"p-r{r}-1"] for r in (8, 128)}
+        fit = fit_step_cost(await profiler.step_samples(by_rank, "base"))
+        assert fit.samples == 3 * 7
+        low, _ = await profiler.operating_point(by_rank[8])
+        high, trials = await profiler.operating_point(by_rank[128])
+    assert low > high > 0
+    assert trials[-1].p95_ttft_s <= WORKLOAD.slo_ttft_s
+    assert trials[-1].offered_rps < trials[0].offered_rps
+    long_prompt = fit.cost.seconds(prefill_tokens=64)
+    assert long_prompt == pytest.approx(BASE + PREFILL * 64, rel=1.0), "and what HTTP adds"
+    slow, fast = (
+        fit.cost.seconds(decode_tokens=8, decode_token_ranks=8 * r, rank_rows=2 * r, adapters=2) for r in (128, 8)
+    )
+    assert slow - fast == pytest.approx(DECODE_RANK * 8 * 120, rel=0.5)
+
+
+async def test_an_slo_out_of_reach_and_a_failing_instance_are_named(engine):
+    _, url = engine
+    async with aiohttp.ClientSession() as session:
+        hopeless = Profiler(session, url, Workload(prompt_tokens=8, output_tokens=2, trial_s=0.05, slo_ttft_s=1e-4))
+        with pytest.raises(ProfilingError, match=r"over the SLO of 0\.0001 s"):
+            await hopeless.operating_point(["p-r8-0"])
+        with pytest.raises(ProfilingError, match="404 for 'missing'"):
+            await hopeless.operating_point(["missing"])
+
+
+def test_made_adapters_have_the_modules_and_the_rank(tmp_path):
+    like = write_adapter(tmp_path / "like", rank=4)
+    made = profile.make_like(like, tmp_path / "made", 32)
+    info = inspect_checkpoint(made)
+    assert (info.rank, info.target_modules) == (32, ("q_proj", "v_proj"))
+    weights = load_file(made / "adapter_model.safetensors")
+    assert all(np.abs(w).max() < 1e-4 for k, w in weights.items() if "lora_B" in k)
+
+
+async def test_the_command_writes_a_file_the_coordinator_reads_and_cleans_up(engine, running, tmp_path):
+    fake, url = engine
+    server, client = running
+    write_adapter(tmp_path / "adapters" / "a")
+    instance = FakeInstance("one")
+    instance.url = url
+    await client.request(instance.hello())
+    await client.request(AddAdapter(name="a", source="a"))
+    parser = profile.argparse.ArgumentParser()
+    profile.add_arguments(parser)
+    out = tmp_path / "op.json"
+    args = parser.parse_args(
+        ["--coordinator", server.options.bind, "--ranks", "8,64", "--trial", "0.3", "--prompt-tokens", "32",
+         "--output-tokens", "4", "--slo-ttft", "1", "--concurrency", "4", "--out", str(out)]
+    )  # fmt: skip
+
+    async def live():
+        while True:
+            instance.obey((await client.request(instance.beat())).commands)
+            await asyncio.sleep(0.1)
+
+    beating = asyncio.create_task(live())
+    started = time.monotonic()
+    assert await asyncio.to_thread(profile.run, args) == 0
+    beating.cancel()
+    assert time.monotonic() - started < 60
+    points = operating_points.load(out)
+    assert points.measured
+    assert sorted(points.points) == [8, 64]
+    assert "P95 TTFT 1 s" in points.slo
+    assert [r.name for r in server.controller.registry.all()] == ["a"]
+    assert [p.name for p in (tmp_path / "adapters").iterdir()] == ["a"]
+    assert {m for m in fake.models if m != "toy"} == {m for m in fake.models if m.startswith("profile-")}
