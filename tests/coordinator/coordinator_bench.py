@@ -12,6 +12,7 @@ from vllm_loraserve.coordinator.messages import (
     AdapterDemand,
     AdapterRecord,
     Capacity,
+    Command,
     CommandResult,
     Heartbeat,
     Load,
@@ -78,12 +79,15 @@ class FakeInstance:
         self.done: list[tuple[str, str]] = []
         self.broken: set[str] = set()
         self.waiting = 0
+        self.transfer = ""
+        self.told: list[Command] = []
         self.beat_s = 0.5
 
     def hello(self, base_model: str = "toy") -> Register:
         return Register(
             instance=self.name, incarnation=self.incarnation, url=self.url, base_model=base_model,
-            capacity=self.capacity, module_shapes=SHAPES, resident=tuple(self.resident.values()),
+            capacity=self.capacity, module_shapes=SHAPES,
+            resident=tuple(self.resident.values()), transfer=self.transfer,
         )  # fmt: skip
 
     def beat(self) -> Heartbeat:
@@ -102,6 +106,7 @@ class FakeInstance:
 
     def obey(self, commands) -> None:
         for c in commands:
+            self.told.append(c)
             self.done.append((c.action, c.adapter.name))
             if c.adapter.name in self.broken and c.action == "prefetch":
                 self.results.append(CommandResult(id=c.id, ok=False, error="no such file"))
@@ -133,7 +138,9 @@ class Bench:
         self.start()
 
     def join(self, name: str, **kw) -> FakeInstance:
+        transfer = kw.pop("transfer", "")
         instance = self.instances[name] = FakeInstance(name, **kw)
+        instance.transfer = transfer
         self.controller.register(instance.hello(), self.now)
         return instance
 

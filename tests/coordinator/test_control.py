@@ -4,6 +4,7 @@ import pytest
 from coordinator_bench import FakeInstance, record
 
 from vllm_loraserve.coordinator.membership import Refused
+from vllm_loraserve.coordinator.messages import Residency
 
 
 def add(bench, *names, rank=8):
@@ -238,3 +239,26 @@ def test_leaving_is_at_once(bench):
     assert len(b.controller.table(b.now).instances) == 2
     b.controller.leave("one", one.incarnation, b.now)
     assert all(set(r) == {"two"} for r in b.routes().values())
+
+
+def test_the_location_table_names_who_can_be_read_from_least_busy_first(bench):
+    b = bench()
+    for i, name in enumerate(("one", "two", "three")):
+        b.join(name, transfer=f"127.0.0.1:{9000 + i}")
+    silent = b.join("silent")
+    add(b, "a")
+    record_a = b.registry.get("a")
+    for name in ("one", "two", "silent"):
+        b.instances[name].resident["a"] = Residency(name="a", sha256=record_a.sha256, generation=7)
+    b.instances["three"].resident["a"] = Residency(name="a", sha256="of another content")
+    b.instances["one"].running["a"] = 3
+    b.beat()
+    assert [(x.instance, x.endpoint, x.generation) for x in b.controller.locations(record_a)] == [
+        ("two", "127.0.0.1:9001", 7),
+        ("one", "127.0.0.1:9000", 7),
+    ]
+    assert silent.told == []
+    b.controller.loop.placement.phi["a"] = {"three": 1.0}
+    b.run(4)
+    told = [c for c in b.instances["three"].told if c.action == "prefetch"]
+    assert [x.instance for x in told[0].locations] == ["two", "one"]

@@ -21,7 +21,7 @@ from vllm_loraserve.coordinator.metrics import serve_metrics
 from vllm_loraserve.coordinator.registry import Registry, RegistryError
 from vllm_loraserve.coordinator.server import CoordinatorServer, ServerError, ServerOptions
 
-DEFAULT_POLICY = "rank-weighted"
+DEFAULT_POLICY = "loraserve+"
 
 
 def default_database() -> Path:

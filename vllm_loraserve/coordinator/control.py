@@ -35,6 +35,7 @@ from vllm_loraserve.coordinator.messages import (
     Heartbeat,
     HeartbeatReply,
     InstanceEntry,
+    Location,
     Register,
     Registered,
     Residency,
@@ -164,7 +165,26 @@ class Controller:
         if beat.results or member.resident != held:
             self._command(now)
             self.dirty.set()
-        return HeartbeatReply(epoch=self.registry.epoch, commands=self.commands.of(beat.instance))
+        commands = tuple(
+            msgspec.structs.replace(c, locations=self.locations(c.adapter, besides=beat.instance))
+            if c.action == "prefetch"
+            else c
+            for c in self.commands.of(beat.instance)
+        )
+        return HeartbeatReply(epoch=self.registry.epoch, commands=commands)
+
+    def locations(self, record: AdapterRecord, besides: str = "") -> tuple[Location, ...]:
+        """The location table's row: who holds this content and can be read from, least busy first."""
+        holders = [
+            m
+            for m in self.members.all()
+            if m.name != besides and m.hello.transfer and m.holds(record.name, record.sha256)
+        ]
+        holders.sort(key=lambda m: (m.load.running + m.load.waiting, m.name))
+        return tuple(
+            Location(instance=m.name, endpoint=m.hello.transfer, generation=m.resident[record.name].generation)
+            for m in holders
+        )
 
     def leave(self, instance: str, incarnation: str, now: float) -> None:
         """An instance goes in good order."""

@@ -102,12 +102,23 @@ class Residency(Part, frozen=True):
     generation: int = 0
 
 
+class Location(Part, frozen=True):
+    """A live instance that holds an adapter of exactly the registered content, and lets peers read it."""
+
+    instance: Name
+    endpoint: str
+    """Where its transfer service listens: host:port, one for each tensor-parallel rank, separated by commas."""
+    generation: int = 0
+
+
 class Command(Part, frozen=True):
     """What the coordinator wants an instance to do with one adapter; repeated until acknowledged."""
 
     id: int
     action: Literal["prefetch", "release"]
     adapter: AdapterRecord
+    locations: tuple[Location, ...] = ()
+    """Prefetch: where else the adapter is, least busy first."""
 
 
 class CommandResult(Part, frozen=True):
@@ -283,6 +294,8 @@ class AdapterReply(Message, frozen=True):
 
     adapter: AdapterRecord
     created: bool = False
+    locations: tuple[Location, ...] = ()
+    """GetAdapter: who holds it, least busy first."""
 
 
 class GetTable(Message, frozen=True):

@@ -256,7 +256,7 @@ class CoordinatorServer:
                     record = self.controller.registry.get(message.name)
                     if record is None or record.state == "draining":
                         raise Refused("not_found", f"There is no adapter '{message.name[:200]}'.")
-                    return AdapterReply(adapter=record)
+                    return AdapterReply(adapter=record, locations=self.controller.locations(record))
                 case GetTable():
                     return self.controller.table(now)
                 case GetStatus():
