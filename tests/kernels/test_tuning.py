@@ -23,7 +23,8 @@ def test_split_k_is_a_power_of_two_that_leaves_each_split_some_work(k, items):
 def test_split_k_follows_the_need():
     assert split_k_for(4096, 1, H100) == 8
     assert split_k_for(14336, 1, H100) == 16
-    assert split_k_for(4096, 264, H100) == 1
+    assert split_k_for(4096, 33, H100) == 4
+    assert split_k_for(4096, 132, H100) == 1
     assert split_k_for(4096, 1, H100, batch_invariant=True) == split_k_for(4096, 999, H100, batch_invariant=True)
 
 

@@ -77,10 +77,11 @@ def prefill_blocks(token_slots: npt.NDArray[np.int32], slot_ranks: npt.NDArray[n
 
 
 def split_k_for(k: int, items: int, device: DeviceShape, *, batch_invariant: bool = False) -> int:
-    """How many programs share the K dimension of one item: enough to fill the device twice, each with at
-    least `MIN_K_PER_SPLIT` of K, a power of two (few compiled variants)."""
+    """How many programs share the K dimension of one item: enough to give every SM one, each with at least
+    `MIN_K_PER_SPLIT` of K, a power of two (few compiled variants). More would be paid for in expand, which reads
+    every plane again for each block of output columns."""
     most = min(MAX_SPLIT_K, max(1, k // MIN_K_PER_SPLIT))
-    wanted = INVARIANT_SPLIT_K if batch_invariant else cdiv(2 * device.sms, max(1, items))
+    wanted = INVARIANT_SPLIT_K if batch_invariant else cdiv(device.sms, max(1, items))
     wanted = min(wanted, most)
     return 1 << (wanted.bit_length() - 1)
 

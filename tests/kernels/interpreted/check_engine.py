@@ -37,7 +37,8 @@ asked = json.loads(sys.argv[1])
 llm = LLM(asked["model"], skip_tokenizer_init=True, dtype="float16", enforce_eager=True, max_model_len=32,
           max_num_seqs=8, max_num_batched_tokens=32, kv_cache_memory_bytes=32 << 20, max_loras=3, max_lora_rank=8,
           enable_prefix_caching=False, additional_config={"loraserve": {"max_rank": 32, "arena_rank_rows": 64}})
-lora = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(asked["adapters"].items(), 1)} | {"base": None}
+lora = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(asked["adapters"].items(), 1)}
+lora["base"] = None
 params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, detokenize=False)
 jobs = [(name, p) for p in asked["prompts"] for name in lora]
 done = llm.generate([{"prompt_token_ids": p} for _, p in jobs], params, lora_request=[lora[n] for n, _ in jobs],
