@@ -11,7 +11,7 @@ import time
 import pytest
 
 from vllm_loraserve.router.errors import ApiError
-from vllm_loraserve.router.proxy import LARGEST_EVENT, complete_events, requested_model
+from vllm_loraserve.router.proxy import LARGEST_EVENT, complete_events, request_head
 
 from .conftest import Serve, Served, routes
 
@@ -314,9 +314,11 @@ def test_complete_events() -> None:
     assert complete_events(b"x" * (LARGEST_EVENT + 1)) == (b"x" * (LARGEST_EVENT + 1), b"")
 
 
-def test_requested_model_takes_none_and_the_last_of_duplicates() -> None:
-    assert requested_model(b"{}") is None
-    assert requested_model(b'{"model": null}') is None
-    assert requested_model(b'{"model": "a", "model": "b"}') == "b"  # as Python's json, and so vLLM, reads it
+def test_request_head_takes_none_and_the_last_of_duplicates() -> None:
+    assert request_head(b"{}").model is None
+    assert request_head(b'{"model": null}').model is None
+    assert request_head(b'{"model": "a", "model": "b"}').model == "b"  # as Python's json, and so vLLM, reads it
     with pytest.raises(ApiError):
-        requested_model(b'{"model": {}}')
+        request_head(b'{"model": {}}')
+    assert request_head(b'{"max_tokens": 7, "max_completion_tokens": 5}').most_tokens() == 5
+    assert request_head(b'{"max_tokens": "seven", "stream": [1]}').most_tokens() is None

@@ -8,14 +8,17 @@ from collections import Counter
 
 import pytest
 
+from vllm_loraserve.cluster.operating_points import StepCost
 from vllm_loraserve.coordinator.messages import Load
 from vllm_loraserve.router.directory import Directory, Target
 from vllm_loraserve.router.errors import ApiError
+from vllm_loraserve.router.prediction import Predictor
 from vllm_loraserve.router.queue import Admission, DrainRate
 
 from .conftest import entry, table
 
 BASE = Target("base", {}, 0)
+COST = StepCost(base=0.01, prefill_token=1e-4, prefill_token_rank=1e-6, decode_token=1e-3, rank_row=1e-5, adapter=1e-4)
 
 
 class Clock:
@@ -248,28 +251,34 @@ def test_drain_rate_forgets() -> None:
     assert rate.per_s() == 0.0
 
 
-async def test_random_lives_of_many_requests_end_at_zero() -> None:
+@pytest.mark.parametrize("predictor", [None, Predictor(COST)], ids=["phi", "finish-time"])
+async def test_random_lives_of_many_requests_end_at_zero(predictor: Predictor | None) -> None:
     """Requests that succeed, fail, wait, give up and retry in random order never leak a place or pass the cap."""
     rng = random.Random(7)
-    made, clock = admission(3, max_concurrency=2, max_queue=5, queue_timeout_s=0.02)
+    made, clock = admission(3, max_concurrency=2, max_queue=5, queue_timeout_s=0.02, predictor=predictor)
+    targets = [BASE, Target("one", {"a": 1.0}, 64), Target("two", {"b": 0.5, "c": 0.5}, 8)]
     peak = 0
 
     async def one() -> None:
         nonlocal peak
         tried: list[str] = []
+        target = rng.choice(targets)
+        work = None if predictor is None else predictor.work(target, 400, 16, streams=rng.random() < 0.5)
         try:
             for attempt in range(3):
-                upstream = await made.acquire(BASE, tried, again=attempt > 0)
+                upstream = await made.acquire(target, tried, again=attempt > 0, work=work)
                 peak = max(peak, upstream.in_flight)
                 try:
                     await asyncio.sleep(rng.random() * 0.005)
+                    if work is not None and rng.random() < 0.5:
+                        work.first_token()
                     if rng.random() < 0.7:
                         upstream.succeeded()
                         return
                     upstream.failed(clock.now)
                     tried.append(upstream.name)
                 finally:
-                    made.release(upstream)
+                    made.release(upstream, work)
         except ApiError:
             return
 
@@ -282,4 +291,5 @@ async def test_random_lives_of_many_requests_end_at_zero() -> None:
         await asyncio.sleep(rng.random() * 0.002)
     await asyncio.gather(*tasks, return_exceptions=True)
     assert idle(made)
+    assert all(upstream.ledger.idle() for upstream in made.directory.live())
     assert peak <= 2

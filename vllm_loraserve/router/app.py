@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 import msgspec
 from aiohttp import ClientSession, DummyCookieJar, TCPConnector, web
 
+from vllm_loraserve.cluster.operating_points import StepCost
 from vllm_loraserve.coordinator.client import CoordinatorClient
 from vllm_loraserve.router.adapters import Adapters, Registry
 from vllm_loraserve.router.auth import Keys
 from vllm_loraserve.router.directory import Directory
 from vllm_loraserve.router.errors import ApiError
 from vllm_loraserve.router.metrics import RouterMetrics
+from vllm_loraserve.router.prediction import Predictor
 from vllm_loraserve.router.proxy import Call, ClientLeft, Proxy
 from vllm_loraserve.router.queue import Admission
 from vllm_loraserve.router.sources import CoordinatorSource, Source, StaticSource
@@ -69,6 +71,8 @@ class RouterConfig:
     idle_timeout_s: float = 600.0
     connect_timeout_s: float = 2.0
     unload_drain_s: float = 30.0
+    step_cost: StepCost | None = None
+    """Measured; with it instances are chosen by predicted finish time."""
 
 
 class Router:
@@ -85,6 +89,7 @@ class Router:
             max_concurrency=config.max_concurrency,
             max_queue=config.max_queue,
             queue_timeout_s=config.queue_timeout_s,
+            predictor=Predictor(config.step_cost) if config.step_cost is not None else None,
         )
         self.directory.on_change = self.admission.grant
         self.metrics = RouterMetrics(self.directory, self.admission)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from aiohttp import web
 
+from vllm_loraserve.cluster.operating_points import StepCost
+from vllm_loraserve.cluster.operating_points import load as load_points
 from vllm_loraserve.router.app import Router, RouterConfig
 from vllm_loraserve.router.auth import ADMIN_KEY_ENV, API_KEY_ENV, UPSTREAM_KEY_ENV, load_keys
 
@@ -80,12 +82,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         help="time that running requests get when the router is told to stop (default: %(default)g)",
     )
+    parser.add_argument(
+        "--operating-points",
+        type=Path,
+        metavar="FILE",
+        help="what `vllm-loraserve profile` measured: choose by predicted finish time instead of by phi and load",
+    )
     parser.add_argument("--access-log", action="store_true", help="log every request")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 
 def config_from(args: argparse.Namespace) -> RouterConfig:
-    """The configuration that parsed arguments and the environment describe. Raises ValueError for bad key files."""
+    """The configuration that parsed arguments and the environment describe. Raises ValueError for files of keys or
+    operating points that can't be used."""
     names = ("max_concurrency", "max_queue", "queue_timeout_s", "max_attempts", "max_body_bytes", "idle_timeout_s")
     return RouterConfig(
         coordinator=args.coordinator,
@@ -95,8 +104,18 @@ def config_from(args: argparse.Namespace) -> RouterConfig:
         upstream_key=os.environ.get(UPSTREAM_KEY_ENV, ""),
         connect_timeout_s=args.connect_timeout_s,
         unload_drain_s=args.unload_drain_s,
+        step_cost=_step_cost(args.operating_points),
         **{name: getattr(args, name) for name in names},
     )
+
+
+def _step_cost(file: Path | None) -> StepCost | None:
+    if file is None:
+        return None
+    cost = load_points(file).step_cost
+    if cost is None:
+        raise ValueError(f"{file} has no step cost; run `vllm-loraserve profile` again")
+    return cost
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,12 +27,13 @@ STALE_S = 10.0
 class Target:
     """What a request asks for: the adapter's eligible instances with their fractions phi (empty: any), its rank."""
 
-    __slots__ = ("name", "rank", "routes")
+    __slots__ = ("name", "rank", "routes", "size_bytes")
 
-    def __init__(self, name: str, routes: dict[str, float], rank: int) -> None:
+    def __init__(self, name: str, routes: dict[str, float], rank: int, size_bytes: int = 0) -> None:
         self.name = name
         self.routes = routes
         self.rank = rank
+        self.size_bytes = size_bytes
 
 
 class Directory:
@@ -141,7 +142,7 @@ class Directory:
                     503, "ServiceUnavailableError", f"The adapter `{name}` can't be served: {known.adapter.reason}"
                 )
             routes = {route.instance: route.phi for route in known.routes if route.instance in self.upstreams}
-            target = Target(name, routes, known.adapter.rank)
+            target = Target(name, routes, known.adapter.rank, known.adapter.size_bytes)
         self._targets[name] = target
         return target
 

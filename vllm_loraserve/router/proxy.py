@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, SocketTimeoutError, web
@@ -24,6 +24,7 @@ from yarl import URL
 from vllm_loraserve.router.adapters import Adapters
 from vllm_loraserve.router.directory import Directory, Target
 from vllm_loraserve.router.errors import ApiError, error_body, invalid, unavailable
+from vllm_loraserve.router.ledger import Work
 from vllm_loraserve.router.metrics import RouterMetrics
 from vllm_loraserve.router.queue import Admission
 from vllm_loraserve.router.upstream import Attempt, Upstream
@@ -59,24 +60,35 @@ PAUSE_S = 0.05
 
 
 class Call:
-    """One client request, for logs and metrics; `rank` is set once the model is known (-1: not yet)."""
+    """One client request. `rank` is set once the model is known (-1: not yet), `work` where times are predicted."""
 
-    __slots__ = ("came", "endpoint", "id", "rank")
+    __slots__ = ("came", "endpoint", "id", "rank", "work")
 
     def __init__(self, endpoint: str, request_id: str, came: float) -> None:
         self.endpoint = endpoint
         self.id = request_id
         self.came = came
         self.rank = -1
+        self.work: Work | None = None
 
 
-class _Head(msgspec.Struct):
+class Head(msgspec.Struct):
     """The part of a request body that routing needs."""
 
     model: str | None = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    stream: Any = None
+
+    def most_tokens(self) -> int | None:
+        """The longest answer that was asked for. Whether the values are right is the instance's business."""
+        for value in (self.max_completion_tokens, self.max_tokens):
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
 
 
-_head = msgspec.json.Decoder(_Head)
+_head = msgspec.json.Decoder(Head)
 
 
 class ClientLeft(Exception):
@@ -99,10 +111,10 @@ class _Refused(Exception):
         self.response = response
 
 
-def requested_model(body: bytes) -> str | None:
-    """The `model` of a JSON request body. Raises ApiError 400 for what is not a JSON object with a string there."""
+def request_head(body: bytes) -> Head:
+    """What routing needs of a request body; ApiError 400 for what is no JSON object with a string `model`."""
     try:
-        return _head.decode(body).model
+        return _head.decode(body)
     except msgspec.ValidationError as error:
         raise invalid(f"The request body does not fit: {error}.", "model") from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -128,6 +140,7 @@ class Proxy:
     ) -> None:
         self._directory = directory
         self._admission = admission
+        self._predictor = admission.predictor
         self._adapters = adapters
         self._metrics = metrics
         self._session = session
@@ -140,15 +153,18 @@ class Proxy:
     async def forward(self, request: web.Request, call: Call) -> web.StreamResponse:
         """Answers `request` from an instance. Raises ApiError."""
         body = await request.read()
-        target = await self._resolve(requested_model(body))
+        head = request_head(body)
+        target = await self._resolve(head.model)
         call.rank = target.rank
         headers = self._headers(request.headers, call.id)
         affinity = headers.get(SESSION_HEADER)
+        if self._predictor is not None:
+            call.work = self._predictor.work(target, len(body), head.most_tokens(), bool(head.stream))
         tried: list[str] = []
         refusal: web.Response | None = None
         while len(tried) < self._max_attempts:
             waiting_since = time.monotonic()
-            upstream = await self._admission.acquire(target, tried, affinity, again=bool(tried))
+            upstream = await self._admission.acquire(target, tried, affinity, again=bool(tried), work=call.work)
             self._metrics.queued(time.monotonic() - waiting_since)
             try:
                 return await self._attempt(request, upstream, body, headers, call)
@@ -160,7 +176,7 @@ class Proxy:
                 upstream.failed(time.monotonic())
                 logger.warning("Instance %s failed request %s: %s (%s)", upstream.name, call.id, died, reason)
             finally:
-                self._admission.release(upstream)
+                self._admission.release(upstream, call.work)
             known = self._directory.upstreams
             only = known.keys() <= {upstream.name, *tried}
             if refusal is not None and (tried or only):
@@ -230,6 +246,7 @@ class Proxy:
         stream.headers["X-Request-Id"] = call.id
         read = answer.content.readany
         begun = False
+        events = 0
         tail = b""
         while True:
             try:
@@ -253,11 +270,16 @@ class Proxy:
                     if not begun:
                         begun = True
                         upstream.succeeded()
+                        if call.work is not None:
+                            call.work.first_token()
                         self._metrics.first_byte(call.rank, attempt.last_byte - call.came)
                         await stream.prepare(request)
                     if data:
+                        events += data.count(b"\n\n")
                         await stream.write(data)
                     if ended:
+                        if self._predictor is not None:
+                            self._predictor.saw_output(events)
                         await stream.write_eof()
                         return stream
                 except OSError as error:

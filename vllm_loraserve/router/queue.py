@@ -3,7 +3,8 @@
 A request takes a place on an instance: one of its adapter's by phi and live load (`cluster.routing.choose`), else, when
 those are full or failing, any live one (its resolver loads the adapter). With every instance full it waits in one
 first-come queue of bounded length; a place that comes free goes to the head of the queue, so nobody overtakes. A full
-queue is an ApiError 429 whose Retry-After comes from the rate at which requests have been finishing.
+queue is an ApiError 429 whose Retry-After comes from the rate at which requests have been finishing. With measured
+operating points the instance is chosen by predicted finish time instead (`prediction`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable, Collection
 from vllm_loraserve.cluster.routing import choose
 from vllm_loraserve.router.directory import Directory, Target
 from vllm_loraserve.router.errors import overloaded, unavailable
+from vllm_loraserve.router.ledger import Work
+from vllm_loraserve.router.prediction import Predictor
 from vllm_loraserve.router.upstream import Upstream
 
 NO_INSTANCE_RETRY_S = 2.0
@@ -55,15 +58,16 @@ class DrainRate:
 
 
 class _Waiter:
-    __slots__ = ("affinity", "exclude", "place", "target")
+    """What is asked for, and the future place of a request that waits."""
 
-    def __init__(
-        self, target: Target, exclude: Collection[str], affinity: str | None, place: asyncio.Future[Upstream]
-    ) -> None:
+    __slots__ = ("affinity", "exclude", "place", "target", "work")
+
+    def __init__(self, target: Target, exclude: Collection[str], affinity: str | None, work: Work | None) -> None:
         self.target = target
         self.exclude = exclude
         self.affinity = affinity
-        self.place = place
+        self.work = work
+        self.place: asyncio.Future[Upstream] = asyncio.get_running_loop().create_future()
 
 
 class Admission:
@@ -78,8 +82,10 @@ class Admission:
         queue_timeout_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
         self.directory = directory
+        self.predictor = predictor
         self.max_concurrency = max_concurrency
         self.max_queue = max_queue
         self.queue_timeout_s = queue_timeout_s
@@ -99,18 +105,22 @@ class Admission:
         return sum(upstream.in_flight for upstream in self.directory.live())
 
     async def acquire(
-        self, target: Target, exclude: Collection[str] = (), affinity: str | None = None, again: bool = False
+        self,
+        target: Target,
+        exclude: Collection[str] = (),
+        affinity: str | None = None,
+        again: bool = False,
+        work: Work | None = None,
     ) -> Upstream:
-        """A place for one request, waiting for it when there is none free.
+        """A place for one request (`work`: its size, where there is a predictor), waiting when there is none free.
 
         `exclude`: instances that failed this request; they are taken only when no other is left. `again`: a retry of
         an admitted request goes to the head of the queue and is never refused by its length. Raises ApiError 429
         (queue full, or waited `queue_timeout_s`) or 503 (no live instance); cancelling gives up the wait.
         """
         if not self._queue or again:
-            upstream = self._pick(target, exclude, affinity)
+            upstream = self._take(target, exclude, affinity, work)
             if upstream is not None:
-                upstream.started()
                 return upstream
         if not self.directory.upstreams:
             raise unavailable("No instance is alive; try again shortly.", NO_INSTANCE_RETRY_S)
@@ -118,15 +128,15 @@ class Admission:
             raise overloaded(
                 f"All instances are busy and {len(self._queue)} requests wait; try again later.", self.retry_after_s()
             )
-        place: asyncio.Future[Upstream] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(target, exclude, affinity, place)
+        waiter = _Waiter(target, exclude, affinity, work)
+        place = waiter.place
         (self._queue.appendleft if again else self._queue.append)(waiter)
         try:
             async with asyncio.timeout(self.queue_timeout_s):
                 return await place
         except (TimeoutError, asyncio.CancelledError) as error:
             if place.done() and not place.cancelled() and place.exception() is None:
-                self.release(place.result())  # granted in the very moment of giving up
+                self.release(place.result(), work)  # granted in the very moment of giving up
             else:
                 self._forget(waiter)
             if isinstance(error, TimeoutError):
@@ -135,9 +145,11 @@ class Admission:
                 ) from None
             raise
 
-    def release(self, upstream: Upstream) -> None:
+    def release(self, upstream: Upstream, work: Work | None = None) -> None:
         """Gives a place back; the head of the queue gets it."""
         upstream.finished()
+        if work is not None:
+            work.done()
         self.drain.add()
         if self._queue:
             self.grant()
@@ -153,11 +165,10 @@ class Admission:
                 self._queue.popleft()
                 waiter.place.set_exception(unavailable("No instance is alive; try again shortly.", NO_INSTANCE_RETRY_S))
                 continue
-            upstream = self._pick(waiter.target, waiter.exclude, waiter.affinity)
+            upstream = self._take(waiter.target, waiter.exclude, waiter.affinity, waiter.work)
             if upstream is None:
                 return
             self._queue.popleft()
-            upstream.started()
             waiter.place.set_result(upstream)
 
     def retry_after_s(self) -> float:
@@ -171,7 +182,22 @@ class Admission:
         except ValueError:
             return
 
-    def _pick(self, target: Target, exclude: Collection[str], affinity: str | None) -> Upstream | None:
+    def _take(
+        self, target: Target, exclude: Collection[str], affinity: str | None, work: Work | None
+    ) -> Upstream | None:
+        """`_pick`, and the place is taken."""
+        upstream = self._pick(target, exclude, affinity, work)
+        if upstream is not None:
+            upstream.started()
+            if work is not None:
+                work.sent(upstream.ledger)
+                if not work.streams:  # nothing will show its first token: it comes when it is predicted to
+                    asyncio.get_running_loop().call_later(work.wait_s, work.first_token)
+        return upstream
+
+    def _pick(
+        self, target: Target, exclude: Collection[str], affinity: str | None, work: Work | None
+    ) -> Upstream | None:
         """An instance with a free place, or None when all are full.
 
         Held back as long as another can serve: those that failed this request, and those with an open breaker.
@@ -179,6 +205,13 @@ class Admission:
         now = self._clock()
         limit = self.max_concurrency
         known = self.directory.upstreams
+        if self.predictor is not None and work is not None:
+            free = {
+                name: u for name, u in known.items() if u.in_flight < limit and name not in exclude and u.available(now)
+            }
+            predicted = self.predictor.choose(work, free, affinity)
+            if predicted is not None:
+                return known[predicted]
         routes = {
             name: phi
             for name, phi in target.routes.items()

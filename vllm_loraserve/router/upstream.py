@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 
 from vllm_loraserve.coordinator.messages import InstanceEntry
+from vllm_loraserve.router.ledger import Ledger
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
@@ -18,12 +19,24 @@ LONGEST_PAUSE_S = 30.0
 class Upstream:
     """An instance and this router's own counts of it. Times are of the caller's monotonic clock, in seconds."""
 
-    __slots__ = ("attempts", "entry", "epoch", "failures", "gone", "in_flight", "opened_until", "trial", "url")
+    __slots__ = (
+        "attempts",
+        "entry",
+        "epoch",
+        "failures",
+        "gone",
+        "in_flight",
+        "ledger",
+        "opened_until",
+        "trial",
+        "url",
+    )
 
     def __init__(self, entry: InstanceEntry, epoch: int = 0) -> None:
         self.entry = entry
         self.url = entry.url.rstrip("/")
         self.in_flight = 0
+        self.ledger = Ledger()
         self.failures = 0
         self.opened_until = 0.0
         self.trial = False

@@ -1,0 +1,142 @@
+"""Choice by predicted finish time: work under way, holders, spills, sessions; and the ledgers it reads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from vllm_loraserve.cli import main
+from vllm_loraserve.cluster.operating_points import OperatingPoints, StepCost, save
+from vllm_loraserve.coordinator.messages import Load, Residency
+from vllm_loraserve.router import cli
+from vllm_loraserve.router.directory import Target
+from vllm_loraserve.router.ledger import Ledger, Work
+from vllm_loraserve.router.prediction import Predictor
+from vllm_loraserve.router.upstream import Upstream
+
+from .conftest import Serve, entry, routes
+from .test_queue import COST
+
+
+def upstreams(names: str = "ab", **loads: Load) -> dict[str, Upstream]:
+    return {name: Upstream(entry(name, f"http://{name}", load=loads.get(name))) for name in names}
+
+
+def work(predictor: Predictor, target: Target, body_bytes: int = 4000, streams: bool = True) -> Work:
+    return predictor.work(target, body_bytes, 32, streams)
+
+
+def test_the_instance_with_less_to_read_is_done_first() -> None:
+    predictor, known = Predictor(COST), upstreams()
+    base = Target("base", {}, 0)
+    work(predictor, base, 40_000).sent(known["a"].ledger)
+    for _ in range(3):  # more requests, but far fewer tokens
+        work(predictor, base, 400).sent(known["b"].ledger)
+    assert predictor.choose(work(predictor, base), known) == "b"
+
+
+def test_a_holder_is_preferred_and_spills_only_when_another_is_faster() -> None:
+    predictor, known = Predictor(COST), upstreams()
+    one = Target("one", {"a": 1.0}, 64, size_bytes=50_000_000)
+    assert predictor.choose(work(predictor, one), known) == "a"
+    for _ in range(50):
+        work(predictor, one, 40_000).sent(known["a"].ledger)
+    chosen = work(predictor, one)
+    assert predictor.choose(chosen, known) == "b"
+    assert chosen.wait_s >= 0.05  # the fetch
+    held = Residency(name="one", sha256="0" * 64, tier="host")
+    resident = entry("b", "http://b")
+    known["b"].entry = msgspec.structs.replace(resident, resident=(held,))
+    assert predictor.choose(again := work(predictor, one), known) == "b"
+    assert again.wait_s > 0
+    assert predictor.choose(work(predictor, one), {"b": known["b"]}) == "b"
+    assert predictor.choose(work(predictor, one), {}) is None
+
+
+def test_requests_of_an_adapter_attract_each_other() -> None:
+    """Its rank rows are read in that instance's steps already."""
+    cost = StepCost(base=0.01, decode_token=1e-5, rank_row=1e-4, adapter=1e-3)
+    predictor, known = Predictor(cost), upstreams()
+    one = Target("one", {"a": 0.5, "b": 0.5}, 64)
+    first = work(predictor, one)
+    first.sent(known["b"].ledger)
+    first.first_token()
+    assert predictor.choose(work(predictor, one), known) == "b"
+
+
+def test_what_other_routers_sent_counts() -> None:
+    predictor, known = Predictor(COST), upstreams(a=Load(running=40, waiting=10))
+    assert predictor.choose(work(predictor, Target("base", {}, 0)), known) == "b"
+
+
+def test_a_session_stays_while_its_prefix_cache_pays() -> None:
+    predictor, known = Predictor(COST), upstreams()
+    base = Target("base", {}, 0)
+    homes = {key: predictor.choose(work(predictor, base), known, key) for key in map(str, range(20))}
+    assert set(homes.values()) == {"a", "b"}
+    busy = known["a"].ledger
+    work(predictor, base, 1000).sent(busy)  # less than what the cache saves
+    key = next(k for k, home in homes.items() if home == "a")
+    assert predictor.choose(work(predictor, base), known, key) == "a"
+    for _ in range(10):
+        work(predictor, base).sent(busy)
+    assert predictor.choose(work(predictor, base), known, key) == "b"
+
+
+def test_ledgers_return_to_zero_on_every_path() -> None:
+    predictor, ledger = Predictor(COST), Ledger()
+    one, base = Target("one", {}, 20), Target("base", {}, 0)
+    a, b, c = work(predictor, one), work(predictor, one), work(predictor, base)
+    for each in (a, b, c):
+        each.sent(ledger)
+    assert (ledger.queued, ledger.rows, ledger.adapters) == (3, 24, {"one": 2})
+    a.first_token()
+    a.first_token()
+    assert (ledger.queued, ledger.running, ledger.decode_ranks, ledger.context) == (2, 1, 20, a.prompt)
+    for each in (a, b, c, a):
+        each.done()
+    b.first_token()  # a late timer
+    assert ledger.idle()
+    b.sent(ledger)  # a retry
+    assert not ledger.idle()
+    b.done()
+    assert ledger.idle()
+
+
+def test_mean_output_follows_what_is_seen() -> None:
+    predictor = Predictor(COST)
+    for _ in range(500):
+        predictor.saw_output(10)
+    assert predictor.mean_output == pytest.approx(10, abs=1)
+    assert predictor.work(Target("base", {}, 0), 4, None, True).output == pytest.approx(10, abs=1)
+    assert predictor.work(Target("base", {}, 0), 4, 3, True).output == 3
+
+
+async def test_a_router_with_step_costs_serves_and_clears_its_ledgers(serve: Serve) -> None:
+    served = await serve(2, step_cost=COST)
+    served.publish([routes("one", rank=16, a=1.0)])
+    served.stubs[0].script = ["die"]
+    served.stubs[1].script = ["headers", "event", "event", "done"]
+    for stream in (True, False):
+        body = {"model": "one", "stream": stream, "max_tokens": 5}
+        async with served.client.post("/v1/completions", json=body) as r:
+            assert (await r.content.read()).count(b"data: ") == 3
+    assert served.idle()
+    assert all(upstream.ledger.idle() for upstream in served.router.directory.live())
+
+
+def test_operating_points_are_read_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "points.json"
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    arguments = ["--instances", "http://x", "--operating-points", str(file)]
+    assert main(["router", *arguments]) == 2
+    assert "no file" in capsys.readouterr().err
+    save(OperatingPoints(points={8: 100.0}), file)
+    assert main(["router", *arguments]) == 2
+    assert "no step cost" in capsys.readouterr().err
+    save(OperatingPoints(points={8: 100.0}, step_cost=COST), file)
+    assert cli.config_from(parser.parse_args(arguments)).step_cost == COST

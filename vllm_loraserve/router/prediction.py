@@ -1,0 +1,99 @@
+"""Choice by predicted finish time (`loraserve+`): the instance that would be done with a request first gets it.
+
+With the operating points of `vllm-loraserve profile` the router knows what a step costs. From its ledgers (what it has
+under way on each instance) and the load that instances report it asks `cluster.routing_plus` who would finish first.
+An instance that does not hold the adapter is a candidate too, with the time of the fetch added, so that a hot spot
+spills over only when that is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vllm_loraserve.cluster.operating_points import StepCost
+from vllm_loraserve.cluster.routing import rendezvous_weighted
+from vllm_loraserve.cluster.routing_plus import ServerView, choose_finish_time, predict_wait
+from vllm_loraserve.router.directory import Target
+from vllm_loraserve.router.ledger import Work
+from vllm_loraserve.router.upstream import Upstream
+
+SPILL_CANDIDATES = 2
+"""Non-holders that are looked at beside the holders: those with the fewest requests."""
+FETCH_BYTES_S, FETCH_LATENCY_S = 1e9, 5e-3
+"""A modest guess of what it takes to bring in an adapter that an instance lacks."""
+AFFINITY_SHARE = 0.5
+"""Share of the prompt that a session's own instance is expected to have in its prefix cache."""
+FIRST_MEAN_OUTPUT = 128.0
+
+
+class Predictor:
+    """Chooses by predicted finish time. One per router."""
+
+    def __init__(self, cost: StepCost) -> None:
+        self._cost = cost
+        self.mean_output = FIRST_MEAN_OUTPUT
+        """Tokens of an answer, a running mean over streams."""
+
+    def work(self, target: Target, body_bytes: int, max_tokens: int | None, streams: bool) -> Work:
+        """The prediction's view of a new request."""
+        return Work(target, body_bytes, max_tokens, self.mean_output, streams)
+
+    def saw_output(self, tokens: int) -> None:
+        """A stream of so many events has ended."""
+        self.mean_output += 0.02 * (tokens - self.mean_output)
+
+    def choose(self, work: Work, usable: Mapping[str, Upstream], affinity: str | None = None) -> str | None:
+        """The instance for `work` among `usable` (those with a free place); None when there is none.
+
+        `affinity`: the session's key; its instance is favoured by what its prefix cache saves. Sets `work.wait_s`.
+        """
+        routes = work.target.routes
+        candidates = {name: phi for name, phi in routes.items() if name in usable}
+        if candidates:
+            others = sorted((u for n, u in usable.items() if n not in candidates), key=lambda u: (u.load(), u.name))
+            candidates |= {u.name: 0.0 for u in others[:SPILL_CANDIDATES]}
+        else:
+            candidates = dict.fromkeys(usable, 1.0)
+        if not candidates:
+            return None
+        cost, rank = self._cost, work.target.rank
+        views = {name: self._view(usable[name], phi, work) for name, phi in candidates.items()}
+        if len(views) == 1:
+            (chosen,) = views
+        else:
+            own = None if affinity is None else rendezvous_weighted(affinity, candidates)
+            gain = AFFINITY_SHARE * work.prompt * cost.prefill_token
+            chosen = choose_finish_time(
+                views.values(), cost, work.prompt, work.output, rank, work.rank_rows, own=own, affinity_gain_s=gain
+            )
+        work.wait_s, _ = predict_wait(views[chosen], cost, work.prompt, work.output, rank)
+        return chosen
+
+    def _view(self, upstream: Upstream, phi: float, work: Work) -> ServerView:
+        ledger, entry = upstream.ledger, upstream.entry
+        view = ServerView(entry.name)
+        view.phi = phi
+        view.active = work.target.name in ledger.adapters
+        view.ready_s = 0.0 if view.active or not work.target.rank else _fetch_s(upstream, work.target)
+        # What other routers have sent: reported, and not ours. It counts as decoding requests of our mean size.
+        foreign = max(0, entry.load.running + entry.load.waiting - upstream.in_flight)
+        mean = ledger.context / ledger.running if ledger.running else work.prompt
+        view.queued = ledger.queued
+        view.queued_tokens = ledger.prompts
+        view.queued_token_ranks = ledger.prompt_ranks
+        view.running = ledger.running + foreign
+        view.decode_rank_sum = ledger.decode_ranks
+        view.context_tokens = ledger.context + foreign * mean
+        view.distinct = len(ledger.adapters)
+        view.distinct_rows = ledger.rows
+        if entry.capacity.kv_tokens:
+            view.kv_free = entry.capacity.kv_tokens * (1.0 - entry.load.kv_usage)
+            view.kv_queued = ledger.prompts
+        return view
+
+
+def _fetch_s(upstream: Upstream, target: Target) -> float:
+    """Seconds until the adapter could run there: 0 when it is in the arena or the host tier, else the fetch."""
+    if any(held.name == target.name for held in upstream.entry.resident):
+        return 0.0
+    return FETCH_LATENCY_S + target.size_bytes / FETCH_BYTES_S
