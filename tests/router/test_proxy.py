@@ -222,6 +222,22 @@ async def test_server_error_is_tried_on_one_other_instance(serve: Serve, status:
     assert sum(len(stub.bodies) for stub in served.stubs) == 2  # a poisonous request does not visit all three
 
 
+async def test_an_adapter_that_one_instance_cannot_find_is_asked_for_elsewhere(serve: Serve) -> None:
+    served = await serve(2)
+    served.publish([routes("one", a=1.0)])
+    served.stubs[0].script = ["status:404"]
+    async with served.client.post("/v1/completions", json={"model": "one"}) as r:
+        assert await r.json() == {"served_by": "b"}
+    served.stubs[1].script = ["status:404"]
+    async with served.client.post("/v1/completions", json={"model": "one"}) as r:
+        assert r.status == 404
+    for stub in served.stubs:
+        stub.bodies.clear()
+    async with served.client.post("/v1/completions", json={"model": "base"}) as r:  # of the base model it is an answer
+        assert r.status == 404
+    assert sum(len(stub.bodies) for stub in served.stubs) == 1
+
+
 async def test_no_instance_is_a_503(serve: Serve) -> None:
     served = await serve(1)
     served.publish(stubs=[])

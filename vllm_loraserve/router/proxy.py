@@ -233,7 +233,8 @@ class Proxy:
             upstream.attempts.discard(attempt)
         upstream.succeeded()
         response = web.Response(status=answer.status, body=whole, headers=_kept_headers(answer.headers))
-        if answer.status in RETRIED_STATUSES:
+        # A 404 for an adapter of the table: that instance could not find it, having lost touch with the registry.
+        if answer.status in RETRIED_STATUSES or (answer.status == 404 and call.rank > 0):
             raise _Refused(response)
         self._metrics.first_byte(call.rank, time.monotonic() - call.came)
         return response
