@@ -78,22 +78,31 @@ __attribute__((target("avx512f,avx512dq"))) uint64_t chunk_avx512(const unsigned
   for (uint64_t t : terms) sum += t;
   return sum;
 }
+
+// Copies a chunk past the caches, both sides 32-byte aligned. Like memcpy of large blocks it spares reading the
+// target's lines before writing them, a third of the traffic.
+__attribute__((target("avx2"))) void stream_avx2(unsigned char* target, const unsigned char* source) {
+  for (int i = 0; i < lsp::CHUNK; i += 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
+                        _mm256_load_si256(reinterpret_cast<const __m256i*>(source + i)));
+}
 #endif
 
 struct Variant {
   const char* name;
   uint64_t (*chunk)(const unsigned char*, uint64_t);
   bool usable;
+  void (*stream)(unsigned char*, const unsigned char*);  // null: there is none
 };
 
 Variant* variants() {
   static Variant all[] = {
 #if defined(__x86_64__)
-      {"avx512", chunk_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")},
-      {"avx2", chunk_avx2, __builtin_cpu_supports("avx2") != 0},
+      {"avx512", chunk_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"), stream_avx2},
+      {"avx2", chunk_avx2, __builtin_cpu_supports("avx2") != 0, stream_avx2},
 #endif
-      {"scalar", chunk_scalar, true},
-      {nullptr, nullptr, false},
+      {"scalar", chunk_scalar, true, nullptr},
+      {nullptr, nullptr, false, nullptr},
   };
   return all;
 }
@@ -121,22 +130,31 @@ uint64_t hash(const unsigned char* data, uint64_t length) {
   return lsp::finish(sum, length);
 }
 
-// Copies a block, then hashes what arrived while it is still in the cache nearest to the core.
-uint64_t copy_hash(unsigned char* target, const unsigned char* source, uint64_t length) {
+constexpr uint64_t STREAMING_BYTES = 4 << 20;  // in one call; less stays in the cache for whoever reads it next
+
+// Copies and hashes in one pass over memory. `streaming`: past the caches, for more than fits into them.
+uint64_t copy_hash(unsigned char* target, const unsigned char* source, uint64_t length, bool streaming) {
   constexpr uint64_t BLOCK = 8 * lsp::CHUNK;
-  auto chunk_sum = variant()->chunk;
+  const Variant* v = variant();
   uint64_t sum = 0, done = 0;
-  while (length - done >= BLOCK) {
-    memcpy(target + done, source + done, BLOCK);
-    for (uint64_t i = 0; i < BLOCK; i += lsp::CHUNK) sum += chunk_sum(target + done + i, (done + i) / lsp::CHUNK);
-    done += BLOCK;
+  bool aligned = (reinterpret_cast<uint64_t>(target) | reinterpret_cast<uint64_t>(source)) % 32 == 0;
+  if (streaming && aligned && v->stream) {
+    for (; length - done >= lsp::CHUNK; done += lsp::CHUNK) {
+      v->stream(target + done, source + done);
+      sum += v->chunk(source + done, done / lsp::CHUNK);  // in the nearest cache since the line above
+    }
+    _mm_sfence();
   }
-  memcpy(target + done, source + done, length - done);
-  for (; length - done >= lsp::CHUNK; done += lsp::CHUNK) sum += chunk_sum(target + done, done / lsp::CHUNK);
+  while (length - done >= lsp::CHUNK) {
+    uint64_t whole = (length - done) / lsp::CHUNK * lsp::CHUNK, block = whole < BLOCK ? whole : BLOCK;
+    memcpy(target + done, source + done, block);
+    for (uint64_t end = done + block; done < end; done += lsp::CHUNK) sum += v->chunk(target + done, done / lsp::CHUNK);
+  }
   if (uint64_t rest = length - done) {
+    memcpy(target + done, source + done, rest);
     alignas(64) unsigned char padded[lsp::CHUNK] = {};
     memcpy(padded, target + done, rest);
-    sum += chunk_sum(padded, done / lsp::CHUNK);
+    sum += v->chunk(padded, done / lsp::CHUNK);
   }
   return lsp::finish(sum, length);
 }
@@ -282,8 +300,11 @@ LSP_API int lsp_checksums(int device, const uint64_t* addresses, const uint64_t*
 }
 
 LSP_API int lsp_copy_checksums(const lsp_segment* segments, size_t count, uint64_t* sums) {
+  uint64_t total = 0;
+  for (size_t i = 0; i < count; ++i) total += segments[i].length;
+  bool streaming = total >= STREAMING_BYTES;
   for (size_t i = 0; i < count; ++i)
-    sums[i] = copy_hash(bytes(segments[i].target), bytes(segments[i].source), segments[i].length);
+    sums[i] = copy_hash(bytes(segments[i].target), bytes(segments[i].source), segments[i].length, streaming);
   return 0;
 }
 

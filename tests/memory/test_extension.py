@@ -119,6 +119,29 @@ def test_copy_and_copy_checksums(library, slab):
         assert bytes(target.view(64, 100)) == bytes(slab.view(0, 100))
 
 
+def test_large_copies_go_past_the_caches_and_arrive_as_well(library):
+    """Above 4 MiB in one call the copy streams; every variant, aligned and not, with pages that end in the middle."""
+    rng = np.random.default_rng(3)
+    with HostSlab(6 << 20) as source, HostSlab(6 << 20) as target:
+        source.array()[:] = rng.integers(0, 256, source.size, np.uint8)
+        before = library.hash_variant
+        try:
+            for variant in usable_variants(library):
+                library.force_hash_variant(variant)
+                for shift, length in ((0, 1 << 20), (0, (1 << 20) - 777), (32, 1_000_000), (8, 1_000_001)):
+                    target.array()[:] = 0
+                    places = [shift + i * (1 << 20) for i in range(5)]
+                    segments = [Segment(source.address + p, target.address + p, length) for p in places]
+                    assert library.copy_checksums(segments) == library.checksums(
+                        [source.address + p for p in places], [length] * 5
+                    )
+                    for p in places:
+                        assert (target.array()[p : p + length] == source.array()[p : p + length]).all()
+                    assert not target.array()[places[-1] + length :].any()
+        finally:
+            library.force_hash_variant(before)
+
+
 @pytest.mark.parametrize("page_bytes", [16, 48, 4096, 65536 + 16])
 def test_gather_and_scatter_are_inverse(library, slab, page_bytes):
     pages = list(np.random.default_rng(page_bytes).permutation(slab.size // page_bytes)[:13])

@@ -79,7 +79,7 @@ class Peer:
         local: LocalDevice | None = None,
         *,
         order: Sequence[str] = DEFAULT_ORDER,
-        streams: int = 4,
+        streams: int = 0,
         timeout: float = 5.0,
     ) -> None:
         host, _, port = endpoint.rpartition(":")

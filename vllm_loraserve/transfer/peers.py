@@ -23,7 +23,7 @@ class PeerTable:
         instance: str,
         *,
         order: Sequence[str] = DEFAULT_ORDER,
-        streams: int = 4,
+        streams: int = 0,
         verbs: str = "auto",
         rest_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,

@@ -109,14 +109,19 @@ def open_data(link: Link, address: str | tuple[str, int], timeout: float) -> soc
     return sock
 
 
+def default_streams() -> int:
+    """As many as there are processors to feed them, from 2 to 4."""
+    return max(2, min(4, (os.cpu_count() or 2) // 2))
+
+
 class TcpRung:
-    """Reads over up to `streams` connections at once, kept open between reads."""
+    """Reads over up to `streams` connections at once, kept open between reads. 0: `default_streams`."""
 
     name = "tcp"
     rdma = False
 
-    def __init__(self, streams: int = 4) -> None:
-        self._streams = streams
+    def __init__(self, streams: int = 0) -> None:
+        self._streams = streams or default_streams()
         self._idle: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
         self._busy: set[socket.socket] = set()
         self._lock = threading.Lock()
