@@ -193,9 +193,7 @@ class Peer:
 
         Raises CorruptPageError or GenerationChangedError.
         """
-        state = self.ask(wire.CheckLease(lease=lease.lease))
-        if not isinstance(state, wire.LeaseState) or not state.valid or state.generation != lease.pages.generation:
-            raise GenerationChangedError(f"{self.endpoint} replaced {lease.pages.name} while it was read")
+        self._check(lease, "it was read")
         if sums is None:
             offsets = page_offsets(lease.pages.page_lengths, destination.ranges)
             addresses = [destination.slab.address + offset for offset in offsets]
@@ -205,6 +203,12 @@ class Peer:
             raise CorruptPageError(
                 f"{lease.pages.name} from {self.endpoint}: page {bad[0]} arrived damaged ({len(bad)} of {len(sums)})"
             )
+
+    def _check(self, lease: wire.Leased, what: str) -> None:
+        """Raises GenerationChangedError where the lease has ended or the source holds another generation now."""
+        state = self.ask(wire.CheckLease(lease=lease.lease))
+        if not isinstance(state, wire.LeaseState) or not state.valid or state.generation != lease.pages.generation:
+            raise GenerationChangedError(f"{self.endpoint} replaced {lease.pages.name} meanwhile ({what})")
 
     def release(self, lease: wire.Leased, *, landed: bool = False) -> None:
         """Gives the lease back; `landed`: a verified copy exists here. A lost peer has released it
@@ -278,7 +282,12 @@ class Peer:
         destination: Destination | None = None
         try:
             destination = landing.reserve(lease.pages)
-            sums = rung.read(self, lease, destination, flight)
+            try:
+                sums = rung.read(self, lease, destination, flight)
+            except RungFailedError as error:
+                # A revoked lease may show as a broken connection; then it is the source that changed, not the way.
+                self._check(lease, str(error))
+                raise
             self.verify(lease, destination, sums)
             flight.check()
             landing.commit(lease.pages, destination)

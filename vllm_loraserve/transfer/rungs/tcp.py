@@ -16,6 +16,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from vllm_loraserve.memory import extension
 from vllm_loraserve.memory.extension import Segment
@@ -29,13 +30,15 @@ from vllm_loraserve.transfer.errors import (
     RungFailedError,
 )
 from vllm_loraserve.transfer.flight import Flight
-from vllm_loraserve.transfer.pages import AdapterPages, Destination, Range, slice_stream
+from vllm_loraserve.transfer.pages import AdapterPages, Destination, Range, page_offsets, slice_stream
 from vllm_loraserve.transfer.rungs.base import Link
 
 SEND_PIECE = 4 << 20
 RECEIVE_PIECE = 1 << 20
 MIN_SHARE = 1 << 20
 """Below this many bytes a stream is not worth its request."""
+STALL_S = 5.0
+"""A stream on which nothing arrives for so long is given up."""
 
 
 # ---- the serving side ----
@@ -109,6 +112,63 @@ def open_data(link: Link, address: str | tuple[str, int], timeout: float) -> soc
     return sock
 
 
+class Part(NamedTuple):
+    """What one stream brings: whole pages, `start` bytes into the page stream. Pages are (address here, length)."""
+
+    start: int
+    pages: list[tuple[int, int]]
+
+    @property
+    def size(self) -> int:
+        return sum(length for _, length in self.pages)
+
+    def runs(self) -> Iterator[list[tuple[int, int]]]:
+        """Pages that lie one behind the other here, together no more than a piece (or a single page)."""
+        run: list[tuple[int, int]] = []
+        held = 0
+        for address, length in self.pages:
+            if run and (run[-1][0] + run[-1][1] != address or held + length > RECEIVE_PIECE):
+                yield run
+                run, held = [], 0
+            run.append((address, length))
+            held += length
+        if run:
+            yield run
+
+
+def cut_parts(page_lengths: Sequence[int], destination: Destination, streams: int) -> list[Part]:
+    """The page stream in up to `streams` parts of about the same size, none much below MIN_SHARE."""
+    size = sum(page_lengths)
+    share = max(-(-size // streams), MIN_SHARE)
+    parts: list[Part] = []
+    at = held = 0
+    for offset, length in zip(page_offsets(page_lengths, destination.ranges), page_lengths, strict=True):
+        if not parts or held >= share:
+            parts.append(Part(at, []))
+            held = 0
+        parts[-1].pages.append((destination.slab.address + offset, length))
+        at, held = at + length, held + length
+    return parts
+
+
+def _receive_piece(sock: socket.socket, address: int, size: int, flight: Flight) -> None:
+    """`size` bytes to `address`; blocks without the GIL."""
+    view = memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
+    _limit_wait(sock, flight.deadline.left(STALL_S))
+    got = 0
+    while got < size:
+        try:
+            n = sock.recv_into(view[got:], 0, socket.MSG_WAITALL)
+        except BlockingIOError:
+            flight.check()
+            raise DeadlineError(f"no byte arrived for {STALL_S:.0f} s") from None
+        except OSError as error:
+            raise RungFailedError(f"a data connection broke: {error}") from None
+        if n == 0:
+            raise RungFailedError("a data connection ended early: the lease ended or the peer died")
+        got += n
+
+
 def default_streams() -> int:
     """As many as there are processors to feed them, from 2 to 4."""
     return max(2, min(4, (os.cpu_count() or 2) // 2))
@@ -134,10 +194,9 @@ class TcpRung:
     def prepare(self, link: Link) -> None:
         """Nothing to do."""
 
-    def read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> None:
+    def read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> list[int] | None:
         if destination.slab.device < 0:
-            self._read(link, lease, destination, flight)
-            return
+            return self._read(link, lease, destination, flight)
         library = extension.load()
         if library is None:
             raise RungFailedError("receiving into device memory needs the extension")
@@ -148,37 +207,35 @@ class TcpRung:
                 segments.append(Segment(at, destination.slab.address + offset, length))
                 at += length
             library.copy(segments, destination.slab.device)
+        return None  # what counts is what is on the device now
 
-    def _read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> None:
-        size = lease.pages.size
-        count = max(1, min(self._streams, size // MIN_SHARE))
-        share = -(-size // count)
-        parts = [(start, min(share, size - start)) for start in range(0, size, share)]
+    def _read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> list[int] | None:
+        parts = cut_parts(lease.pages.page_lengths, destination, self._streams)
         if len(parts) == 1:
-            self._read_part(link, lease, destination, flight, *parts[0])
-            return
+            return self._read_part(link, lease, parts[0], flight)
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._streams, thread_name_prefix="loraserve-tcp")
-        futures = [self._pool.submit(self._read_part, link, lease, destination, flight, *part) for part in parts[1:]]
+        futures = [self._pool.submit(self._read_part, link, lease, part, flight) for part in parts[1:]]
         failures: list[BaseException] = []
+        sums: list[list[int] | None] = []
         try:
-            self._read_part(link, lease, destination, flight, *parts[0])
+            sums.append(self._read_part(link, lease, parts[0], flight))
         except BaseException as error:
             failures.append(error)
         for future in futures:  # all of them, so that nobody writes to the destination after we return
-            failed = future.exception()
-            if failed is not None:
-                failures.append(failed)
+            try:
+                sums.append(future.result())
+            except BaseException as error:
+                failures.append(error)
         if failures:
             raise failures[0]
+        return [s for part in sums if part for s in part] if all(part is not None for part in sums) else None
 
-    def _read_part(
-        self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight, start: int, length: int
-    ) -> None:
+    def _read_part(self, link: Link, lease: wire.Leased, part: Part, flight: Flight) -> list[int] | None:
         sock = self._take(link, flight)
         try:
-            self._receive(sock, lease, destination, flight, start, length)
+            sums = self._receive(sock, lease, part, flight)
         except BaseException:
             self._drop(sock)
             raise
@@ -186,48 +243,34 @@ class TcpRung:
             self._busy.discard(sock)
             if not self._closed:
                 self._idle.put(sock)
-                return
+                return sums
         sock.close()
+        return sums
 
-    def _receive(
-        self,
-        sock: socket.socket,
-        lease: wire.Leased,
-        destination: Destination,
-        flight: Flight,
-        start: int,
-        length: int,
-    ) -> None:
-        targets = slice_stream(destination.ranges, start, length)
+    def _receive(self, sock: socket.socket, lease: wire.Leased, part: Part, flight: Flight) -> list[int] | None:
+        """The part's pages, and their checksums, taken while the bytes are still in the cache."""
         try:
-            wire.send(sock, wire.Pull(lease=lease.lease, start=start, length=length))
+            wire.send(sock, wire.Pull(lease=lease.lease, start=part.start, length=part.size))
             reply = wire.receive_reply(sock)
         except PeerLostError as error:
             raise RungFailedError(str(error)) from None
         if isinstance(reply, wire.Refused):
             kind = GenerationChangedError if reply.code == "revoked" else RungFailedError
             raise kind(reply.message)
-        if not isinstance(reply, wire.Data) or reply.length != length:
+        if not isinstance(reply, wire.Data) or reply.length != part.size:
             raise RungFailedError(f"an unexpected answer to Pull: {reply}")
-        for offset, size in targets:
-            view = memoryview((ctypes.c_ubyte * size).from_address(destination.slab.address + offset)).cast("B")
-            got = 0
-            while got < size:
-                step = min(size - got, RECEIVE_PIECE)
+        library = extension.load()
+        sums: list[int] = []
+        for run in part.runs():
+            address = run[0][0]
+            size = sum(length for _, length in run)
+            for start in range(0, size, RECEIVE_PIECE):
+                step = min(RECEIVE_PIECE, size - start)
                 flight.advance(step)
-                _limit_wait(sock, flight.deadline.left(5.0))
-                end = got + step
-                while got < end:
-                    try:
-                        n = sock.recv_into(view[got:end], 0, socket.MSG_WAITALL)
-                    except BlockingIOError:
-                        flight.check()
-                        raise DeadlineError("no byte arrived for 5 s") from None
-                    except OSError as error:
-                        raise RungFailedError(f"a data connection broke: {error}") from None
-                    if n == 0:
-                        raise RungFailedError("a data connection ended early: the lease ended or the peer died")
-                    got += n
+                _receive_piece(sock, address + start, step, flight)
+            if library is not None:
+                sums += library.checksums([a for a, _ in run], [n for _, n in run])
+        return sums if library is not None else None
 
     def _take(self, link: Link, flight: Flight) -> socket.socket:
         with contextlib.suppress(queue.Empty):
