@@ -75,8 +75,6 @@ def test_errors_name_the_thing() -> None:
 def test_faster_server_gets_more() -> None:
     slow, fast = ServerSpec("slow", 1024, 10**9), ServerSpec("fast", 1024, 10**9, speed=3.0)
     adapters = [adapter(f"a{i}") for i in range(40)]
-    inp = PlacementInput(
-        adapters=adapters, servers=[slow, fast], demand={a.name: 100.0 for a in adapters}, op=OP
-    )
+    inp = PlacementInput(adapters=adapters, servers=[slow, fast], demand={a.name: 100.0 for a in adapters}, op=OP)
     by = make_policy("rank-weighted").place(inp).by_server()
     assert 2.5 < len(by["fast"]) / len(by["slow"]) < 3.6

@@ -31,9 +31,7 @@ def test_excluded_servers_are_not_chosen_and_none_left_is_none() -> None:
 def test_session_stays_unless_its_server_is_busy() -> None:
     routes = {"a": 0.5, "b": 0.5}
     own = choose(routes, {"a": 1.0, "b": 1.0}, random.Random(0), affinity="chat-1")
-    assert all(
-        choose(routes, {"a": 1, "b": 1}, random.Random(i), affinity="chat-1") == own for i in range(20)
-    )
+    assert all(choose(routes, {"a": 1, "b": 1}, random.Random(i), affinity="chat-1") == own for i in range(20))
     busy = {"a": 1.0, "b": 1.0, own: 10.0}
     assert choose(routes, busy, random.Random(0), affinity="chat-1") != own
 

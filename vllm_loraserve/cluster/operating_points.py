@@ -129,9 +129,7 @@ def load(path: str | Path) -> OperatingPoints:
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=OperatingPoints)
     except FileNotFoundError as e:
-        raise OperatingPointsError(
-            f"operating points: no file {path}; write one with `vllm-loraserve profile`"
-        ) from e
+        raise OperatingPointsError(f"operating points: no file {path}; write one with `vllm-loraserve profile`") from e
     except msgspec.DecodeError as e:
         raise OperatingPointsError(f"operating points: {path} cannot be read: {e}") from e
 
