@@ -55,6 +55,21 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         str | None,
         Meta(description="HTTP base URL under which routers reach this instance; unset: from --host/--port."),
     ] = None
+    transfer_key_file: Annotated[
+        str | None,
+        Meta(description="File (mode 600) with the cluster's transfer key; unset: no adapters from or to peers."),
+    ] = None
+    transfer_host: Annotated[str, Meta(description="Address to serve adapters to peers on.")] = "127.0.0.1"
+    transfer_advertise: Annotated[
+        str | None, Meta(description="Host under which peers reach transfer_host; unset: transfer_host itself.")
+    ] = None
+    transfer_rdma: Annotated[str, Meta(description="RDMA device to use, or auto, or off.")] = "auto"
+    transfer_gib_s: Annotated[
+        float, Meta(ge=0, description="Most GiB/s that fetches from peers take together; 0: no bound.")
+    ] = 0.0
+    transfer_deadline_s: Annotated[
+        float, Meta(gt=0, le=3600, description="Seconds for one adapter from peers, then its checkpoint is read.")
+    ] = 30.0
     heartbeat_s: Annotated[float, Meta(gt=0, le=60, description="Seconds between heartbeats to the coordinator.")] = 1.0
     prefetch: Annotated[
         int, Meta(ge=1, le=1024, description="Adapters that may be loading, or loaded and not yet running, at a time.")

@@ -22,7 +22,15 @@ from vllm_loraserve.cluster.placement import make_policy  # noqa: E402
 from vllm_loraserve.config import LoRAServeConfig  # noqa: E402
 from vllm_loraserve.coordinator.client import CoordinatorClient  # noqa: E402
 from vllm_loraserve.coordinator.control import Controller, ControlOptions  # noqa: E402
-from vllm_loraserve.coordinator.messages import AdapterRecord, GetTable, RemoveAdapter, RoutingTable  # noqa: E402
+from vllm_loraserve.coordinator.messages import (  # noqa: E402
+    AdapterRecord,
+    Capacity,
+    GetTable,
+    Register,
+    RemoveAdapter,
+    Residency,
+    RoutingTable,
+)
 from vllm_loraserve.coordinator.registry import Registry  # noqa: E402
 from vllm_loraserve.coordinator.server import CoordinatorServer, ServerOptions  # noqa: E402
 from vllm_loraserve.engine.agent import RESOLVER_NAME, instance_name, start_agent  # noqa: E402
@@ -55,6 +63,7 @@ class FakeEngine:
         self.logger_manager = SimpleNamespace(stat_loggers=[])
         self.gate = asyncio.Event()
         self.load_s = 0.0
+        self.located: list[tuple] = []
         self.closed = 0
 
     async def add_lora(self, request):
@@ -71,6 +80,13 @@ class FakeEngine:
 
     async def list_loras(self):
         return set(self.held)
+
+    async def collective_rpc(self, method, args=()):
+        if method == "loraserve_transfer_endpoint":
+            return ["127.0.0.1:7001", "127.0.0.1:7002"]
+        assert method == "loraserve_locate"
+        self.located += args[0]
+        return [None, None]
 
     async def generate(self, prompt, sampling_params, request_id, *, lora_request=None):
         try:
@@ -248,6 +264,33 @@ async def test_a_prefetch_into_an_engine_that_loads_aside_ends_when_it_is_there(
     engine.load_s = 3.0
     with pytest.raises(TimeoutError, match="has not loaded 'b'"):
         await agent.prefetch(record("b"))
+
+
+async def test_workers_hear_who_holds_an_adapter_before_they_load_it(coordinator):
+    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
+    await coordinator.start()
+    engine = FakeEngine()
+    models = FakeModels(engine)
+    config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1, transfer_key_file="k")
+    agent = await start_agent(engine, vllm_config(), config, "http://127.0.0.1:8000", models)
+    await until(lambda: len(coordinator.controller.members) == 1)
+    controller = coordinator.controller
+    assert controller.members.get("one").hello.transfer == "127.0.0.1:7001,127.0.0.1:7002"
+    other = Register(
+        instance="two", incarnation="x", url="http://127.0.0.1:9", base_model="toy",
+        capacity=Capacity(slots=4, rank_rows=1), transfer="127.0.0.1:7003", resident=tuple(Residency(name=n, sha256="one") for n in "ab"),
+    )  # fmt: skip
+    controller.register(other, time.monotonic() + 1000)
+    held_by_two = [("two", "127.0.0.1:7003")]
+    coordinator.add(record("a"))
+    await until(lambda: "a" in models.lora_requests)
+    assert ("a", "/adapters/a", "one", held_by_two) in engine.located, "by the command"
+    controller.registry.add(record("b", source="/adapters/b"))
+    await models.resolve_lora("b")
+    assert ("b", "/adapters/b", "one", held_by_two) in engine.located, "by the resolver"
+    await agent.stop()
+    await coordinator.stop()
+    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
 
 
 async def test_what_the_operator_loaded_is_left_alone(joined):

@@ -14,7 +14,7 @@ import urllib.request
 import pytest
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorUnavailable  # noqa: E402
 from vllm_loraserve.coordinator.messages import (  # noqa: E402
@@ -25,6 +25,7 @@ from vllm_loraserve.coordinator.messages import (  # noqa: E402
     RoutingTable,
     Status,
 )
+from vllm_loraserve.transfer.auth import generate_key  # noqa: E402
 
 ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
@@ -42,51 +43,63 @@ def free_ports() -> tuple[int, int]:
             return a.getsockname()[1], b.getsockname()[1]
 
 
-@pytest.fixture
-def processes(tmp_path, model_dir):
-    """start_coordinator(), and (HTTP port, endpoint) of one instance that is starting."""
-    http, zmq_port = free_ports()
-    endpoint = f"tcp://127.0.0.1:{zmq_port}"
-    running = []
+class Site:
+    """Processes of one test: a coordinator at `endpoint`, instances on ports of their own; logs in `directory`."""
 
-    def start(*command: str, log: str) -> subprocess.Popen:
-        with (tmp_path / log).open("ab") as out:
+    def __init__(self, directory, model_dir) -> None:
+        self.directory, self.model_dir = directory, model_dir
+        _, zmq_port = free_ports()
+        self.endpoint = f"tcp://127.0.0.1:{zmq_port}"
+        self.running: list[subprocess.Popen] = []
+
+    def start(self, *command: str, log: str) -> subprocess.Popen:
+        with (self.directory / log).open("ab") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                stdout=out,
-                stderr=out,
+                [sys.executable, "-m", *command], stdout=out, stderr=out, start_new_session=True,
                 env={**os.environ, **ENV},
-                start_new_session=True,
-            )
-        running.append(process)
+            )  # fmt: skip
+        self.running.append(process)
         return process
 
-    def start_coordinator() -> subprocess.Popen:
-        return start(
-            "vllm_loraserve.cli", "coordinator", "--bind", endpoint, "--database", str(tmp_path / "r.sqlite"),
-            "--adapter-root", str(tmp_path), log="coordinator.log",
+    def start_coordinator(self) -> subprocess.Popen:
+        return self.start(
+            "vllm_loraserve.cli", "coordinator", "--bind", self.endpoint, "--database",
+            str(self.directory / "r.sqlite"), "--adapter-root", str(self.directory), log="coordinator.log",
         )  # fmt: skip
 
-    config = {"coordinator": endpoint, "instance": "one", "heartbeat_s": 0.5}
-    instance = start(
-        "vllm.entrypoints.cli.main", "serve", str(model_dir), "--served-model-name", "base", "--port", str(http),
-        "--host", "127.0.0.1", "--enable-loraserve", "--loraserve-config", json.dumps(config), "--enforce-eager",
-        "--max-model-len", "256", "--max-num-seqs", "4", "--max-loras", "2", "--max-lora-rank", "16",
-        "--dtype", "float32", log="instance.log",
-    )  # fmt: skip
-    yield start_coordinator, instance, http, endpoint
-    for process in running:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-    for process in running:
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if os.environ.get("LORASERVE_TEST_LOGS"):
-        for log in ("coordinator.log", "instance.log"):
-            print((tmp_path / log).read_text())
+    def start_instance(self, name: str, **options) -> tuple[subprocess.Popen, int]:
+        """(process, HTTP port) of an instance that is starting."""
+        port, _ = free_ports()
+        config = {"coordinator": self.endpoint, "instance": name, "heartbeat_s": 0.5, **options}
+        process = self.start(
+            "vllm.entrypoints.cli.main", "serve", str(self.model_dir), "--served-model-name", "base", "--port",
+            str(port), "--host", "127.0.0.1", "--enable-loraserve", "--loraserve-config", json.dumps(config),
+            "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4", "--max-loras", "2",
+            "--max-lora-rank", "16", "--dtype", "float32", log=f"{name}.log",
+        )  # fmt: skip
+        return process, port
+
+    def stop(self) -> None:
+        for process in self.running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in self.running:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if os.environ.get("LORASERVE_TEST_LOGS"):
+            for log in sorted(self.directory.glob("*.log")):
+                print(f"== {log.name}", log.read_text(), sep="\n")
+
+
+@pytest.fixture
+def site(tmp_path, model_dir):
+    """A Site that is stopped at the end."""
+    made = Site(tmp_path, model_dir)
+    yield made
+    made.stop()
 
 
 def complete(port: int, model: str) -> tuple[int, str]:
@@ -111,15 +124,15 @@ async def until(question, seconds: float):
             await asyncio.sleep(0.2)
 
 
-async def test_a_real_instance_in_a_cluster(processes, make_adapter):
-    start_coordinator, instance, port, endpoint = processes
-    coordinator = start_coordinator()
+async def test_a_real_instance_in_a_cluster(site, make_adapter):
+    coordinator = site.start_coordinator()
+    instance, port = site.start_instance("one")
     a, b = make_adapter("a", rank=8, seed=1), make_adapter("b", rank=16, seed=2)
 
     async def ask(model: str) -> tuple[int, str]:
         return await asyncio.to_thread(complete, port, model)
 
-    async with CoordinatorClient(endpoint, timeout_s=2) as client:
+    async with CoordinatorClient(site.endpoint, timeout_s=2) as client:
 
         async def joined():
             assert instance.poll() is None, "the instance ended"
@@ -160,7 +173,7 @@ async def test_a_real_instance_in_a_cluster(processes, make_adapter):
         await asyncio.to_thread(coordinator.wait)
         assert await ask("a") == first
         started = time.monotonic()
-        start_coordinator()
+        site.start_coordinator()
         table = await until(joined, 30)
         assert time.monotonic() - started < 5.0
         assert [r.adapter.name for r in table.adapters if r.routes] == ["a", "b"]
@@ -181,3 +194,43 @@ async def test_a_real_instance_in_a_cluster(processes, make_adapter):
             return True if not (await client.ask(GetTable(), RoutingTable)).instances else None
 
         await until(left, 30)
+
+
+async def test_an_adapter_whose_checkpoint_is_gone_comes_from_the_other_instance(site, make_adapter, tmp_path):
+    key = tmp_path / "transfer.key"
+    key.write_bytes(generate_key())
+    key.chmod(0o600)
+    site.start_coordinator()
+    instances = {n: site.start_instance(n, transfer_key_file=str(key), transfer_rdma="off") for n in ("one", "two")}
+    path = make_adapter("a", rank=8, seed=1)
+    async with CoordinatorClient(site.endpoint, timeout_s=2) as client:
+
+        async def table() -> RoutingTable | None:
+            assert all(process.poll() is None for process, _ in instances.values()), "an instance ended"
+            try:
+                return await client.ask(GetTable(), RoutingTable)
+            except CoordinatorUnavailable:
+                return None
+
+        async def both():
+            t = await table()
+            return t if t and len(t.instances) == 2 and all(i.transfer for i in t.instances) else None
+
+        async def holder():
+            t = await table()
+            found = [i.name for i in t.instances if i.resident] if t else []
+            return found[0] if found else None
+
+        await until(both, 500)
+        await client.request(AddAdapter(name="a", source=str(path)))
+        first = await until(holder, 60)
+        (second,) = instances.keys() - {first}
+        base = await asyncio.to_thread(complete, instances[first][1], "base")
+        right = await asyncio.to_thread(complete, instances[first][1], "a")
+        assert right[0] == 200
+        assert right[1] != base[1]
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+        assert await asyncio.to_thread(complete, instances[second][1], "a") == right
+        assert "from peer" in (tmp_path / f"{second}.log").read_text()

@@ -54,7 +54,7 @@ class AdapterRecord(Part, frozen=True):
     reason: str = ""
     """Why it is `failed`."""
     adapter_id: int = 0
-    """The id engines use for it (vLLM's lora_int_id): from the registry, so the same on every instance."""
+    """Never used twice, not even for other content under the same name. Engines number adapters by themselves."""
 
 
 class Capacity(Part, frozen=True):

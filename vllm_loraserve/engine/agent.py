@@ -18,7 +18,7 @@ import re
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -34,13 +34,15 @@ from vllm_loraserve.coordinator.messages import (
     Heartbeat,
     HeartbeatReply,
     Leave,
+    Location,
     Register,
     Registered,
     Residency,
+    RoutingTable,
 )
 from vllm_loraserve.engine.capacity import capacity_of, module_shapes
 from vllm_loraserve.engine.meter import LoadLogger, Meter
-from vllm_loraserve.engine.resolver import LoRAServeResolver
+from vllm_loraserve.engine.resolver import LoRAServeResolver, locations_of
 
 logger = logging.getLogger("vllm.loraserve.agent")
 
@@ -100,6 +102,9 @@ class Agent:
             module_shapes=shapes,
         )
         self._client = CoordinatorClient(config.coordinator, timeout_s=ANSWER_TIMEOUT_S)
+        self._transfers = config.transfer_key_file is not None
+        if self._transfers:
+            self.resolver.on_located = self._locate
         self._epoch: int | None = None
         self._reachable = True
         self._resident: tuple[Residency, ...] = ()
@@ -181,6 +186,9 @@ class Agent:
         # An engine in a long step (or compiling) answers late; the membership must not wait for it.
         with contextlib.suppress(TimeoutError):
             self._resident = await asyncio.wait_for(self._residency(), ANSWER_TIMEOUT_S)
+            if self._transfers and not self._hello.transfer:
+                endpoints = await asyncio.wait_for(self._rpc("loraserve_transfer_endpoint"), ANSWER_TIMEOUT_S)
+                self._hello = msgspec.structs.replace(self._hello, transfer=",".join(endpoints))
         hello = msgspec.structs.replace(self._hello, resident=self._resident)
         try:
             reply = await self._client.ask(hello, Registered)
@@ -250,8 +258,40 @@ class Agent:
 
     async def _refresh_registry(self) -> None:
         while True:
-            await self.resolver.refresh()
+            table = await self.resolver.refresh()
+            if table is not None and self._transfers:
+                await self._locate_all(table)
             await asyncio.sleep(REFRESH_S)
+
+    # ---- peers ----
+
+    async def _rpc(self, method: str, *args: Any) -> list[Any]:
+        """Calls a method of `peer_sources.WorkerExtension` in every worker."""
+        answers: list[Any] = await self.engine.collective_rpc(method, args=args)
+        return answers
+
+    def _row(self, request: LoRARequest, locations: Sequence[Location]) -> tuple[str, str, str, list[tuple[str, str]]]:
+        others = [(x.instance, x.endpoint) for x in locations if x.instance != self.name]
+        return request.lora_name, request.lora_path, self.resolver.digest_of(request) or "", others
+
+    async def _locate(self, request: LoRARequest, locations: Sequence[Location]) -> None:
+        """Tells the workers who holds an adapter that they are about to load; best effort."""
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await self._rpc("loraserve_locate", [self._row(request, locations)])
+        except Exception:
+            logger.warning("The workers were not told who holds '%s'", request.lora_name, exc_info=True)
+
+    async def _locate_all(self, table: RoutingTable) -> None:
+        """Keeps what the workers know about holders fresh, for adapters that were evicted and are asked for again."""
+        rows = []
+        for name, request in list(self.models.lora_requests.items()):
+            digest = self.resolver.digest_of(request)
+            if digest is not None:
+                rows.append(self._row(request, locations_of(table, name, digest)))
+        if rows:
+            with contextlib.suppress(Exception):
+                await self._rpc("loraserve_locate", rows)
 
     # ---- commands ----
 
@@ -269,9 +309,11 @@ class Agent:
         self._spawn(self._carry_out(key, command))
 
     async def _carry_out(self, key: tuple[int, int], command: Command) -> None:
-        work = self.prefetch if command.action == "prefetch" else self.release
         try:
-            await work(command.adapter)
+            if command.action == "prefetch":
+                await self.prefetch(command.adapter, command.locations)
+            else:
+                await self.release(command.adapter)
             result = CommandResult(id=command.id, ok=True)
         except Exception as error:
             text = f"{error}".strip().splitlines()
@@ -281,7 +323,7 @@ class Agent:
             self._resident = await self._residency()
         self._taken[key] = self._outbox[key] = result
 
-    async def prefetch(self, record: AdapterRecord) -> None:
+    async def prefetch(self, record: AdapterRecord, locations: Sequence[Location] = ()) -> None:
         """Loads this content under the adapter's name, replacing other content; raises what the engine raises."""
         self.resolver.learn(record)
         async with self.models.lora_resolver_lock[record.name]:
@@ -294,6 +336,8 @@ class Agent:
             if request is None:
                 request = self.resolver.request_for(record, self.models.lora_id_counter.inc(1))
             if request.lora_int_id not in await self.engine.list_loras():
+                if self._transfers:
+                    await self._locate(request, locations)
                 await self.engine.add_lora(request)
             self.models.lora_requests[record.name] = request
         # Outside of the lock: an engine that loads aside has answered before the adapter is there, and requests that

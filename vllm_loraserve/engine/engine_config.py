@@ -44,8 +44,17 @@ def prepare_engine_args(args: Any) -> LoRAServeConfig | None:
     return config
 
 
+WORKER_EXTENSION = "vllm_loraserve.engine.peer_sources.WorkerExtension"
+
+
 def adapt_vllm_config(vllm_config: Any) -> None:
-    """Names our scheduler in a finished VllmConfig, unless the user named one."""
+    """Names our scheduler and worker extension in a finished VllmConfig, unless the user named others."""
+    config, parallel = config_of(vllm_config), vllm_config.parallel_config
+    if config is not None and config.transfer_key_file is not None:
+        if parallel.worker_extension_cls:
+            logger.warning("Worker extension %s was asked for: no adapters from peers.", parallel.worker_extension_cls)
+        else:
+            parallel.worker_extension_cls = WORKER_EXTENSION
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is not None:
         logger.warning("Scheduler %s was asked for: no rank-aware batching.", scheduler.scheduler_cls)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
@@ -47,6 +47,9 @@ from vllm_loraserve.engine.stock_layers import track_slots
 from vllm_loraserve.memory.arena import Arena, arena_rank_rows
 from vllm_loraserve.memory.eviction import Candidate, Demand, eviction_order, load_seconds
 from vllm_loraserve.memory.host_tier import HostTier
+
+if TYPE_CHECKING:
+    from vllm_loraserve.engine.peer_sources import PeerSources
 
 logger = init_logger("vllm.loraserve.lora_manager")
 
@@ -369,6 +372,8 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
 
     _manager_cls = PagedLoRAModelManager
     _adapter_manager: PagedLoRAModelManager
+    peers: PeerSources | None = None
+    """Other instances as a source, where `transfer_key_file` is set."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
@@ -400,7 +405,19 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
             capacity=manager.capacity_problem,
         )
         self._prepared: dict[int, ServedAdapter] = {}
+        if self.options.transfer_key_file is not None:
+            # Imported where it is used: without the option no worker probes for RDMA.
+            from vllm_loraserve.engine.peer_sources import PeerSources
+
+            self.peers = PeerSources(
+                self.options, self.host, self._in_pages, rank=vllm_config.parallel_config.rank
+            )
         return manager.model
+
+    def _in_pages(self, lora_id: int) -> bool:
+        """Whether all of an adapter is in its pages, so that a peer can serve it from them."""
+        adapter = self._prepared.get(lora_id) or self._adapter_manager.adapter(lora_id)
+        return adapter is not None and not adapter.loras and not adapter.shared_pages
 
     def _host_bytes(self, manager: PagedLoRAModelManager) -> int:
         if self.options.host_gib is not None:
@@ -446,11 +463,15 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
     def prepare(self, lora_request: LoRARequest) -> ServedAdapter:
         """Bring an adapter into the host tier. Thread-safe, off the engine's thread; `add_adapter` then only
         copies pages. Raises AdapterError or HostTierFullError."""
-        adapter = self.loader.prepare(lora_request)
+        adapter = self.peers.bring(lora_request) if self.peers is not None else None
+        if adapter is None:
+            adapter = self.loader.prepare(lora_request)
         self._adapter_manager._validate_moe_lora_format(adapter)
         self._adapter_manager._validate_modules_to_save(adapter)
         self._adapter_manager._validate_token_classification_lora(adapter)
         self._prepared[lora_request.lora_int_id] = adapter
+        if self.peers is not None:
+            self.peers.served(lora_request)
         return adapter
 
     def is_prepared(self, lora_id: int) -> bool:
@@ -541,6 +562,8 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
 
     def remove_adapter(self, adapter_id: int) -> bool:
         self._prepared.pop(adapter_id, None)
+        if self.peers is not None:
+            self.peers.removed(adapter_id)
         return super().remove_adapter(adapter_id)
 
     def remove_all_adapters(self) -> None:

@@ -13,19 +13,38 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Awaitable, Callable
 
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
-from vllm_loraserve.coordinator.messages import AdapterRecord, AdapterReply, GetAdapter, GetTable, RoutingTable
+from vllm_loraserve.coordinator.messages import (
+    AdapterRecord,
+    AdapterReply,
+    GetAdapter,
+    GetTable,
+    Location,
+    RoutingTable,
+)
 
 logger = logging.getLogger("vllm.loraserve.resolver")
 
 ASK_TIMEOUT_S = 2.0
 AWAY_S = 3.0
 """After one unanswered question the last known registry is used so long without asking again."""
+
+
+def locations_of(table: RoutingTable, name: str, sha256: str) -> tuple[Location, ...]:
+    """Who holds this content and can be read from, by a routing table."""
+    return tuple(
+        Location(instance=i.name, endpoint=i.transfer, generation=copy.generation)
+        for i in table.instances
+        if i.transfer
+        for copy in i.resident
+        if copy.name == name and copy.sha256 == sha256
+    )
 
 
 class LoRAServeResolver(LoRAResolver):
@@ -40,11 +59,19 @@ class LoRAServeResolver(LoRAResolver):
         self._away_until = 0.0
         self._contents: dict[tuple[str, str], list[str]] = {}
         self._digests: dict[tuple[str, str], str] = {}
+        self._locations: dict[str, tuple[Location, ...]] = {}
+        self.on_located: Callable[[LoRARequest, tuple[Location, ...]], Awaitable[None]] | None = None
+        """Told who holds an adapter, before vLLM loads it."""
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """A request for the registered adapter `lora_name`, or None. vLLM overwrites its id with one of its own."""
         record = await self.lookup(lora_name)
-        return None if record is None else self.request_for(record, 1)
+        if record is None:
+            return None
+        request = self.request_for(record, 1)
+        if self.on_located is not None:
+            await self.on_located(request, self._locations.get(lora_name, ()))
+        return request
 
     async def lookup(self, name: str) -> AdapterRecord | None:
         """The active record of `name`; with no coordinator the last known one."""
@@ -61,7 +88,7 @@ class LoRAServeResolver(LoRAResolver):
             self._away_until = time.monotonic() + AWAY_S
             logger.warning("%s Adapters of the last known registry are served.", error)
             return self._known.get(name)
-        self._known[name] = reply.adapter
+        self._known[name], self._locations[name] = reply.adapter, reply.locations
         return reply.adapter
 
     async def _ask(self, name: str) -> AdapterReply:
@@ -72,13 +99,17 @@ class LoRAServeResolver(LoRAResolver):
             self._client = CoordinatorClient(self._endpoint)
         return self._client
 
-    async def refresh(self) -> None:
-        """Learns the whole registry, for when the coordinator is away; best effort."""
+    async def refresh(self) -> RoutingTable | None:
+        """Learns the whole registry, for when the coordinator is away; best effort: None when it did not answer."""
         try:
             table = await self._connection().ask(GetTable(), RoutingTable, timeout_s=ASK_TIMEOUT_S)
         except (CoordinatorError, CoordinatorUnavailable):
-            return
+            return None
+        self._locations = {
+            r.adapter.name: locations_of(table, r.adapter.name, r.adapter.sha256) for r in table.adapters
+        }
         self._known = {r.adapter.name: r.adapter for r in table.adapters if r.adapter.state == "active"}
+        return table
 
     def learn(self, record: AdapterRecord) -> None:
         """Notes a record that came another way."""
