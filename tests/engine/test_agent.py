@@ -277,9 +277,14 @@ async def test_workers_hear_who_holds_an_adapter_before_they_load_it(coordinator
     controller = coordinator.controller
     assert controller.members.get("one").hello.transfer == "127.0.0.1:7001,127.0.0.1:7002"
     other = Register(
-        instance="two", incarnation="x", url="http://127.0.0.1:9", base_model="toy",
-        capacity=Capacity(slots=4, rank_rows=1), transfer="127.0.0.1:7003", resident=tuple(Residency(name=n, sha256="one") for n in "ab"),
-    )  # fmt: skip
+        instance="two",
+        incarnation="x",
+        url="http://127.0.0.1:9",
+        base_model="toy",
+        capacity=Capacity(slots=4, rank_rows=1),
+        transfer="127.0.0.1:7003",
+        resident=tuple(Residency(name=n, sha256="one") for n in "ab"),
+    )
     controller.register(other, time.monotonic() + 1000)
     held_by_two = [("two", "127.0.0.1:7003")]
     coordinator.add(record("a"))
