@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Iterable
 
@@ -160,10 +161,9 @@ class Controller:
         held = before.resident if before is not None else {}
         member = self.members.beat(beat, now)
         self.loop.observe(member, beat, self.registry.ranks(), now)
-        for result in beat.results:
-            self.commands.answered(beat.instance, result, now)
+        self.commands.answered(beat.instance, beat.results, now)
         if beat.results or member.resident != held:
-            self._command(now)
+            self._commanded_at = -math.inf  # at the next tick, once for all that report until then
             self.dirty.set()
         commands = tuple(
             msgspec.structs.replace(c, locations=self.locations(c.adapter, besides=beat.instance))
