@@ -104,7 +104,8 @@ class Side:
         self.manager = self.worker_manager._adapter_manager
         began = time.perf_counter()
         for index, path in enumerate(adapters, 1):
-            self.worker_manager.add_adapter(LoRARequest(f"a{index}", index, str(path)))
+            # As within a step: outside of one, ours only starts a load aside.
+            self.worker_manager.set_active_adapters({LoRARequest(f"a{index}", index, str(path))}, None)
         self.first_load_s = (time.perf_counter() - began) / len(adapters)
         self.times: list[float] = []
 

@@ -135,6 +135,12 @@ class ManagerMachine(RuleBasedStateMachine):
 
         return LoRARequest(f"a{lora_id}", lora_id, str(FOLDER / f"a{lora_id}"), load_inplace=load_inplace)
 
+    def _add(self, request: Any) -> bool:
+        """At once, as within a step; outside of one the engine would only start a load aside."""
+        from vllm_loraserve.engine.lora_manager import LoRAServeWorkerManager
+
+        return LoRAServeWorkerManager.add_adapter(self.manager, request)
+
     def _fits(self, lora_ids: set[int]) -> bool:
         """Whether these can be active together, with what is pinned."""
         together = lora_ids | self.pinned
@@ -160,7 +166,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self._write(lora_id, ranks)
         if self._fits({lora_id}):
             WORKER.model_runner.lora_manager._adapter_manager.in_use = frozenset()
-            assert self.manager.add_adapter(self._request(lora_id, load_inplace=True))
+            assert self._add(self._request(lora_id, load_inplace=True))
         else:
             self.manager.remove_adapter(lora_id)
 
@@ -183,7 +189,7 @@ class ManagerMachine(RuleBasedStateMachine):
             self.pinned.discard(lora_id)
         elif lora_id in self.manager.list_adapters() and len(self.pinned) < 2 and self._fits({lora_id}):
             self.manager._adapter_manager.in_use = frozenset()
-            self.manager.add_adapter(self._request(lora_id))
+            self._add(self._request(lora_id))
             assert self.manager.pin_adapter(lora_id)
             self.pinned.add(lora_id)
 
