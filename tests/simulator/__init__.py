@@ -1,0 +1,1 @@
+"""Tests of the simulator (a package: its file names are also used in other rooms)."""
