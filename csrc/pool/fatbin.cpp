@@ -1,5 +1,5 @@
-// The compiled CUDA kernels, embedded as bytes.
-asm(".section .rodata\n"
+// The compiled CUDA kernels, embedded as bytes, in the section where NVIDIA's tools look for them.
+asm(".section .nv_fatbin, \"a\"\n"
     ".balign 64\n"
     ".global lsp_fatbin\n"
     ".hidden lsp_fatbin\n"

@@ -49,6 +49,7 @@ extern "C" __global__ void lsp_checksum_kernel(const uint64_t* addresses, const 
         if (aligned && offset + 8 <= length) {
           word = *reinterpret_cast<const uint64_t*>(data + offset);
         } else {
+#pragma unroll 1  // the last words of a page, or an odd address: rare, so small code
           for (int b = 0; b < 8 && offset + b < length; ++b) word |= static_cast<uint64_t>(data[offset + b]) << (8 * b);
         }
         lsp::accumulate(word, lsp::key(stripe, lane), product, trail);

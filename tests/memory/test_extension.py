@@ -112,9 +112,7 @@ def test_copy_and_copy_checksums(library, slab):
             assert bytes(target.view(5, segment.length)) == bytes(slab.view(17, segment.length))
             assert not target.array()[5 + segment.length :].any()
         target.array()[:] = 0
-        library.copy(
-            [Segment(slab.address, target.address + 64, 100), Segment(slab.address + 500, target.address, 64)]
-        )
+        library.copy([Segment(slab.address, target.address + 64, 100), Segment(slab.address + 500, target.address, 64)])
         assert bytes(target.view(0, 64)) == bytes(slab.view(500, 64))
         assert bytes(target.view(64, 100)) == bytes(slab.view(0, 100))
 
@@ -148,9 +146,7 @@ def test_gather_and_scatter_are_inverse(library, slab, page_bytes):
     with HostSlab(len(pages) * page_bytes) as rows, HostSlab(slab.size) as back:
         library.gather(slab.address, pages, page_bytes, rows.address)
         for i, page in enumerate(pages):
-            assert bytes(rows.view(i * page_bytes, page_bytes)) == bytes(
-                slab.view(int(page) * page_bytes, page_bytes)
-            )
+            assert bytes(rows.view(i * page_bytes, page_bytes)) == bytes(slab.view(int(page) * page_bytes, page_bytes))
         library.scatter(rows.address, pages, page_bytes, back.address)
         touched = np.zeros(back.size, bool)
         for page in pages:
@@ -245,9 +241,7 @@ def test_without_the_library_host_memory_still_works_with_one_warning(tmp_path):
         "LORASERVE_POOL_LIBRARY": str(tmp_path / "absent.so"),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    run = subprocess.run(
-        [sys.executable, "-c", MISSING], env=environment, capture_output=True, text=True, timeout=60
-    )
+    run = subprocess.run([sys.executable, "-c", MISSING], env=environment, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("WARNING") == 1
     assert "absent.so does not exist" in run.stdout
