@@ -243,7 +243,7 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         for lora_id in range(1, SLOTS + 1):
             self.manager.add_dummy_lora(self._request(100 + lora_id), rank)
-        self.manager._apply_adapters([self._request(100 + lora_id) for lora_id in range(1, SLOTS + 1)])
+        self.manager.set_active_adapters([self._request(100 + lora_id) for lora_id in range(1, SLOTS + 1)], None)
         self.manager._adapter_manager.check_integrity()
         self.manager.remove_all_adapters()
         self.pinned.clear()
