@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+import time
 
 import pytest
 
@@ -208,6 +210,44 @@ def test_reading_past_the_leased_pages_is_refused(start, length, connect):
     sock.close()
 
 
+def test_revocation_does_not_wait_for_a_reader_that_reads_nothing(source):
+    source.put("large", [bytes(1 << 20)] * 20, layout=LAYOUT)
+    with (
+        TransferServer([source], KEY, "one", verbs="off") as server,
+        Peer(server.endpoint, KEY, "two", order=("tcp",)) as peer,
+    ):
+        lease = peer.lease(wanted("large"))
+        sock = tcp.open_data(peer, (peer.host, peer.port), 5)
+        wire.send(sock, wire.Pull(lease=lease.lease, start=0, length=20 << 20))
+        assert wire.receive_reply(sock) == wire.Data(length=20 << 20)
+        time.sleep(0.2)  # the sender now waits for room in the socket
+        begun = time.monotonic()
+        assert server.revoke("large") == 1
+        assert time.monotonic() - begun < 2
+        sock.close()
+        assert source._pins == {}
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x93abc", b"{}", bytes(1000)])
+def test_nonsense_from_an_authenticated_peer_ends_its_connection_only(server, source, target, connect, body):
+    host, port = server.endpoint.split(":")
+    for hello in (True, False):
+        with socket.create_connection((host, int(port)), timeout=5) as sock:
+            prove_as_client(sock, KEY)
+            if hello:
+                wire.send(sock, wire.Hello(version=wire.VERSION, instance="odd", boot_id=""))
+                wire.receive_reply(sock)
+            sock.sendall(len(body).to_bytes(4, "little") + body)
+            with contextlib.suppress(ConnectionResetError):
+                assert sock.recv(1) == b""
+    with socket.create_connection((host, int(port)), timeout=5) as sock:
+        prove_as_client(sock, KEY)
+        sock.sendall((wire.MAX_FRAME + 1).to_bytes(4, "little"))  # refused before any of it is read
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1) == b""
+    assert connect("tcp").fetch(wanted("a"), target, Flight(10))[1] == "tcp"
+
+
 def test_the_mapped_memory_cannot_be_written(server, connect):
     import mmap
     import os
@@ -265,8 +305,6 @@ def test_deadline_and_cancellation_stop_a_transfer_between_pieces(server, target
 
 
 def test_a_bandwidth_cap_is_kept(source, target, connect):
-    import time
-
     limiter = RateLimiter(8e6, burst=1 << 16)
     begun = time.monotonic()
     pages, _ = connect("tcp").fetch(wanted("a"), target, Flight(20, limiter))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -338,6 +339,27 @@ def test_a_killed_peer_costs_no_request(target, holder, when, rung):
             first.kill()
         assert target.bytes_of("a") == b"".join(bytes(p) for p in adapter_pages(4))
         assert target.free_bytes == target.slab.size - brought.pages.size
+
+
+def test_a_peer_that_hangs_costs_the_hedge_and_no_more(target, holder):
+    """SIGSTOP: connections stay up and nothing answers."""
+    first, second = holder(4, "first"), holder(4, "second")
+    locations = [Location("first", first.endpoint), Location("second", second.endpoint)]
+    peers = PeerTable(KEY, "me", order=("tcp",))
+    pool = AdapterPool(target, peers, options=PoolOptions(hedge_s=0.2))
+    peers.get(first.endpoint)
+    peers.get(second.endpoint).rungs()
+    first.process.send_signal(signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        brought = pool.bring(wanted(), locations)
+        assert brought.via == "tcp second"
+        assert 0.2 <= time.monotonic() - begun < 2
+        assert target.bytes_of("a") == b"".join(bytes(p) for p in adapter_pages(4))
+    finally:
+        first.process.send_signal(signal.SIGCONT)
+        pool.close()
+    assert target.free_bytes == target.slab.size - brought.pages.size
 
 
 def test_a_peer_killed_between_two_pieces(target, holder):

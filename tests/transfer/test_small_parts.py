@@ -95,6 +95,23 @@ def test_revocation_waits_for_the_thread_that_is_sending(pages):
     assert store.released == ["a"]
 
 
+def test_revocation_interrupts_a_sender_that_can_be(pages):
+    table, store = LeaseTable(10.0), CountingStore()
+    lease = table.open(1, store, 0, pages, now=0.0)
+    stopped = threading.Event()
+    assert lease.enter(stopped.set)
+
+    def send() -> None:
+        assert stopped.wait(5)
+        lease.leave(stopped.set)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert table.end_adapter("a") == 1
+    sender.join()
+    assert store.released == ["a"]
+
+
 def test_a_failing_deregistration_still_unpins(pages):
     table, store = LeaseTable(10.0), CountingStore()
     lease = table.open(1, store, 0, pages, now=0.0)

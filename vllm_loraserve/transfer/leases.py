@@ -23,7 +23,7 @@ class Lease:
         self.on_end: Callable[[], None] | None = None
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._readers = 0
+        self._readers: list[Callable[[], None] | None] = []
         self._ended = False
 
     @property
@@ -31,18 +31,21 @@ class Lease:
         """False from the moment the lease ends."""
         return not self._ended
 
-    def enter(self) -> bool:
-        """A server thread begins to read the pages on the holder's behalf; False where the lease has ended."""
+    def enter(self, interrupt: Callable[[], None] | None = None) -> bool:
+        """A server thread begins to read the pages on the holder's behalf; False where the lease has ended.
+
+        `interrupt` makes it stop soon, when it would otherwise wait for a holder that takes nothing.
+        """
         with self._lock:
             if self._ended:
                 return False
-            self._readers += 1
+            self._readers.append(interrupt)
             return True
 
-    def leave(self) -> None:
-        """Undoes one successful `enter`."""
+    def leave(self, interrupt: Callable[[], None] | None = None) -> None:
+        """Undoes one successful `enter` with the same argument."""
         with self._lock:
-            self._readers -= 1
+            self._readers.remove(interrupt)
             self._idle.notify_all()
 
     def end(self) -> bool:
@@ -54,6 +57,9 @@ class Lease:
             if self._ended:
                 return False
             self._ended = True
+            for interrupt in self._readers:
+                if interrupt is not None:
+                    interrupt()
             while self._readers:
                 self._idle.wait()
         try:

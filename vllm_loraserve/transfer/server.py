@@ -349,13 +349,18 @@ class TransferServer:
         self._send_ranges(sock, lease, ranges)
 
     def _send_ranges(self, sock: socket.socket, lease: Lease, ranges: Sequence[Range]) -> None:
+
+        def interrupt() -> None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
         for piece in tcp.send_pieces(ranges):
-            if not lease.enter():  # closing the connection is what tells the reader
+            if not lease.enter(interrupt):  # closing the connection is what tells the reader
                 raise TransferError("a lease ended while its pages were sent")
             try:
                 tcp.send_range(sock, lease.store.slab, piece)
             finally:
-                lease.leave()
+                lease.leave(interrupt)
 
     def _give_memory(self, sock: socket.socket, request: wire.GetMemory) -> None:
         slab = self._stores[request.slab].slab if 0 <= request.slab < len(self._stores) else None
