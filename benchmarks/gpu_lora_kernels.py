@@ -48,8 +48,6 @@ from gpu_lora_sides import (
     weight_sets,
 )
 from gpu_lora_timing import Timer, device_constants
-from rich.console import Console
-from rich.table import Table
 
 from vllm_loraserve.kernels.cost import Batch, LayerShape, count_ours
 from vllm_loraserve.kernels.lora_linear import device_shape
@@ -86,7 +84,6 @@ class Run:
             stack = ExitStack()
             stack.enter_context(configured(self.stock, lambda op, config: config | small[op]))
             self._configured = stack
-        self.console = Console(width=160)
         names = options.models.split(",") if options.models else None
         models = TINY_MODELS if self.tiny else MODELS
         self.models = {name: layers for name, layers in models.items() if names is None or name in names}
@@ -127,7 +124,7 @@ class Run:
 
 def constants(run: Run) -> dict[str, Any]:
     found = device_constants(run.timer, tiny=run.tiny)
-    run.console.print(found)
+    say(found)
     return found
 
 
@@ -150,7 +147,7 @@ def correctness(run: Run) -> list[dict[str, Any]]:
             run.free()
     worst = max(rows, key=lambda row: row["ours"] if row["ours"] == row["ours"] else float("inf"))
     bad = [row for row in rows if not (row["ours"] < 0.02 and row["base_rows_unchanged"])]
-    run.console.print(f"correctness: {len(rows)} cases, worst {worst}, {len(bad)} wrong")
+    say(f"correctness: {len(rows)} cases, worst {worst}, {len(bad)} wrong")
     if bad:
         raise SystemExit(f"wrong results, timings would be worthless: {bad[:3]}")
     return rows
@@ -174,7 +171,7 @@ def tune_stock(
                     work = {"": lambda: [launch(i) for i in range(sets)] and None}
                     times[index] = quick.compare(work, sets)[""]
                 except Exception as error:  # a tile too large for the device's shared memory
-                    run.console.print(f"[dim]stock {op} {blocks}: {type(error).__name__}[/dim]")
+                    say(f"stock {op} {blocks}: {type(error).__name__}")
         return candidates[min(times, key=lambda index: times[index])]
 
     shrink = best("shrink", shrink_sweep(tokens), lambda i: side.shrink(i, buffer, x))
@@ -208,7 +205,7 @@ def time_sides(run: Run, layer: LayerShape, batch: Batch, *, tuned: bool = True)
     slots = len(batch.slot_ranks)
     # In prefill x and y alone are larger than the L2 cache.
     most = 64 if len(batch.token_slots) <= run.graph_tokens else 8
-    sets = 2 if run.tiny else weight_sets(layer, batch, slots, most=most, budget_bytes=run.options.gib * 2**30)
+    sets = 1 if run.tiny else weight_sets(layer, batch, slots, most=most, budget_bytes=run.options.gib * 2**30)
     sides = sides_of(run, layer, batch, sets, tuned=tuned)
     x, y = inputs(layer, batch, run.device, run.dtype)
     works = {side.name: partial(call_all, side, y, x, sets) for side in sides}
@@ -232,21 +229,23 @@ def roofline_us(run: Run, layer: LayerShape, batch: Batch) -> float:
 
 
 def table(run: Run, title: str, rows: list[dict[str, Any]], first: tuple[str, ...]) -> None:
+    """Print rows aligned in columns (a GPU machine need not have more than PyTorch and Triton)."""
     names = list(dict.fromkeys(name for row in rows for name in row["us"]))
-    shown = Table(title=title if run.timer.measures else f"{title} (interpreter: times mean nothing)")
-    for column in (
-        *first,
-        *(f"{name}, us" for name in names),
-        *(f"{n} / ours" for n in names if n != "ours"),
-        "roofline",
-    ):
-        shown.add_column(column, justify="left" if column in first else "right")
+    others = [name for name in names if name != "ours"]
+    lines = [[*first, *(f"{name}, us" for name in names), *(f"{name} / ours" for name in others), "roofline"]]
     for row in rows:
-        times = [f"{row['us'][n]:.1f}" if n in row["us"] else "" for n in names]
-        ratios = [f"{row['ratio'][n]:.2f}" if n in row["ratio"] else "" for n in names if n != "ours"]
+        times = [f"{row['us'][name]:.1f}" if name in row["us"] else "" for name in names]
+        ratios = [f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "" for name in others]
         share = f"{row['roofline_share']:.0%}" if "roofline_share" in row else ""
-        shown.add_row(*(str(row[name]) for name in first), *times, *ratios, share)
-    run.console.print(shown)
+        lines.append([*(str(row[name]) for name in first), *times, *ratios, share])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    say(f"\n{title}" + ("" if run.timer.measures else " (interpreter: times mean nothing)"))
+    for line in lines:
+        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def say(text: object) -> None:
+    print(text, flush=True)
 
 
 def linears(run: Run) -> dict[str, Any]:
@@ -258,7 +257,7 @@ def linears(run: Run) -> dict[str, Any]:
         middle = statistics.median(judged)
         summary["decode_ratio_to_tuned"] = middle
         verdict = "go on with kernels" if middle >= STOP_RATIO else "stop kernel work: memory is where the gain is"
-        run.console.print(f"median D1..D3 against tuned stock: {middle:.2f} (bar {STOP_RATIO}): {verdict}")
+        say(f"median D1..D3 against tuned stock: {middle:.2f} (bar {STOP_RATIO}): {verdict}")
     return summary
 
 
@@ -271,7 +270,7 @@ def interference_curve(run: Run) -> list[dict[str, Any]]:
             rows += [{"model": model, "rank": rank} | time_sides(run, layer, batch, tuned=False) for layer in layers]
     for (model, layer), of in grouped(rows).items() if run.timer.measures else ():
         times = [row["us"]["ours"] for row in of]
-        run.console.print(f"interference {model} {layer}: ours {times[-1] / times[0]:.2f}x from rank 8 to the largest")
+        say(f"interference {model} {layer}: ours {times[-1] / times[0]:.2f}x from rank 8 to the largest")
     table(run, "one large adapter among small ones", rows, ("model", "layer", "rank"))
     return rows
 
@@ -352,7 +351,7 @@ def sweep(run: Run) -> list[dict[str, Any]]:
     rows = []
     quick = Timer(run.device, repeats=3, min_seconds=0.005)
     for model, layer, batch in run.cases():
-        sets = 2 if run.tiny else weight_sets(layer, batch, 4, most=32, budget_bytes=run.options.gib * 2**30)
+        sets = 1 if run.tiny else weight_sets(layer, batch, 4, most=32, budget_bytes=run.options.gib * 2**30)
         chosen = Ours(layer, batch, sets, run.device, run.dtype, graph_tokens=run.graph_tokens)
         x, y = inputs(layer, batch, run.device, run.dtype)
         found: list[tuple[float, dict[str, Any]]] = []
@@ -364,7 +363,7 @@ def sweep(run: Run) -> list[dict[str, Any]]:
                 work = {"": partial(call_all, side, y, x, sets)}
                 found.append((quick.compare(work, sets)[""], dataclasses.asdict(side.launch.config)))
             except Exception as error:  # a tile too large for the device's shared memory
-                run.console.print(f"[dim]ours {blocks} {config}: {type(error).__name__}[/dim]")
+                say(f"ours {blocks} {config}: {type(error).__name__}")
         formula = found[0][0]
         best = sorted(found, key=lambda pair: pair[0])[:5]
         rows.append(

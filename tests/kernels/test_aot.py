@@ -36,8 +36,8 @@ def compiled_in_this_process(tmp_path_factory):
         yield
 
 
-def config_for(regime):
-    return choose(k=4096, n_slices=3, device=DeviceShape(), **REGIMES[regime])
+def config_for(regime, **options):
+    return choose(k=4096, n_slices=3, device=DeviceShape(), **REGIMES[regime], **options)
 
 
 @pytest.mark.parametrize(("regime", "dtype", "capability"), CASES)
@@ -65,6 +65,25 @@ def test_expand_does_not_spill(regime, dtype, capability):
     resident = 4 if config.block_m == 16 else 2
     assert resident * built.shared_bytes <= SHARED_PER_SM[capability]
     assert resident * built.registers * 32 * config.expand_warps <= REGISTERS_PER_SM
+
+
+@pytest.mark.parametrize("regime", ["decode", "prefill"])
+def test_odd_layers_compile_without_spills(regime):
+    """Widths that are no multiple of 16 bytes, and an expand that overwrites y."""
+    config = config_for(regime, aligned=False)
+    shrink = compile_shrink(config, dtype="bfloat16", capability=90, aligned=False, even_k=False)
+    expand = compile_expand(config, dtype="bfloat16", capability=90, aligned=False, add_inputs=False)
+    for built in (shrink, expand):
+        assert built.spill_instructions == 0
+        assert built.matrix_instructions > 0
+
+
+@pytest.mark.parametrize("regime", ["decode", "prefill"])
+def test_a_tail_of_k_keeps_the_pipeline(regime):
+    """K that is no multiple of the block (576 inputs): masked, but still with wide asynchronous copies."""
+    built = compile_shrink(config_for(regime), dtype="bfloat16", capability=90, even_k=False)
+    assert built.async_copies_16_bytes == built.async_copies > 0
+    assert built.spill_instructions == 0
 
 
 def test_the_checks_can_fail():

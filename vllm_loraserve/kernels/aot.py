@@ -34,9 +34,11 @@ class Compiled:
     matrix_instructions: int
 
 
-def compile_shrink(config: LaunchConfig, *, dtype: str, capability: int, n_slices: int = 3) -> Compiled:
-    """Compile the shrink kernel for an aligned layer whose K is a multiple of the block; `capability` e.g.
-    90."""
+def compile_shrink(
+    config: LaunchConfig, *, dtype: str, capability: int, n_slices: int = 3, aligned: bool = True, even_k: bool = True
+) -> Compiled:
+    """Compile the shrink kernel; `capability` e.g. 90; `aligned`: every row starts on a 16-byte boundary;
+    `even_k`: K is a multiple of the block."""
     from vllm_loraserve.kernels.triton_shrink import shrink_kernel
 
     constants = {
@@ -46,23 +48,25 @@ def compile_shrink(config: LaunchConfig, *, dtype: str, capability: int, n_slice
         "BLOCK_R": config.block_r,
         "BLOCK_K": config.block_k,
         "SPLIT_K": config.split_k,
-        "EVEN_K": True,
-        "ALIGNED": True,
+        "EVEN_K": even_k,
+        "ALIGNED": aligned,
     }
     pointers = _pointers("x_ptr arena_ptr", "table_ptr ranks_ptr header_ptr perm_ptr items_ptr", dtype)
     return _compile(
         shrink_kernel,
         pointers,
         constants,
-        _SHRINK_UNSPECIALISED,
+        _SHRINK_UNSPECIALISED + (() if aligned else ("K", "x_stride", "page_stride")),
         capability,
         config.shrink_warps,
         config.shrink_stages,
     )
 
 
-def compile_expand(config: LaunchConfig, *, dtype: str, capability: int, add_inputs: bool = True) -> Compiled:
-    """Compile the expand kernel for an aligned layer."""
+def compile_expand(
+    config: LaunchConfig, *, dtype: str, capability: int, add_inputs: bool = True, aligned: bool = True
+) -> Compiled:
+    """Compile the expand kernel; `aligned`: rank rows and output slices start on 16-byte boundaries."""
     from vllm_loraserve.kernels.triton_expand import expand_kernel
 
     constants = {
@@ -72,14 +76,14 @@ def compile_expand(config: LaunchConfig, *, dtype: str, capability: int, add_inp
         "BLOCK_RANK": config.block_rank,
         "SPLIT_K": config.split_k,
         "ADD_INPUTS": add_inputs,
-        "ALIGNED": True,
+        "ALIGNED": aligned,
     }
     pointers = _pointers("y_ptr arena_ptr", "table_ptr ranks_ptr blocks_ptr header_ptr perm_ptr tiles_ptr", dtype)
     return _compile(
         expand_kernel,
         pointers,
         constants,
-        _EXPAND_UNSPECIALISED,
+        _EXPAND_UNSPECIALISED + (() if aligned else ("y_stride", "page_stride")),
         capability,
         config.expand_warps,
         config.expand_stages,

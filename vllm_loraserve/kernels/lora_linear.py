@@ -80,6 +80,7 @@ def plan_launch(
             items=expected,
             top_rank=top_rank,
             device=device,
+            aligned=linear.aligned,
             batch_invariant=batch_invariant,
         )
     elif (config.block_m, config.block_r) != (plan.block_m, plan.block_r):

@@ -57,11 +57,12 @@ def shrink_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
         slot = tl.load(item_ptr)
         start = tl.load(item_ptr + 1)
         length = tl.load(item_ptr + 2)
-        offs_r = tl.load(item_ptr + 3) * BLOCK_R + tl.arange(0, BLOCK_R)
+        first_row = tl.load(item_ptr + 3) * BLOCK_R
         rank = tl.load(ranks_ptr + slice_id * ranks_stride + slot)
         # A module may have a smaller rank than the adapter's largest, or be absent: then this item is not
         # live here.
-        if tl.min(offs_r, axis=0) < rank:
+        if first_row < rank:
+            offs_r = first_row + tl.arange(0, BLOCK_R)
             in_tile = offs_m < length
             in_rank = offs_r < rank
             rows = tl.load(perm_ptr + start + offs_m, mask=in_tile, other=0).to(tl.int64)

@@ -95,6 +95,7 @@ def choose(
     items: int,
     top_rank: int,
     device: DeviceShape,
+    aligned: bool = True,
     batch_invariant: bool = False,
 ) -> LaunchConfig:
     """The launch for a layer with `k` inputs.
@@ -106,9 +107,10 @@ def choose(
     return LaunchConfig(
         block_m=block_m,
         block_r=block_r,
-        block_k=64 if tall else 128,
+        # Rows off the 16-byte grid are loaded element by element: half the tile, twice the threads, no spills.
+        block_k=(64 if aligned else 32) if tall else 128,
         split_k=split_k_for(k, items * n_slices, device, batch_invariant=batch_invariant),
-        shrink_warps=4,
+        shrink_warps=8 if tall and not aligned else 4,
         shrink_stages=4 if tall else 3,
         block_n=128,
         block_rank=16 if top_rank <= 16 else 32,

@@ -96,6 +96,16 @@ def test_tall_tiles_and_wide_rank_blocks_in_the_eager_regime(linear):
     assert (metadata.plan.block_m, metadata.plan.block_r, metadata.plan.fixed) == (64, 64, False)
 
 
+def test_tall_tiles_off_the_16_byte_grid():
+    linear = synthetic_linear(
+        in_size=37, out_sizes=(33, 20), ranks=[[19], [3]], max_rank=24, dtype=torch.float16, gap=3
+    )
+    assert not linear.aligned
+    metadata = metadata_for(linear, graph_tokens=16)
+    check(linear, metadata, [0] * 130)
+    assert metadata.plan.block_m == 64
+
+
 def test_a_captured_launch_serves_a_later_batch(linear):
     """What a CUDA graph does: grid and addresses of the first batch, lists of another."""
     metadata = metadata_for(linear, graph_tokens=32)

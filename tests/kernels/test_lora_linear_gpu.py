@@ -1,0 +1,89 @@
+"""The kernels on a real GPU: bf16 and fp16 against float64, captured in a CUDA graph, bit-equal when repeated.
+
+Not yet run: no GPU has been available to this project. The same checks run interpreted in `interpreted/`.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_loraserve.kernels.lora_linear import lora_linear
+from vllm_loraserve.kernels.metadata import StepMetadata
+from vllm_loraserve.kernels.paged import reference_linear
+from vllm_loraserve.kernels.synthetic import synthetic_linear
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels were not run on a GPU"),
+]
+
+RANKS = (8, 33, 0, 128, 1, 16, 7, 64)
+SHAPES = [(4096, (4096, 1024, 1024)), (14336, (4096,)), (8192, (1024, 128, 128)), (1000, (200, 72))]
+CUDA = torch.device("cuda")
+
+
+def build(in_size, out_sizes, dtype, graph_tokens=512):
+    ranks = [list(RANKS), *([list(reversed(RANKS))] * (len(out_sizes) - 1))]
+    linear = synthetic_linear(in_size=in_size, out_sizes=out_sizes, ranks=ranks, max_rank=128, dtype=dtype, device=CUDA)
+    metadata = StepMetadata(slots=len(RANKS), max_rank=128, graph_tokens=graph_tokens, device=CUDA)
+    for slot in range(len(RANKS)):
+        metadata.set_slot_rank(slot, max(row[slot] for row in ranks))
+    return linear, metadata
+
+
+def check(out, y, x, linear, token_slots):
+    slots = torch.full((len(x),), -1)
+    slots[: len(token_slots)] = torch.from_numpy(token_slots).long()
+    expected = reference_linear(y, x, linear, slots)
+    tolerance = 2e-2 if x.dtype == torch.bfloat16 else 4e-3
+    torch.testing.assert_close(out.cpu().double(), expected, atol=tolerance, rtol=tolerance)
+    assert torch.equal(out.cpu()[slots < 0], y.cpu()[slots < 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("in_size", "out_sizes"), SHAPES)
+@pytest.mark.parametrize("tokens", [1, 16, 64, 600, 2048])
+def test_matches_float64_and_repeats_bit_for_bit(in_size, out_sizes, tokens, dtype):
+    linear, metadata = build(in_size, out_sizes, dtype)
+    token_slots = np.random.default_rng(tokens).integers(-1, len(RANKS), tokens).astype(np.int32)
+    metadata.build(token_slots)
+    x = torch.randn(tokens, in_size, device=CUDA).to(dtype)
+    y = torch.randn(tokens, sum(out_sizes), device=CUDA).to(dtype)
+    outs = [y.clone() for _ in range(3)]
+    for out in outs:
+        lora_linear(out, x, linear, metadata)
+    check(outs[0], y, x, linear, token_slots)
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+def test_one_captured_graph_serves_every_later_batch():
+    linear, metadata = build(4096, (4096, 1024, 1024), torch.bfloat16)
+    x = torch.randn(64, 4096, device=CUDA).bfloat16()
+    y = torch.randn(64, 6144, device=CUDA).bfloat16()
+    out = y.clone()
+    metadata.build(np.zeros(64, np.int32))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        lora_linear(out, x, linear, metadata)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lora_linear(out, x, linear, metadata)
+    rng = np.random.default_rng(0)
+    for tokens in (64, 1, 17, 64, 40):
+        token_slots = rng.integers(-1, len(RANKS), tokens).astype(np.int32)
+        metadata.build(token_slots)
+        out.copy_(y)
+        graph.replay()
+        check(out, y, x, linear, token_slots)
+
+
+def test_a_capture_beyond_the_layout_is_refused():
+    linear, metadata = build(1000, (200, 72), torch.float16, graph_tokens=16)
+    x, y = torch.zeros(32, 1000, device=CUDA).half(), torch.zeros(32, 272, device=CUDA).half()
+    metadata.build(np.zeros(32, np.int32))
+    lora_linear(y, x, linear, metadata)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="graphs of up to 16"), torch.cuda.graph(graph):
+        lora_linear(y, x, linear, metadata)
