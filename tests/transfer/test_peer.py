@@ -228,6 +228,18 @@ def test_revocation_does_not_wait_for_a_reader_that_reads_nothing(source):
         assert source._pins == {}
 
 
+def test_connections_that_the_source_closed_while_idle_are_replaced(server, source, target, connect):
+    peer = connect("tcp")
+    for _ in range(3):
+        peer.fetch(wanted("a"), target, Flight(10))
+        with server._lock:
+            sockets = list(server._connections)
+        for sock in sockets:
+            if sock.getpeername() != peer._sock.getsockname():  # all but the control connection
+                sock.shutdown(socket.SHUT_RDWR)
+    assert target.bytes_of("a") == source.bytes_of("a")
+
+
 @pytest.mark.parametrize("body", [b"", b"\xc1", b"\x93abc", b"{}", bytes(1000)])
 def test_nonsense_from_an_authenticated_peer_ends_its_connection_only(server, source, target, connect, body):
     host, port = server.endpoint.split(":")

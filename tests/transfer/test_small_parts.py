@@ -112,6 +112,21 @@ def test_revocation_interrupts_a_sender_that_can_be(pages):
     assert store.released == ["a"]
 
 
+def test_giving_a_lease_back_lets_the_sender_finish(pages):
+    """The reader may have every byte before the sender's thread has left: its connection must stay."""
+    table, store = LeaseTable(10.0), CountingStore()
+    lease = table.open(1, store, 0, pages, now=0.0)
+    stopped = threading.Event()
+    assert lease.enter(stopped.set)
+    ending = threading.Thread(target=lambda: table.end(lease))
+    ending.start()
+    ending.join(0.1)
+    assert not stopped.is_set()
+    lease.leave(stopped.set)
+    ending.join(5)
+    assert store.released == ["a"]
+
+
 def test_a_failing_deregistration_still_unpins(pages):
     table, store = LeaseTable(10.0), CountingStore()
     lease = table.open(1, store, 0, pages, now=0.0)

@@ -48,18 +48,19 @@ class Lease:
             self._readers.remove(interrupt)
             self._idle.notify_all()
 
-    def end(self) -> bool:
+    def end(self, *, interrupt: bool = True) -> bool:
         """Ends the lease: no new readers, those inside leave first, then the registration and the pin go.
 
-        True for the one caller that ended it.
+        interrupt: tell those inside to stop; without it, wait until they are done. True for the one caller that ended
+        it.
         """
         with self._lock:
             if self._ended:
                 return False
             self._ended = True
-            for interrupt in self._readers:
-                if interrupt is not None:
-                    interrupt()
+            for stop in self._readers if interrupt else ():
+                if stop is not None:
+                    stop()
             while self._readers:
                 self._idle.wait()
         try:
@@ -102,16 +103,16 @@ class LeaseTable:
                 if lease.session == session:
                     lease.expires = now + self.ttl
 
-    def _end(self, chosen: Callable[[Lease], bool]) -> int:
+    def _end(self, chosen: Callable[[Lease], bool], *, interrupt: bool = True) -> int:
         with self._lock:
             ending = [lease for lease in self._leases.values() if chosen(lease)]
             for lease in ending:
                 del self._leases[lease.number]
-        return sum(lease.end() for lease in ending)
+        return sum(lease.end(interrupt=interrupt) for lease in ending)
 
     def end(self, lease: Lease) -> None:
-        """The holder gives it back."""
-        self._end(lambda other: other is lease)
+        """The holder gives it back: it has all it wants, whoever is still inside is about to leave."""
+        self._end(lambda other: other is lease, interrupt=False)
 
     def end_session(self, session: int) -> int:
         """The holder is gone; how many leases that ended."""

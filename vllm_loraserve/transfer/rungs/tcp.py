@@ -233,9 +233,18 @@ class TcpRung:
         return [s for part in sums if part for s in part] if all(part is not None for part in sums) else None
 
     def _read_part(self, link: Link, lease: wire.Leased, part: Part, flight: Flight) -> list[int] | None:
-        sock = self._take(link, flight)
+        sock, kept = self._take(link, flight)
         try:
-            sums = self._receive(sock, lease, part, flight)
+            try:
+                self._pull(sock, lease, part)
+            except RungFailedError:
+                if not kept:
+                    raise
+                # The source may have closed a connection that lay idle; a fresh one tells whether there is more to it.
+                self._drop(sock)
+                sock, _ = self._take(link, flight, fresh=True)
+                self._pull(sock, lease, part)
+            sums = self._receive(sock, part, flight)
         except BaseException:
             self._drop(sock)
             raise
@@ -247,8 +256,8 @@ class TcpRung:
         sock.close()
         return sums
 
-    def _receive(self, sock: socket.socket, lease: wire.Leased, part: Part, flight: Flight) -> list[int] | None:
-        """The part's pages, and their checksums, taken while the bytes are still in the cache."""
+    def _pull(self, sock: socket.socket, lease: wire.Leased, part: Part) -> None:
+        """Asks for the part; on return its bytes follow."""
         try:
             wire.send(sock, wire.Pull(lease=lease.lease, start=part.start, length=part.size))
             reply = wire.receive_reply(sock)
@@ -259,6 +268,9 @@ class TcpRung:
             raise kind(reply.message)
         if not isinstance(reply, wire.Data) or reply.length != part.size:
             raise RungFailedError(f"an unexpected answer to Pull: {reply}")
+
+    def _receive(self, sock: socket.socket, part: Part, flight: Flight) -> list[int] | None:
+        """The part's pages, and their checksums, taken while the bytes are still in the cache."""
         library = extension.load()
         sums: list[int] = []
         for run in part.runs():
@@ -272,19 +284,24 @@ class TcpRung:
                 sums += library.checksums([a for a, _ in run], [n for _, n in run])
         return sums if library is not None else None
 
-    def _take(self, link: Link, flight: Flight) -> socket.socket:
-        with contextlib.suppress(queue.Empty):
-            sock = self._idle.get_nowait()
-            with self._lock:
-                self._busy.add(sock)
-            return sock
+    def _take(self, link: Link, flight: Flight, *, fresh: bool = False) -> tuple[socket.socket, bool]:
+        """A connection, and whether it was kept from an earlier read."""
+        while not self._idle.empty():
+            with contextlib.suppress(queue.Empty):
+                sock = self._idle.get_nowait()
+                if fresh:
+                    sock.close()  # as old as the one that failed
+                    continue
+                with self._lock:
+                    self._busy.add(sock)
+                return sock, True
         sock = open_data(link, (link.host, link.port), flight.deadline.left(link.timeout))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(None)
         _limit_wait(sock, link.timeout)
         with self._lock:
             self._busy.add(sock)
-        return sock
+        return sock, False
 
     def _drop(self, sock: socket.socket) -> None:
         with self._lock:
