@@ -177,6 +177,12 @@ def hooks() -> tuple[Hook, ...]:
             patch="0008-request-error-reasons.patch",
         ),
         Hook(
+            name="worker extension",
+            target="vllm.config:ParallelConfig.worker_extension_cls",
+            kind="official",
+            wrap=None,
+        ),
+        Hook(
             name="adapter resolver",
             target="vllm.lora.resolver:LoRAResolverRegistry.register_resolver",
             kind="official",

@@ -3,8 +3,9 @@
 import pytest
 from coordinator_bench import FakeInstance, record
 
+from vllm_loraserve.coordinator.control import fitting
 from vllm_loraserve.coordinator.membership import Refused
-from vllm_loraserve.coordinator.messages import Residency
+from vllm_loraserve.coordinator.messages import Capacity, Residency
 
 
 def add(bench, *names, rank=8):
@@ -262,3 +263,13 @@ def test_the_location_table_names_who_can_be_read_from_least_busy_first(bench):
     b.run(4)
     told = [c for c in b.instances["three"].told if c.action == "prefetch"]
     assert [x.instance for x in told[0].locations] == ["two", "one"]
+
+
+def test_what_is_fetched_ahead_fits_the_host_tier_or_else_the_arena():
+    records = [record(f"a{i}", rank=16) for i in range(10)]
+    arena = Capacity(slots=8, rank_rows=64)
+    assert len(list(fitting(records, arena))) == 4
+    assert len(list(fitting(records, Capacity(slots=2, rank_rows=640)))) == 2
+    host = Capacity(slots=1, rank_rows=64, host_adapters=7, host_bytes=10 * 16000)
+    assert len(list(fitting(records, host))) == 7, "slots bound what runs together, not what is held"
+    assert len(list(fitting(records, Capacity(slots=8, rank_rows=64, host_bytes=3 * 16000)))) == 3

@@ -44,12 +44,12 @@ LLAMA = SimpleNamespace(
 )  # fmt: skip
 
 
-def vllm_config():
+def vllm_config(extension=""):
     return SimpleNamespace(
         lora_config=SimpleNamespace(max_loras=4, max_lora_rank=64, max_cpu_loras=8, lora_dtype=None),
         cache_config=SimpleNamespace(num_gpu_blocks=100, block_size=16),
         model_config=SimpleNamespace(hf_text_config=LLAMA),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, worker_extension_cls=extension),
         device_config=SimpleNamespace(device_type="cpu"),
     )
 
@@ -64,6 +64,7 @@ class FakeEngine:
         self.gate = asyncio.Event()
         self.load_s = 0.0
         self.located: list[tuple] = []
+        self.errors: dict[int, str] = {}
         self.closed = 0
 
     async def add_lora(self, request):
@@ -84,6 +85,8 @@ class FakeEngine:
     async def collective_rpc(self, method, args=()):
         if method == "loraserve_transfer_endpoint":
             return ["127.0.0.1:7001", "127.0.0.1:7002"]
+        if method == "loraserve_residency":
+            return [([i for i in self.held if i == 1], list(self.held), self.errors), ([], list(self.held), {})]
         assert method == "loraserve_locate"
         self.located += args[0]
         return [None, None]
@@ -266,6 +269,17 @@ async def test_a_prefetch_into_an_engine_that_loads_aside_ends_when_it_is_there(
         await agent.prefetch(record("b"))
 
 
+async def test_residency_and_failures_are_asked_from_every_worker(joined):
+    _, agent, engine, _ = joined
+    agent._extended = True
+    await agent.prefetch(record("a"))
+    await agent.prefetch(record("b", source="/adapters/b"))
+    assert {(r.name, r.tier) for r in await agent._residency()} == {("a", "host"), ("b", "host")}, "in slots of all?"
+    engine.load_s, engine.errors = 30.0, {3: "rank 512 is too large"}
+    with pytest.raises(RuntimeError, match="rank 512 is too large"):
+        await agent.prefetch(record("c", source="/adapters/c"))
+
+
 async def test_workers_hear_who_holds_an_adapter_before_they_load_it(coordinator):
     LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
     await coordinator.start()
@@ -402,7 +416,7 @@ def test_capacity_is_the_configured_memory_else_the_flags():
     row = rank_row_bytes(shapes, 2, 2)
     assert row == 2 * 2 * sum(i + o for i, o in shapes.values())
     plain = capacity_of(vllm_config(), LoRAServeConfig(), shapes)
-    assert (plain.rank_rows, plain.host_bytes) == (4 * 64, 8 * 64 * row)
+    assert (plain.rank_rows, plain.host_bytes, plain.host_adapters) == (4 * 64, 8 * 64 * row, 8)
     assert capacity_of(vllm_config(), LoRAServeConfig(arena_rank_rows=77), shapes).rank_rows == 77
     big = capacity_of(vllm_config(), LoRAServeConfig(arena_gib=1.0, host_gib=2.0), shapes)
     assert (big.rank_rows, big.host_bytes) == ((1 << 30) // row, 2 << 30)

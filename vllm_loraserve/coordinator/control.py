@@ -16,7 +16,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -33,6 +33,7 @@ from vllm_loraserve.coordinator.messages import (
     AdapterDemand,
     AdapterRecord,
     AdapterRoutes,
+    Capacity,
     Heartbeat,
     HeartbeatReply,
     InstanceEntry,
@@ -323,13 +324,8 @@ class Controller:
         for member in self.members.all():
             records = wanted[member.name]
             records.sort(key=lambda r: (-(d.tokens_per_s if (d := demand.get(r.name)) else 0.0), r.adapter_id))
-            rows, slots = member.hello.capacity.rank_rows, member.hello.capacity.slots
-            for record in records:
+            for record in fitting(records, member.hello.capacity):
                 # Only what fits together is fetched ahead; the rest comes with its first request, by eviction.
-                rows -= -(-record.rank // PAGE_ROWS) * PAGE_ROWS
-                slots -= 1
-                if rows < 0 or slots < 0:
-                    break
                 if not member.holds(record.name, record.sha256):
                     self.commands.tell(member.name, "prefetch", record, now)
             self._release(member, {r.name: r for r in records}, now)
@@ -432,6 +428,18 @@ class Controller:
         out += self.loop.speeds.warnings()
         out += [f"Waiting for '{name}' to register again after the restart." for name in sorted(self._awaited)]
         return out
+
+
+def fitting(records: Iterable[AdapterRecord], capacity: Capacity) -> Iterator[AdapterRecord]:
+    """The first of `records` that an instance can hold together: in its host tier where it has one, else its arena."""
+    count = max(capacity.slots, capacity.host_adapters)
+    room = capacity.host_bytes or capacity.rank_rows
+    for record in records:
+        room -= record.size_bytes if capacity.host_bytes else -(-record.rank // PAGE_ROWS) * PAGE_ROWS
+        count -= 1
+        if room < 0 or count < 0:
+            return
+        yield record
 
 
 def record_of(copy: Residency) -> AdapterRecord:

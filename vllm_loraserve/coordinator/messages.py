@@ -65,6 +65,9 @@ class Capacity(Part, frozen=True):
     rank_rows: int
     """Rank rows its device arena holds."""
     host_bytes: int = 0
+    """Bytes of adapters that its host memory holds; 0: no host tier, or not known."""
+    host_adapters: int = 0
+    """Adapters that it can hold at a time, in slots or ready beside them; 0: as many as slots."""
     device: str = ""
     tensor_parallel: int = 1
     kv_tokens: int = 0

@@ -19,7 +19,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from vllm.lora.request import LoRARequest
@@ -41,6 +41,7 @@ from vllm_loraserve.coordinator.messages import (
     RoutingTable,
 )
 from vllm_loraserve.engine.capacity import capacity_of, module_shapes
+from vllm_loraserve.engine.engine_config import WORKER_EXTENSION
 from vllm_loraserve.engine.meter import LoadLogger, Meter
 from vllm_loraserve.engine.resolver import LoRAServeResolver, locations_of
 
@@ -103,6 +104,7 @@ class Agent:
         )
         self._client = CoordinatorClient(config.coordinator, timeout_s=ANSWER_TIMEOUT_S)
         self._transfers = config.transfer_key_file is not None
+        self._extended = getattr(vllm_config.parallel_config, "worker_extension_cls", "") == WORKER_EXTENSION
         if self._transfers:
             self.resolver.on_located = self._locate
         self._epoch: int | None = None
@@ -248,13 +250,24 @@ class Agent:
 
     async def _residency(self) -> tuple[Residency, ...]:
         """What the engine holds of the registry's adapters."""
-        held = await self.engine.list_loras()
+        arena, host, _ = await self._inside()
         out = []
         for name, request in list(self.models.lora_requests.items()):
             digest = self.resolver.digest_of(request)
-            if digest is not None and request.lora_int_id in held:
-                out.append(Residency(name=name, sha256=digest))
+            if digest is not None and request.lora_int_id in arena | host:
+                tier: Literal["arena", "host"] = "arena" if request.lora_int_id in arena else "host"
+                out.append(Residency(name=name, sha256=digest, tier=tier))
         return tuple(out)
+
+    async def _inside(self) -> tuple[set[int], set[int], dict[int, str]]:
+        """Ids that every worker holds in slots, ids that it has in host memory, and why others could not be loaded."""
+        if not self._extended:
+            return set(await self.engine.list_loras()), set(), {}
+        answers = await self._rpc("loraserve_residency")
+        arena = set.intersection(*(set(a) for a, _, _ in answers))
+        held = set.intersection(*(set(a) | set(h) for a, h, _ in answers))
+        # Keys of a map may arrive as text.
+        return arena, held - arena, {int(i): text for _, _, errors in answers for i, text in errors.items()}
 
     async def _refresh_registry(self) -> None:
         while True:
@@ -335,28 +348,39 @@ class Agent:
                 request = None
             if request is None:
                 request = self.resolver.request_for(record, self.models.lora_id_counter.inc(1))
-            if request.lora_int_id not in await self.engine.list_loras():
+            arena, host, _ = await self._inside()
+            if request.lora_int_id not in arena | host:
                 if self._transfers:
                     await self._locate(request, locations)
                 await self.engine.add_lora(request)
             self.models.lora_requests[record.name] = request
         # Outside of the lock: an engine that loads aside has answered before the adapter is there, and requests that
         # name it meanwhile wait for it there, or are told why it can't be loaded.
-        if not await self._held(request):
+        try:
+            if not await self._held(request):
+                raise TimeoutError(f"The engine has not loaded '{record.name}' within {LOAD_PATIENCE_S:g} s.")
+        except (RuntimeError, TimeoutError):
             if self.models.lora_requests.get(record.name) is request:
                 self._unserve(record.name, request)
-            raise TimeoutError(f"The engine has not loaded '{record.name}' within {LOAD_PATIENCE_S:g} s.")
+            raise
         logger.info("Prefetched adapter '%s' (rank %d) from '%s'", record.name, record.rank, record.source)
 
     async def _held(self, request: LoRARequest) -> bool:
-        """Waits until the engine holds the adapter; False when it has not come within LOAD_PATIENCE_S."""
+        """Waits until the engine holds the adapter; False when it has not come within LOAD_PATIENCE_S.
+
+        Raises RuntimeError with the reason where the engine says that it can't be loaded.
+        """
         end, pause = time.monotonic() + LOAD_PATIENCE_S, 0.05
-        while request.lora_int_id not in await self.engine.list_loras():
+        while True:
+            arena, host, errors = await self._inside()
+            if request.lora_int_id in arena | host:
+                return True
+            if request.lora_int_id in errors:
+                raise RuntimeError(errors[request.lora_int_id])
             if time.monotonic() > end or self.models.lora_requests.get(request.lora_name) is not request:
                 return False
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)
-        return True
 
     async def release(self, record: AdapterRecord) -> None:
         """Stops serving the adapter's name, waits for its running requests, and lets the engine forget it.

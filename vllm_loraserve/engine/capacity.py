@@ -58,6 +58,7 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
         slots=lora.max_loras,
         rank_rows=rank_rows,
         host_bytes=host_bytes if config.host_gib is None else int(config.host_gib * GIB),
+        host_adapters=lora.max_cpu_loras or lora.max_loras,
         device=_device_name(vllm_config),
         tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
         kv_tokens=(cache.num_gpu_blocks or 0) * (cache.block_size or 0),

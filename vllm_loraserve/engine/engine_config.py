@@ -44,15 +44,16 @@ def prepare_engine_args(args: Any) -> LoRAServeConfig | None:
     return config
 
 
-WORKER_EXTENSION = "vllm_loraserve.engine.peer_sources.WorkerExtension"
+WORKER_EXTENSION = "vllm_loraserve.engine.worker_extension.WorkerExtension"
 
 
 def adapt_vllm_config(vllm_config: Any) -> None:
     """Names our scheduler and worker extension in a finished VllmConfig, unless the user named others."""
     config, parallel = config_of(vllm_config), vllm_config.parallel_config
-    if config is not None and config.transfer_key_file is not None:
+    if config is not None and (config.coordinator is not None or config.transfer_key_file is not None):
         if parallel.worker_extension_cls:
-            logger.warning("Worker extension %s was asked for: no adapters from peers.", parallel.worker_extension_cls)
+            text = "Worker extension %s was asked for: residency is less exact, and no adapters come from peers."
+            logger.warning(text, parallel.worker_extension_cls)
         else:
             parallel.worker_extension_cls = WORKER_EXTENSION
     scheduler = vllm_config.scheduler_config

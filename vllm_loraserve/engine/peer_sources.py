@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
@@ -76,6 +75,12 @@ class PeerSources:
         with self._lock:
             self._located[name, path] = (digest, tuple(locations))
 
+    def knows(self, request: LoRARequest) -> bool:
+        """Whether some peer was named for the adapter, so that it may come though its checkpoint is gone."""
+        with self._lock:
+            _, locations = self._located.get((request.lora_name, request.lora_path), ("", ()))
+        return bool(locations)
+
     def served(self, request: LoRARequest) -> None:
         """The adapter is in the host tier under the request's id: peers may have it by its name."""
         with self._lock:
@@ -125,23 +130,3 @@ class PeerSources:
         self._pool.close()
         self._peers.close()
         self._server.close()
-
-
-class WorkerExtension:
-    """Mixed into the worker by vLLM (`worker_extension_cls`): what the agent may call by collective_rpc."""
-
-    def _loraserve_peers(self) -> PeerSources | None:
-        runner: Any = self.model_runner  # type: ignore[attr-defined]
-        return getattr(runner.lora_manager, "peers", None)
-
-    def loraserve_transfer_endpoint(self) -> str:
-        """Where peers find this worker; empty where transfers are off."""
-        peers = self._loraserve_peers()
-        return peers.endpoint if peers is not None else ""
-
-    def loraserve_locate(self, rows: list[tuple[str, str, str, list[tuple[str, str]]]]) -> None:
-        """Rows of the location table: (name, path, digest, holders), see `PeerSources.locate`."""
-        peers = self._loraserve_peers()
-        if peers is not None:
-            for name, path, digest, holders in rows:
-                peers.locate(name, path, digest, [(instance, endpoints) for instance, endpoints in holders])

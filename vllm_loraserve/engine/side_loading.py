@@ -79,6 +79,8 @@ class SideLoadingMixin:
         self._in_step = False
         self._paths: dict[int, str] = {}
         """Adapter -> the path it was read from, for adapters that are ready."""
+        self.load_errors: dict[int, str] = {}
+        """Adapter -> why it could not be loaded, until it is loaded or removed."""
         self._vllm_config = vllm_config
         self._channel: channel.WorkerEnd | None = None
 
@@ -132,10 +134,12 @@ class SideLoadingMixin:
         try:
             lora_rank = self.prepare(request)  # type: ignore[attr-defined]
             self._paths[adapter] = request.lora_path
+            self.load_errors.pop(adapter, None)
             seconds = time.monotonic() - begin
             report = channel.Ready(rank, adapter, attempt, _rank_of(lora_rank), seconds, request.lora_path)
         except Exception as error:
             reason = f"LoRA adapter '{request.lora_name}' can't be loaded: {_one_line(error)}"
+            self.load_errors[adapter] = reason
             report = channel.Failed(rank, adapter, attempt, reason, is_transient(error), _status_of(error))
         self._report(report)
         self._sweep()
@@ -166,7 +170,10 @@ class SideLoadingMixin:
             return super().add_adapter(lora_request)  # type: ignore[misc]
         if not self._in_step:
             if self._paths.get(adapter) != lora_request.lora_path or lora_request.load_inplace:
-                _check_exists(lora_request)
+                self.load_errors.pop(adapter, None)
+                peers = getattr(self, "peers", None)
+                if peers is None or not peers.knows(lora_request):
+                    _check_exists(lora_request)
                 self._start_load(_settled(lora_request), attempt=0)
             return True
         path = self._paths.get(adapter)
@@ -183,6 +190,7 @@ class SideLoadingMixin:
 
     def remove_adapter(self, adapter_id: int) -> bool:
         removed = super().remove_adapter(adapter_id)  # type: ignore[misc]
+        self.load_errors.pop(adapter_id, None)
         if adapter_id in self._paths:
             self._tell_gone(adapter_id)
         return removed

@@ -1,0 +1,40 @@
+"""What the API server's agent may ask each worker, mixed into vLLM's worker by its official `worker_extension_cls`.
+
+The engine's own `list_loras` knows only adapters that have run: one that was loaded aside and waits in host memory is
+not among them. So residency is asked here, by collective_rpc, between two steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class WorkerExtension:
+    """Methods added to the worker; their names are ours alone."""
+
+    def _loraserve_manager(self) -> Any:
+        return self.model_runner.lora_manager  # type: ignore[attr-defined]
+
+    def loraserve_residency(self) -> tuple[list[int], list[int], dict[int, str]]:
+        """Ids of adapters (in slots, ready in host memory), and why the last load of an id failed."""
+        manager = self._loraserve_manager()
+        active = {i for i in manager._adapter_manager._active_adapters if i > 0}
+        known = set(manager.list_adapters()) | set(getattr(manager, "_prepared", ()))
+        is_prepared = getattr(manager, "is_prepared", known.__contains__)
+        return (
+            sorted(active),
+            sorted(i for i in known - active if is_prepared(i)),
+            dict(getattr(manager, "load_errors", {})),
+        )
+
+    def loraserve_transfer_endpoint(self) -> str:
+        """Where peers find this worker; empty where transfers are off."""
+        peers = getattr(self._loraserve_manager(), "peers", None)
+        return peers.endpoint if peers is not None else ""
+
+    def loraserve_locate(self, rows: list[tuple[str, str, str, list[tuple[str, str]]]]) -> None:
+        """Rows of the location table: (name, path, digest, holders), see `PeerSources.locate`."""
+        peers = getattr(self._loraserve_manager(), "peers", None)
+        if peers is not None:
+            for name, path, digest, holders in rows:
+                peers.locate(name, path, digest, [(instance, endpoints) for instance, endpoints in holders])
