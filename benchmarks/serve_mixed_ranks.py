@@ -140,8 +140,10 @@ class Server:
 @contextlib.contextmanager
 def running(servers: list[Server], seconds: float) -> Iterator[None]:
     try:
+        began = time.monotonic()
         for server in servers:
             server.wait(seconds)
+            print(f"  {server.name:8} up after {time.monotonic() - began:.0f} s", flush=True)
         yield
     finally:
         for server in servers:
@@ -223,7 +225,8 @@ def compare(
         for name, server in servers.items():
             # Each adapter once, so that no side is timed while it reads checkpoints.
             models = sorted({request["model"] for request in traces[name]})
-            asyncio.run(play(server, make_trace(models, len(models), 8, 2, 99), 1))
+            asyncio.run(play(server, make_trace(models, len(models), 4, 1, 99), len(models)))
+            print(f"  {name:8} has all its adapters", flush=True)
         for turn in range(rounds):
             for name in list(servers) if turn % 2 == 0 else list(reversed(servers)):
                 runs[name].append(asyncio.run(play(servers[name], traces[name], concurrency)))
@@ -246,8 +249,10 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3, help="rank 8; mixed ranks take one less, for stock's sake")
     parser.add_argument("--patience", type=float, default=240, help="seconds that servers may take to start")
-    parser.add_argument("--only", choices=("mixed", "rank8"))
+    parser.add_argument("--only", choices=("mixed", "rank8"), help="one part; its results are added to the file")
     options = parser.parse_args()
+    # A timeout must not leave servers behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     model = assets.model_path(os.environ.get("LORASERVE_TEST_MODEL"))
     shape = (options.requests, options.prompt, options.output, 7)
     result: dict[str, Any] = {
@@ -323,6 +328,8 @@ def main() -> None:
     print(json.dumps({key: value for key, value in result.items() if not isinstance(value, dict)}, indent=1))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
+        if options.only is not None and options.json.exists():
+            result = {**json.loads(options.json.read_text()), **result}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

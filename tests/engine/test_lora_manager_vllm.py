@@ -173,3 +173,8 @@ def test_base_requests_are_bit_identical_to_a_run_without_lora(
 @pytest.mark.timeout(600)
 def test_any_order_of_operations(tmp_path: Path) -> None:
     assert "MACHINE PASSED" in run_program("manager_machine.py", str(tmp_path), "12")
+
+
+@pytest.mark.timeout(600)
+def test_embedding_and_lm_head_keep_working_beside_pages(tmp_path: Path) -> None:
+    assert "EMBEDDING PASSED" in run_program("offline_embedding.py", str(tmp_path / "here"))

@@ -28,6 +28,7 @@ from vllm_loraserve.adapters.convert import ModulePlan, WeightsReader, slice_ran
 from vllm_loraserve.adapters.layout import Layout
 from vllm_loraserve.adapters.page_cache import PageCache
 from vllm_loraserve.engine.paged_layers import plan_module, slice_parts
+from vllm_loraserve.engine.single_thread import single_thread
 from vllm_loraserve.memory.host_tier import HostEntry, HostTier
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,8 @@ class AdapterLoader:
             source = self._from_cache(entry) if self.cache is not None else None
             if source is None:
                 source = "its checkpoint"
-                write_pages(WeightsReader(checkpoint), self.facts.layout, plans, ranks, self.tier.targets(entry))
+                with single_thread():
+                    write_pages(WeightsReader(checkpoint), self.facts.layout, plans, ranks, self.tier.targets(entry))
         except BaseException:
             self.tier.discard(entry)
             raise

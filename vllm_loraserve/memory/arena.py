@@ -5,6 +5,7 @@ that targets all modules at one rank takes the same count in each. One allocatio
 once.
 """
 
+import ctypes
 import logging
 from collections.abc import Hashable, Sequence
 
@@ -93,7 +94,12 @@ class Arena:
                 continue
             target = self.group_pages(group)
             for first, count, at in _runs(owned):
-                target[first : first + count].copy_(source[at : at + count], non_blocking=True)
+                part, whole = target[first : first + count], source[at : at + count]
+                if self.device.type == "cpu":
+                    # One plain copy: torch would wake its threads, and wait for the slowest, for each piece.
+                    ctypes.memmove(part.data_ptr(), whole.data_ptr(), part.nbytes)
+                else:
+                    part.copy_(whole, non_blocking=True)
 
     def zero(self, pages: Sequence[Sequence[int]]) -> None:
         for group, owned in enumerate(pages):
