@@ -212,7 +212,7 @@ class MinCostFlow:
             order = sorted(names, key=lambda s: -hash_unit(a.name, s))
             held = [s for s in previous.get(a.name, {}) if s in column]
             wanted = max(TOP_CANDIDATES, count[a.name])
-            for s in {*order[:wanted], *held}:
+            for s in sorted({*order[:wanted], *held}):
                 if a.rank_rows <= cap.servers[s].capacity_rank_rows:
                     rows_a.append(i)
                     rows_s.append(column[s])

@@ -31,7 +31,8 @@ TARGET_FACTORS = (1.0, 1.05, 1.1, 1.2, 1.35)
 SEARCH_LIMIT = 64
 """Up to this many servers the soft capacity is searched among TARGET_FACTORS."""
 SMALLEST_SHARE = 0.02
-"""A split that leaves less than this fraction of an adapter on one more server is not worth a copy."""
+"""A split that leaves less than this fraction of an adapter, or of a server, on one more server is not worth a
+copy."""
 
 
 def rank_budgets(needs: dict[int, float], servers: list[tuple[str, float]]) -> dict[int, list[str]]:
@@ -138,8 +139,8 @@ class _Packer:
         heapq.heapify(heap)
         for a in adapters:
             aside: list[tuple[float, str]] = []
-            total = self.weight[a.name]
-            while heap and self.rest[a.name] > SMALLEST_SHARE * total:
+            sliver = SMALLEST_SHARE * min(self.weight[a.name], self.target)
+            while heap and self.rest[a.name] > sliver:
                 load, s = heapq.heappop(heap)
                 room = (self.target - load) * self.cap.servers[s].speed
                 if not self.cap.fits(a, s):
@@ -147,15 +148,15 @@ class _Packer:
                     continue
                 # Accept a small overflow rather than a copy for a sliver.
                 rest = self.rest[a.name]
-                take = rest if a.name in self.idle or rest <= room + SMALLEST_SHARE * total else room
-                if take <= SMALLEST_SHARE * total and rest > take:
+                take = rest if a.name in self.idle or rest <= room + sliver else room
+                if take <= sliver and rest > take:
                     heapq.heappush(heap, (load, s))
                     break  # the least loaded one is full, so all are
                 self._give(a, s, take)
                 aside.append((self.load[s], s))
             for item in aside:
                 heapq.heappush(heap, item)
-            if self.rest[a.name] > SMALLEST_SHARE * total:
+            if self.rest[a.name] > sliver:
                 left.append(a)
         return left
 

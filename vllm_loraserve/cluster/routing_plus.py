@@ -21,12 +21,16 @@ class ServerView:
     the adapter can run there (0.0: resident; else load or fetch). `active`: some running request uses the
     adapter already. `step_left_s`: rest of the running step. `distinct_rows`, `distinct`: rank rows and
     number of adapters in the batch.
+    `demanded`: some request there, waiting or running, uses it. `rows_demanded`, `arena_rows`: rank rows of all
+    adapters that requests there use, and what the arena holds.
     """
 
     __slots__ = (
         "active",
+        "arena_rows",
         "context_tokens",
         "decode_rank_sum",
+        "demanded",
         "distinct",
         "distinct_rows",
         "kv_free",
@@ -39,6 +43,7 @@ class ServerView:
         "queued_token_ranks",
         "queued_tokens",
         "ready_s",
+        "rows_demanded",
         "running",
         "seats_free",
         "speed",
@@ -50,6 +55,9 @@ class ServerView:
         self.phi = 0.0
         self.ready_s = 0.0
         self.active = False
+        self.demanded = False
+        self.rows_demanded = 0.0
+        self.arena_rows = math.inf
         self.queued = 0
         self.queued_tokens = 0.0
         self.queued_token_ranks = 0.0
@@ -102,6 +110,8 @@ def predict_wait(v: ServerView, cost: StepCost, prompt: float, output: float, ra
 
 EXTERNALITY = 40.0
 """How much a second of step time taken from everybody weighs against a second of one's own waiting."""
+CROWDING = 4.0
+"""How steeply the wait for room in an arena grows with the share of it that is asked for too much."""
 SPILL_MARGIN_S = 0.02
 """A non-holder must be predicted this much faster, relative to which copying an adapter is not worth it."""
 
@@ -131,6 +141,10 @@ def choose_finish_time(
         score = wait + output * step
         if not v.active:
             score += externality * output * (cost.rank_row * rank_rows + cost.adapter) / v.speed
+        if not v.demanded and v.rows_demanded + rank_rows > v.arena_rows:
+            # No room in the arena beside those that are asked for: somebody has to finish first.
+            short = v.rows_demanded + rank_rows - v.arena_rows
+            score += output * step * (1.0 + CROWDING * short / v.arena_rows)
         if v.phi <= 0.0:
             score += SPILL_MARGIN_S + v.ready_s
         if v.name == own:

@@ -84,23 +84,38 @@ def _max_rank_work(inp: PlacementInput, by_rank: dict[int, float]) -> float:
 
 
 class Ledger:
-    """A placement under repair: fractions, copies and loads kept consistent while weight is shifted."""
+    """A placement under repair: fractions, copies and loads kept consistent while weight is shifted.
 
-    def __init__(self, inp: PlacementInput, start: Placement) -> None:
+    `additive` as in `interference_loads`; when false, a server's tokens all cost its largest rank.
+    """
+
+    def __init__(self, inp: PlacementInput, start: Placement, additive: bool = True) -> None:
         self.inp = inp
+        self.additive = additive
         self.cap = Capacity(inp.servers)
         self.speed = {s.name: s.speed for s in inp.servers}
         self.load = dict.fromkeys(self.speed, 0.0)
+        self.max_rank = dict.fromkeys(self.speed, 0)
         self.specs = {a.name: a for a in inp.adapters}
         self.weight = {a.name: inp.weight(a) for a in inp.adapters}
+        self.op = {r: inp.op.at(r) for r in {a.rank for a in inp.adapters}}
         self.phi: dict[str, dict[str, float]] = {}
         self.on: dict[str, set[str]] = {s: set() for s in self.speed}
-        for a, routes in sorted(start.phi.items()):
-            self.phi[a] = dict(routes)
+        placed = sorted(start.phi.items())
+        if not additive:
+            for a, routes in placed:
+                for s in routes:
+                    self.max_rank[s] = max(self.max_rank[s], self.specs[a].rank)
+        for a, routes in placed:
             for s, v in routes.items():
-                self.cap.add(self.specs[a], s)
-                self.on[s].add(a)
-                self.load[s] += v * self.weight[a] / self.speed[s]
+                self.give(self.specs[a], s, v)
+
+    def cost(self, a: AdapterSpec, server: str) -> float:
+        """Load that the whole demand of `a` would put on `server`."""
+        load = self.weight[a.name] / self.speed[server]
+        if self.additive or not self.max_rank[server]:
+            return load
+        return load * self.op[a.rank] / self.op[max(self.max_rank[server], a.rank)]
 
     def give(self, a: AdapterSpec, server: str, fraction: float) -> None:
         """Adds `fraction` of `a` to `server`."""
@@ -108,13 +123,13 @@ class Ledger:
         routes[server] = routes.get(server, 0.0) + fraction
         self.cap.add(a, server)
         self.on[server].add(a.name)
-        self.load[server] += fraction * self.weight[a.name] / self.speed[server]
+        self.load[server] += fraction * self.cost(a, server)
 
     def take(self, a: AdapterSpec, server: str, fraction: float) -> None:
         """Removes `fraction` of `a` from `server`; the copy goes with the last of it."""
         routes = self.phi[a.name]
         routes[server] -= fraction
-        self.load[server] -= fraction * self.weight[a.name] / self.speed[server]
+        self.load[server] -= fraction * self.cost(a, server)
         if routes[server] <= 1e-9:
             del routes[server]
             self.on[server].discard(a.name)
@@ -153,81 +168,105 @@ def place_missing(inp: PlacementInput, ledger: Ledger) -> dict[str, str]:
 def repair(inp: PlacementInput, ledger: Ledger, limit: float) -> bool:
     """Shifts load off servers above `limit` (a load) onto the least loaded ones; True when all came below.
 
-    From an overloaded server the adapter that costs the fewest bytes per load moved goes first: a shift of
-    fractions to a server that holds the adapter already is free.
+    From an overloaded server the adapter that costs the fewest bytes per load moved goes first: a shift of fractions
+    to a server that holds the adapter already is free.
     """
-    heap = [(v, s) for s, v in sorted(ledger.load.items())]
-    heapq.heapify(heap)
-    over = sorted((s for s, v in ledger.load.items() if v > limit), key=lambda s: -ledger.load[s])
+    heaps: dict[int, list[tuple[float, str]]] = {}
+    for s, v in sorted(ledger.load.items()):
+        heaps.setdefault(ledger.max_rank[s], []).append((v, s))
+    for heap in heaps.values():
+        heapq.heapify(heap)
+    over = sorted((s for s, v in ledger.load.items() if v > limit), key=lambda s: (-ledger.load[s], s))
     ok = True
     for server in over:
-        tries = 0
-        while ledger.load[server] > limit and tries < 64:
-            tries += 1
-            excess = (ledger.load[server] - limit) * ledger.speed[server]
-            if not _shift(ledger, server, excess, limit, heap):
-                ok = False
+        for _ in range(64):
+            if ledger.load[server] <= limit:
+                break
+            if not _shift(ledger, server, limit, heaps):
                 break
         ok = ok and ledger.load[server] <= limit
     return ok
 
 
-def _shift(ledger: Ledger, server: str, excess: float, limit: float, heap: list[tuple[float, str]]) -> bool:
-    """Moves up to `excess` weight of one adapter off `server`."""
-    best: tuple[float, str, str, float] | None = None
+def _shift(ledger: Ledger, server: str, limit: float, heaps: dict[int, list[tuple[float, str]]]) -> bool:
+    """Moves load of one adapter off `server`, as much as it is above `limit` and the target has room."""
+    excess = ledger.load[server] - limit
+    free: tuple[float, str, str] | None = None
+    candidates: list[tuple[float, str]] = []
     for name in sorted(ledger.on[server]):
         spec = ledger.specs[name]
-        here = ledger.phi[name][server] * ledger.weight[name]
+        here = ledger.phi[name][server] * ledger.cost(spec, server)
         if here <= 0.0:
             continue
-        # Free: another holder with room.
         for other in ledger.phi[name]:
-            room = (limit - ledger.load[other]) * ledger.speed[other]
+            room = limit - ledger.load[other]
             if other != server and room > 0.02 * excess:
                 amount = min(here, excess, room)
-                key = (0.0, -amount)
-                if best is None or key < (best[0], -best[3]):
-                    best = (0.0, name, other, amount)
-        if best is not None and best[0] == 0.0:
+                if free is None or amount > free[0]:
+                    free = (amount, name, other)
+        candidates.append((spec.bytes / min(here, excess), name))
+    if free is not None:
+        amount, name, target = free
+        _move(ledger, name, server, target, amount, limit, heaps)
+        return True
+    for _, name in sorted(candidates)[:8]:
+        spec = ledger.specs[name]
+        found = _target(ledger, spec, server, limit, heaps)
+        if found is not None:
+            here = ledger.phi[name][server] * ledger.cost(spec, server)
+            # A whole move costs no more bytes than a partial one and leaves one copy less.
+            amount = here if here <= 1.5 * excess else excess
+            _move(ledger, name, server, found, amount, limit, heaps)
+            return True
+    return False
+
+
+def _target(
+    ledger: Ledger, spec: AdapterSpec, server: str, limit: float, heaps: dict[int, list[tuple[float, str]]]
+) -> str | None:
+    """The least loaded server that takes `spec` without raising its largest rank: of its own rank's group first."""
+    for rank in sorted(heaps):
+        if rank and rank < spec.rank:
             continue
-        useful = min(here, excess)
-        score = spec.bytes / max(useful, 1e-12)
-        if best is None or score < best[0]:
-            best = (score, name, "", useful)
-    if best is None:
-        return False
-    score, name, target, amount = best
-    spec = ledger.specs[name]
-    if not target:
-        aside = []
-        while heap:
+        heap = heaps[rank]
+        aside: list[tuple[float, str]] = []
+        found = None
+        while heap and len(aside) < 32:
             load, s = heapq.heappop(heap)
             if load != ledger.load[s]:
-                heapq.heappush(heap, (ledger.load[s], s))
+                if (ledger.load[s], s) not in heap[:1]:
+                    heapq.heappush(heap, (ledger.load[s], s))
                 continue
             aside.append((load, s))
-            if s != server and s not in ledger.phi[name] and ledger.cap.fits(spec, s):
-                target = s
+            if load >= limit:
                 break
-            if len(aside) > 32:
+            if s != server and s not in ledger.phi[spec.name] and ledger.cap.fits(spec, s):
+                found = s
                 break
         for item in aside:
             heapq.heappush(heap, item)
-        if not target:
-            return False
-        room = (limit - ledger.load[target]) * ledger.speed[target]
-        if room <= 0.0:
-            return False
-        here = ledger.phi[name][server] * ledger.weight[name]
-        # A whole move costs no more bytes than a partial one and leaves one copy less.
-        amount = here if here <= room and here <= 1.5 * amount else min(amount, room)
-    fraction = amount / ledger.weight[name]
-    fraction = min(fraction, ledger.phi[name][server])
+        if found is not None:
+            return found
+    return None
+
+
+def _move(
+    ledger: Ledger,
+    name: str,
+    server: str,
+    target: str,
+    amount: float,
+    limit: float,
+    heaps: dict[int, list[tuple[float, str]]],
+) -> None:
+    """Shifts `amount` load (as counted on `server`) of an adapter, cut to the room there is on `target`."""
+    spec = ledger.specs[name]
+    fraction = min(amount / ledger.cost(spec, server), ledger.phi[name][server])
+    fraction = min(fraction, max(limit - ledger.load[target], 0.0) / ledger.cost(spec, target))
     ledger.take(spec, server, fraction)
     ledger.give(spec, target, fraction)
-    heapq.heappush(heap, (ledger.load[target], target))
-    heapq.heappush(heap, (ledger.load[server], server))
-    return True
+    for s in (server, target):
+        heapq.heappush(heaps[ledger.max_rank[s]], (ledger.load[s], s))
 
 
 def settle(
@@ -237,7 +276,7 @@ def settle(
     are placed and servers that are gone are left in every case."""
     if inp.previous is None or not inp.previous.phi:
         return fresh
-    kept = Ledger(inp, carry_over(inp))
+    kept = Ledger(inp, carry_over(inp), additive)
     unplaced = place_missing(inp, kept)
     if len(unplaced) > len(fresh.unplaced):
         return fresh

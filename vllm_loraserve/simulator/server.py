@@ -107,6 +107,8 @@ class Server:
         self.arena_used = 0
         self.loading: dict[int, float] = {}
         self.refs: dict[int, int] = {}
+        self.demanded: dict[int, int] = {}  # adapter -> requests here, waiting or running
+        self.rows_demanded = 0
         self.rank_refs: dict[int, int] = {}
         self.rows_in_use = 0
         self.max_rank = 0
@@ -134,6 +136,11 @@ class Server:
         self.queued_tokens += r.prompt
         self.queued_token_ranks += r.prompt * r.rank
         self.queued_kv += r.prompt + r.output
+        a = r.adapter
+        if a >= 0:
+            if a not in self.demanded:
+                self.rows_demanded += self.rows_of[a]
+            self.demanded[a] = self.demanded.get(a, 0) + 1
 
     def start(self, now: float) -> bool:
         """Starts a step or a leap; sets `step_end` (idle: -1.0) and returns whether there is one."""
@@ -245,6 +252,10 @@ class Server:
         a = r.adapter
         if a < 0:
             return
+        self.demanded[a] -= 1
+        if not self.demanded[a]:
+            del self.demanded[a]
+            self.rows_demanded -= self.rows_of[a]
         left = self.refs[a] - 1
         if left:
             self.refs[a] = left

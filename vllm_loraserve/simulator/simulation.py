@@ -267,6 +267,9 @@ class Simulation:
         m = s.machine
         v.phi = phi
         v.active = a in s.refs
+        v.demanded = a in s.demanded
+        v.rows_demanded = s.rows_demanded
+        v.arena_rows = m.arena_rows
         v.queued = len(s.waiting)
         v.queued_tokens = s.queued_tokens
         v.queued_token_ranks = s.queued_token_ranks
