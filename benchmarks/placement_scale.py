@@ -1,7 +1,8 @@
 """How fast placement is, and how little it moves: 10,000 adapters on 1,000 servers, 100,000 on 10,000.
 
-Times `place` of a policy on one core (CPU time, median of the repeats), first from nothing, then after the demand of 1 % of
-the adapters has changed, and reports the share of the held bytes that the second placement copies.
+Times `place` of a policy on one core (CPU time, median of the repeats), first from nothing, then after the
+demand of 1 % of the adapters has changed, and reports the share of the held bytes that the second placement
+copies.
 
     python benchmarks/placement_scale.py --json FILE [--policy loraserve] [--quick]
 """
@@ -36,7 +37,8 @@ BARS = {"place_10k_s": 1.0, "place_100k_s": 30.0, "moved_fraction": 0.02}
 
 
 def cluster(adapters: int, servers: int, seed: int = 0, load: float = 0.6) -> PlacementInput:
-    """Adapters of the paper's ranks with power-law demand that loads the cluster to `load` of its operating points."""
+    """Adapters of the paper's ranks with power-law demand that loads the cluster to `load` of its operating
+    points."""
     rng = np.random.default_rng([seed, adapters])
     ranks = rng.choice(PAPER_RANKS, adapters, p=(0.4, 0.25, 0.15, 0.12, 0.08))
     specs = [H100.adapter(f"a{i:06d}", int(r)) for i, r in enumerate(ranks)]
@@ -59,9 +61,7 @@ def drifted(inp: PlacementInput, previous: Placement, seed: int = 1) -> Placemen
     demand = dict(inp.demand)
     for i in rng.choice(len(names), max(len(names) // 100, 1), replace=False):
         demand[names[i]] *= float(4.0 ** rng.uniform(-1, 1))
-    return PlacementInput(
-        adapters=inp.adapters, servers=inp.servers, demand=demand, op=inp.op, previous=previous
-    )
+    return PlacementInput(adapters=inp.adapters, servers=inp.servers, demand=demand, op=inp.op, previous=previous)
 
 
 def timed(policy: PlacementPolicy, inp: PlacementInput, repeats: int) -> tuple[float, Placement]:
@@ -104,7 +104,8 @@ def main() -> int:
         sizes.append((100_000, 10_000, 1))
     results: dict[str, dict[str, dict[str, float]]] = {}
     table = Table(title="placement on one core")
-    for column in ("policy", "adapters", "servers", "place", "after 1 % changed", "bytes moved", "worst/mean load"):
+    table.add_column("policy", no_wrap=True)
+    for column in ("adapters", "servers", "place", "after 1 % changed", "bytes moved", "worst/mean load"):
         table.add_column(column, justify="right")
     for name in args.policy or POLICIES:
         for adapters, servers, repeats in sizes:
@@ -122,7 +123,7 @@ def main() -> int:
     Console().print(table)
     ours = {k: v for k, v in results.items() if k in ("loraserve", "loraserve+")}
     figures = {
-        "place_10k_s": max((max(v["10000x1000"]["place_s"], v["10000x1000"]["replace_s"]) for v in ours.values())),
+        "place_10k_s": max(max(v["10000x1000"]["place_s"], v["10000x1000"]["replace_s"]) for v in ours.values()),
         "moved_fraction": max(r["moved_fraction"] for v in ours.values() for r in v.values()),
     }
     if not args.quick:

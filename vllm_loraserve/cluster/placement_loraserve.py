@@ -31,8 +31,8 @@ TARGET_FACTORS = (1.0, 1.05, 1.1, 1.2, 1.35)
 SEARCH_LIMIT = 64
 """Up to this many servers the soft capacity is searched among TARGET_FACTORS."""
 SMALLEST_SHARE = 0.02
-"""A split that leaves less than this fraction of an adapter, or of a server, on one more server is not worth a
-copy."""
+"""A split that leaves less than this fraction of an adapter, or of a server, on one more server is not
+worth a copy."""
 
 
 def rank_budgets(needs: dict[int, float], servers: list[tuple[str, float]]) -> dict[int, list[str]]:

@@ -21,8 +21,8 @@ class ServerView:
     the adapter can run there (0.0: resident; else load or fetch). `active`: some running request uses the
     adapter already. `step_left_s`: rest of the running step. `distinct_rows`, `distinct`: rank rows and
     number of adapters in the batch.
-    `demanded`: some request there, waiting or running, uses it. `rows_demanded`, `arena_rows`: rank rows of all
-    adapters that requests there use, and what the arena holds.
+    `demanded`: some request there, waiting or running, uses it. `rows_demanded`, `arena_rows`: rank rows of
+    all adapters that requests there use, and what the arena holds.
     """
 
     __slots__ = (

@@ -168,8 +168,8 @@ def place_missing(inp: PlacementInput, ledger: Ledger) -> dict[str, str]:
 def repair(inp: PlacementInput, ledger: Ledger, limit: float) -> bool:
     """Shifts load off servers above `limit` (a load) onto the least loaded ones; True when all came below.
 
-    From an overloaded server the adapter that costs the fewest bytes per load moved goes first: a shift of fractions
-    to a server that holds the adapter already is free.
+    From an overloaded server the adapter that costs the fewest bytes per load moved goes first: a shift of
+    fractions to a server that holds the adapter already is free.
     """
     heaps: dict[int, list[tuple[float, str]]] = {}
     for s, v in sorted(ledger.load.items()):
@@ -224,7 +224,8 @@ def _shift(ledger: Ledger, server: str, limit: float, heaps: dict[int, list[tupl
 def _target(
     ledger: Ledger, spec: AdapterSpec, server: str, limit: float, heaps: dict[int, list[tuple[float, str]]]
 ) -> str | None:
-    """The least loaded server that takes `spec` without raising its largest rank: of its own rank's group first."""
+    """The least loaded server that takes `spec` without raising its largest rank: of its own rank's group
+    first."""
     for rank in sorted(heaps):
         if rank and rank < spec.rank:
             continue
