@@ -1,0 +1,340 @@
+"""Is the simulator right? The same trace on two real instances and in the simulator, side by side.
+
+Starts a whole cluster (coordinator, router, two vLLM instances with the plugin) on this machine, measures the step cost
+of both instances at the same time (they share the machine), replays a trace with adapters of several ranks through the
+router at given loads, and runs the simulator with the measured step cost on the very same requests. Reported of both:
+throughput, P50 and P95 time to first token; and the relative errors.
+
+Lengths and arrivals are those of an Azure 2023 trace file (`--trace`; else synthetic ones like it), lengths divided by
+`--shrink` so that a small model on a CPU keeps up; who asks for which adapter is drawn (no public trace says). Prompts
+are random token ids, outputs have exactly the length that the trace says.
+
+    python benchmarks/sim_vs_real.py --trace azure-llm-2023-conv.csv --json benchmarks/results/sim_vs_real.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import numpy as np
+
+from vllm_loraserve.cluster.fit import Fit, fit_step_cost
+from vllm_loraserve.cluster.operating_points import OperatingPoints, points_from_step_cost
+from vllm_loraserve.coordinator.client import CoordinatorClient
+from vllm_loraserve.coordinator.messages import GetTable, RoutingTable
+from vllm_loraserve.coordinator.profile import make_like
+from vllm_loraserve.coordinator.profiling import Profiler
+from vllm_loraserve.coordinator.profiling import Workload as ProfileWorkload
+from vllm_loraserve.launcher import assets
+from vllm_loraserve.launcher.cluster import Cluster
+from vllm_loraserve.launcher.demo import plan_for
+from vllm_loraserve.simulator.machine import Kernels, Machine
+from vllm_loraserve.simulator.results import Result
+from vllm_loraserve.simulator.simulation import simulate
+from vllm_loraserve.simulator.systems import RoutingMode, System
+from vllm_loraserve.simulator.traces import read_trace
+from vllm_loraserve.simulator.workload import Trace, Workload, synthetic_trace
+
+RANKS = (8, 16, 32, 64, 128)
+PROFILED = (8, 128)
+PER_RANK = 2
+MAX_BATCHED_TOKENS = 512
+MAX_SEQS = 32
+MAX_MODEL_LEN = 1024
+VOCABULARY = (1000, 20000)
+
+
+class Busy:
+    """CPU taken by others: what the machine was busy for, less this process and its children (Linux; else 0)."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self._pids = [os.getpid(), *pids]
+        self._start = self._read()
+
+    def share(self) -> float:
+        """CPUs' worth that others have used since the start, as a share of all CPUs."""
+        total, busy, own = (now - then for now, then in zip(self._read(), self._start, strict=True))
+        return max(0.0, (busy - own) / max(total, 1e-9))
+
+    def _read(self) -> tuple[float, float, float]:
+        try:
+            values = [int(v) for v in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+            own = 0
+            for pid in self._pids:
+                with contextlib.suppress(OSError):
+                    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                    own += int(fields[11]) + int(fields[12])
+        except OSError:
+            return 0.0, 0.0, 0.0
+        idle = values[3] + values[4]
+        return float(sum(values)), float(sum(values) - idle), float(own)
+
+
+class Replay(msgspec.Struct):
+    """What one replay showed; seconds and tokens/s."""
+
+    ttft: list[float]
+    tokens_per_s: float
+    duration_s: float
+
+
+def make_trace(options: argparse.Namespace) -> Trace:
+    """The trace with its lengths divided by `--shrink` and cut to what the small model takes."""
+    trace = read_trace(options.trace) if options.trace else synthetic_trace(seed=options.seed)
+    prompt = np.clip(trace.prompt // options.shrink, 4, 384)
+    output = np.clip(trace.output // options.shrink, 2, 96)
+    return msgspec.structs.replace(trace, prompt=prompt, output=output)
+
+
+def make_workload(trace: Trace, machine: Machine, count: int, start: int, seed: int) -> Workload:
+    """`count` requests of the trace from `start` on; adapters with Zipf popularity, ranks shuffled over it."""
+    rng = np.random.default_rng([seed, start])
+    adapters = [machine.adapter(f"rank{r}-{i}", r) for r in RANKS for i in range(PER_RANK)]
+    weights = 1.0 / np.arange(1, len(adapters) + 1)
+    popular = np.random.default_rng(seed).permutation(len(adapters))
+    part = slice(start, start + count)
+    arrival = trace.arrival[part] - trace.arrival[start]
+    return Workload(
+        name=f"{trace.name}[{start}:{start + count}]",
+        adapters=adapters,
+        arrival=arrival,
+        adapter=popular[rng.choice(len(adapters), count, p=weights / weights.sum())].astype(np.int64),
+        prompt=trace.prompt[part],
+        output=trace.output[part],
+    )
+
+
+async def profile(urls: list[str], base: str, by_rank: dict[int, list[str]]) -> tuple[Fit, float]:
+    """The step cost of all instances together, and the seconds that a request spends outside of the engine."""
+    shape = ProfileWorkload(prompt_lengths=(16, 96, 256, 448), group_sizes=(1, 2, 4, 8, 12), vocabulary=VOCABULARY)
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        profilers = [Profiler(session, url, shape, seed) for seed, url in enumerate(urls)]
+        samples = await asyncio.gather(*(p.step_samples(by_rank, base, repeats=5) for p in profilers))
+    # A first token's time has HTTP, tokenising and one handover between processes in it; a gap between two tokens of
+    # a stream has not. The difference of the two at one token of work is what a request pays once.
+    fitted = fit_step_cost([s for group in samples for s in group if not s.prefill_tokens])
+    floor = fitted.cost.base + fitted.cost.decode_token
+    prefill = sorted(
+        (s for g in samples for s in g if s.prefill_tokens and not s.adapters), key=lambda s: s.prefill_tokens
+    )
+    x = np.array([s.prefill_tokens for s in prefill])
+    y = np.array([s.seconds for s in prefill])
+    _, intercept = np.polyfit(x, y, 1)
+    outside = max(0.0, float(intercept) - floor)
+    steps = [
+        msgspec.structs.replace(s, seconds=max(s.seconds - outside, 1e-4)) if s.prefill_tokens else s
+        for group in samples
+        for s in group
+    ]
+    return fit_step_cost(steps), outside
+
+
+async def replay(url: str, workload: Workload, names: list[str], seed: int) -> Replay:
+    """Sends the workload's requests at their times through the router; raises RuntimeError when one fails."""
+    rng = random.Random(seed)
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        start = time.monotonic() + 0.2
+
+        async def one(i: int) -> tuple[float, float]:
+            prompt = [rng.randrange(*VOCABULARY) for _ in range(int(workload.prompt[i]))]
+            body = {
+                "model": names[int(workload.adapter[i])],
+                "prompt": prompt,
+                "max_tokens": int(workload.output[i]),
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+            }
+            due = start + float(workload.arrival[i])
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            first = 0.0
+            async with session.post(url + "/v1/completions", json=body) as answer:
+                if answer.status != 200:
+                    raise RuntimeError(f"request {i}: {answer.status}: {(await answer.text())[:300]}")
+                async for line in answer.content:
+                    if line.startswith(b"data: {"):
+                        if b'"error"' in line:
+                            raise RuntimeError(f"request {i}: {line!r}")
+                        first = first or time.monotonic()
+            return first - due, time.monotonic()
+
+        done = await asyncio.gather(*(one(i) for i in range(len(workload.arrival))))
+    duration = max(end for _, end in done) - start
+    tokens = int((workload.prompt + workload.output).sum())
+    return Replay([ttft for ttft, _ in done], tokens / duration, duration)
+
+
+def at_load(workload: Workload, machine: Machine, system: System, points: OperatingPoints, load: float) -> Workload:
+    """The workload stretched in time so that the simulated servers are busy for `load` of it."""
+    low, high = 0.01, 100.0
+    for _ in range(18):
+        rate = (low * high) ** 0.5
+        result = simulate(workload.scaled(rate), [machine] * 2, system, Kernels.RANK_AWARE, op=points)
+        low, high = (rate, high) if statistics.mean(result.busy) < load else (low, rate)
+    return workload.scaled(low)
+
+
+def compare(real: Replay, simulated: Result, outside: float) -> dict[str, float]:
+    """Both sides and the relative errors; `outside`, seconds a request spends outside of the engine, is added to the
+    simulated TTFT."""
+    out: dict[str, float] = {}
+    ttft = np.asarray(simulated.ttft) + outside
+    for name, measured, predicted in (
+        ("tokens_per_s", real.tokens_per_s, simulated.tokens_per_s),
+        ("p50_ttft_s", float(np.percentile(real.ttft, 50)), float(np.percentile(ttft, 50))),
+        ("p95_ttft_s", float(np.percentile(real.ttft, 95)), float(np.percentile(ttft, 95))),
+    ):
+        out |= {f"real_{name}": measured, f"sim_{name}": predicted, f"error_{name}": predicted / measured - 1.0}
+    return out
+
+
+async def routing_table(endpoint: str) -> RoutingTable:
+    async with CoordinatorClient(endpoint) as client:
+        return await client.ask(GetTable(), RoutingTable)
+
+
+def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    model = assets.model_path(options.model)
+    words = assets.adapters(model)
+    made = scratch / "adapters"
+    names = {r: [f"rank{r}-{i}" for i in range(PER_RANK)] for r in RANKS}
+    for rank, group in names.items():
+        for i, name in enumerate(group):
+            make_like(words[0].path, made / name, rank, seed=rank + i)
+    plan = plan_for(model, words, scratch / "state", instances=2, port=None)
+    plan_options = ["--no-enable-prefix-caching", "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
+    plan_options += ["--max-num-seqs", str(MAX_SEQS), "--max-model-len", str(MAX_MODEL_LEN), "--enable-chunked-prefill"]
+    plan_options += ["--max-loras", str(len(RANKS) * PER_RANK)]
+    plan = dataclasses.replace(
+        plan,
+        adapter_roots=(str(made),),
+        vllm_options=_without(plan.vllm_options, plan_options) + tuple(plan_options),
+        coordinator_options=("--policy", options.policy),
+    )
+    _say(f"starting two instances of {plan.model_name}")
+    cluster = Cluster(plan)
+    with cluster.running():
+        for group in names.values():
+            for name in group:
+                cluster.add_adapter(name, made / name)
+        _say("measuring the step cost")
+        urls = [cluster.instance_url(i) for i in range(2)]
+        pids = [pid for server in cluster.servers for pid in server.pids()]
+        others = Busy(pids)
+        fit, outside = asyncio.run(profile(urls, plan.model_name, {r: names[r] for r in PROFILED}))
+        others_profiling = others.share()
+        _say(f"mean error of the fit {fit.relative_error:.1%}; {outside * 1e3:.1f} ms of a request outside the engine")
+        table = asyncio.run(routing_table(cluster.coordinator_endpoint))
+        capacity = table.instances[0].capacity
+        machine = Machine(
+            name="measured",
+            step_cost=fit.cost,
+            max_batched_tokens=MAX_BATCHED_TOKENS,
+            max_seqs=MAX_SEQS,
+            kv_tokens=capacity.kv_tokens,
+            arena_rows=capacity.rank_rows,
+            max_rank=max(RANKS),
+            row_bytes=max(1, table.adapters[0].adapter.size_bytes // table.adapters[0].adapter.rank),
+        )
+        points = OperatingPoints(points=points_from_step_cost(fit.cost), step_cost=fit.cost, measured=True)
+        # The real router compares live loads of the eligible (two instances, so always both), as this mode does.
+        system = System(name=options.policy, policy=options.policy, routing=RoutingMode.LEAST_LOADED, period_s=15.0)
+        trace = make_trace(options)
+        runs = []
+        for number, load in enumerate(options.loads):
+            base = make_workload(trace, machine, options.requests, number * options.requests, options.seed)
+            workload = at_load(base, machine, system, points, load)
+            _say(f"load {load:g}: {workload.rate:.2f} requests/s, {workload.arrival[-1]:.0f} s")
+            others = Busy(pids)
+            real = asyncio.run(replay(cluster.url, workload, [a.name for a in workload.adapters], options.seed))
+            others_share = others.share()
+            simulated = simulate(workload, [machine] * 2, system, Kernels.RANK_AWARE, op=points)
+            runs.append(
+                {"load": load, "rate": workload.rate, "requests": options.requests, "cpu_of_others": others_share}
+                | compare(real, simulated, outside)
+            )
+            _show(runs[-1])
+    return {
+        "policy": options.policy,
+        "step_cost": msgspec.structs.asdict(fit.cost),
+        "step_cost_fit_error": fit.relative_error,
+        "outside_engine_s": outside,
+        "cpu_of_others_while_profiling": others_profiling,
+        "trace": Path(options.trace).name if options.trace else "synthetic",
+        "shrink": options.shrink,
+        "runs": runs,
+        "worst_abs_error": {
+            key: max(abs(run[f"error_{key}"]) for run in runs) for key in ("tokens_per_s", "p50_ttft_s", "p95_ttft_s")
+        },
+    }
+
+
+def _without(options: tuple[str, ...], replaced: list[str]) -> tuple[str, ...]:
+    """`options` less those that `replaced` sets anew (each `--name value`)."""
+    names = {o for o in replaced if o.startswith("--")}
+    kept: list[str] = []
+    position = 0
+    while position < len(options):
+        width = 2 if position + 1 < len(options) and not options[position + 1].startswith("--") else 1
+        if options[position] not in names:
+            kept += options[position : position + width]
+        position += width
+    return tuple(kept)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _show(run: dict[str, float]) -> None:
+    print(f"load {run['load']:g}, {run['rate']:.2f} requests/s; others took {run['cpu_of_others']:.0%} of the CPUs")
+    print(f"  {'':28} {'real':>10} {'simulated':>10} {'error':>8}")
+    for key, label in (("tokens_per_s", "tokens/s"), ("p50_ttft_s", "P50 TTFT, s"), ("p95_ttft_s", "P95 TTFT, s")):
+        print(
+            f"  {label:28} {run[f'real_{key}']:10.3f} {run[f'sim_{key}']:10.3f} {run[f'error_{key}']:+8.1%}", flush=True
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--trace", type=Path, help="CSV with time, input and output tokens")
+    parser.add_argument("--model", help="model directory (default: the test model)")
+    parser.add_argument("--policy", default="loraserve", help="placement policy of both sides")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.75], help="shares of the capacity")
+    parser.add_argument("--requests", type=int, default=120, help="requests per load")
+    parser.add_argument("--shrink", type=int, default=8, help="divisor of the trace's lengths")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="sim-vs-real-") as scratch:
+        result = measure(options, Path(scratch))
+    if options.json is not None:
+        about = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": f"{os.cpu_count()} CPUs {platform.machine()}, Python {platform.python_version()}",
+            "command": " ".join(["python", "benchmarks/sim_vs_real.py", *sys.argv[1:]]),
+        }
+        options.json.write_text(json.dumps(about | result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
