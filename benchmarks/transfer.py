@@ -32,7 +32,7 @@ import numpy as np
 
 from vllm_loraserve.memory import extension
 from vllm_loraserve.memory.extension import Segment
-from vllm_loraserve.memory.slab import HostSlab
+from vllm_loraserve.memory.slab import DeviceSlab, HostSlab
 from vllm_loraserve.transfer.flight import Flight
 from vllm_loraserve.transfer.pages import Wanted
 from vllm_loraserve.transfer.peer import Peer
@@ -232,6 +232,42 @@ def nixl_rate(mib: int, rounds: int) -> dict[str, float]:
     return {"nixl_gib_s": mib / 1024 / statistics.median(json.loads(line))}
 
 
+def gpu_rates(mib: int, rounds: int) -> dict[str, float]:
+    """GiB/s on the first GPU: our page kernels and page-wise copies beside the driver's one large copy; empty
+    without."""
+    library = extension.load()
+    if library is None or not library.probe().cuda.devices:
+        return {}
+    size, device = mib << 20, 0
+    seconds: dict[str, list[float]] = {}
+    with HostSlab(size) as host, DeviceSlab(size, device) as here, DeviceSlab(size, device) as there:
+        host.array()[:] = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+        order = [int(page) for page in np.random.default_rng(1).permutation(size // PAGE)]
+        whole = [Segment(host.address, here.address, size)]
+        pages = [Segment(host.address + p * PAGE, here.address + p * PAGE, PAGE) for p in order]
+        addresses, lengths = [here.address + p * PAGE for p in order], [PAGE] * len(order)
+        sides: dict[str, Callable[[], object]] = {
+            "gpu_h2d": lambda: library.copy(whole, device),
+            "gpu_h2d_pages": lambda: library.copy(pages, device),
+            "gpu_d2d": lambda: library.copy([Segment(here.address, there.address, size)], device),
+            "gpu_gather": lambda: library.gather(here.address, order, PAGE, there.address, device),
+            "gpu_scatter": lambda: library.scatter(there.address, order, PAGE, here.address, device),
+            "gpu_checksum": lambda: library.checksums(addresses, lengths, device),
+        }
+        for side in sides.values():
+            side()
+        for _ in range(rounds):
+            for name, side in sides.items():
+                seconds.setdefault(name, []).append(timed(side))
+        assert library.checksums(addresses, lengths, device) == library.checksums(
+            [host.address + p * PAGE for p in order], lengths
+        )
+    rates = {f"{name}_gib_s": mib / 1024 / statistics.median(took) for name, took in seconds.items()}
+    for ours, bound in (("gpu_h2d_pages", "gpu_h2d"), ("gpu_gather", "gpu_d2d"), ("gpu_scatter", "gpu_d2d")):
+        rates[f"{ours}_of_{bound}"] = statistics.median(seconds[bound]) / statistics.median(seconds[ours])
+    return rates
+
+
 # ---- RDMA, inside the emulated machine ----
 
 
@@ -311,6 +347,11 @@ def verbs(folder: str) -> dict[str, float]:
     return dict(json.loads(line.removeprefix("BENCH ")))
 
 
+def _gpus() -> str:
+    library = extension.load()
+    return (", ".join(gpu.name for gpu in library.probe().cuda.devices) if library else "") or "no GPU"
+
+
 def main() -> None:
     cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -330,6 +371,7 @@ def main() -> None:
     if options.role == "guest":
         return in_guest(options.mib, options.rounds)
     result = same_host(options.mib, options.rounds) | nixl_rate(options.mib, options.rounds)
+    result |= gpu_rates(1024, options.rounds)
     if not options.no_verbs:
         result |= verbs(options.vm)
     for key, value in result.items():
@@ -339,7 +381,7 @@ def main() -> None:
         about = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": f"{os.cpu_count()} CPUs {platform.machine()}, Python {platform.python_version()}, "
-            f"checksum {library.hash_variant if library else 'numpy'}, no GPU, RDMA emulated (rdma_rxe in QEMU TCG)",
+            f"checksum {library.hash_variant if library else 'numpy'}, {_gpus()}, RDMA emulated (rdma_rxe in QEMU TCG)",
             "command": " ".join(["python", "benchmarks/transfer.py", *sys.argv[1:]]),
             "mib": options.mib,
             "rounds": options.rounds,

@@ -40,6 +40,13 @@ def unusable() -> str:
     return ""
 
 
+def with_tcp(transports: str) -> str:
+    """A UCX_TLS value that NIXL can work with: shared memory alone has no handler for a failing peer."""
+    if transports in ("", "all") or transports.startswith("^") or "tcp" in transports.split(","):
+        return transports
+    return transports + ",tcp"
+
+
 def _has_rdma() -> bool:
     devices = Path("/sys/class/infiniband")
     return devices.is_dir() and any(devices.iterdir())
@@ -48,9 +55,8 @@ def _has_rdma() -> bool:
 def _agent(name: str) -> Any:
     if reason := unusable():
         raise RungFailedError(reason)
-    transports = os.environ.get("UCX_TLS")
-    if transports and transports != "all" and "tcp" not in transports.split(","):
-        os.environ["UCX_TLS"] = transports + ",tcp"
+    if transports := os.environ.get("UCX_TLS"):
+        os.environ["UCX_TLS"] = with_tcp(transports)
     api = importlib.import_module("nixl._api")
     try:
         return api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"]))
