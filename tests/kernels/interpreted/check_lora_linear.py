@@ -201,6 +201,31 @@ def _copy_shard(whole: PagedLinear, shard: PagedLinear, columns: slice) -> None:
         shard.arena[b_to : b_to + 64] = whole.arena[b : b + 64]
 
 
+def test_pages_beyond_four_billion_elements_are_found(tmp_path):
+    """An arena of 8 GiB (a sparse file): element numbers do not fit 32 bits, nor does a page number times a stride."""
+    stride, page = 1 << 20, 4097
+    file = tmp_path / "arena"
+    with file.open("wb") as sparse:
+        sparse.truncate((page + 1) * stride * 2)
+    arena = torch.from_file(str(file), shared=True, size=(page + 1) * stride, dtype=torch.float16)
+    first = page * stride
+    arena[first : first + 8 * 64] = torch.randn(8 * 64) / 8
+    arena[first + 8 * 64 : first + 8 * 128] = torch.randn(8 * 64)
+    linear = PagedLinear(
+        arena=arena,
+        page_table=torch.tensor([[page]], dtype=torch.int32),
+        ranks=torch.tensor([[5]], dtype=torch.int32),
+        page_stride=stride,
+        page_rows=8,
+        a_offsets=(0,),
+        b_offsets=(8 * 64,),
+        in_size=64,
+        out_sizes=(64,),
+    )
+    out = check(linear, metadata_for(linear, graph_tokens=16), [0, 0, -1])
+    assert out[0].abs().max() > 0
+
+
 def test_wrong_shapes_and_dtypes_are_named(linear):
     metadata = metadata_for(linear, graph_tokens=16)
     metadata.build(np.zeros(4, np.int32))
