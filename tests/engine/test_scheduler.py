@@ -202,7 +202,8 @@ def test_an_adapter_too_large_for_the_arena_is_refused(build: Any) -> None:
     scheduler.add_request(make_request("small", adapter=2))
     outputs = run_until(scheduler, finished(scheduler), checker(scheduler))
     assert reasons(outputs) == {"big": "error", "small": "length"}
-    assert "takes 128 rank rows; the arena holds 64" in next(o.stop_reason for o in outputs if o.request_id == "big")
+    reason = next(o.stop_reason for o in outputs if o.request_id == "big")
+    assert "of rank 128 does not fit the arena, which holds 64 rank rows" in reason
 
 
 def test_an_adapter_that_goes_while_requests_wait_is_loaded_again(build: Any) -> None:

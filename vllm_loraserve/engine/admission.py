@@ -6,7 +6,7 @@ model and one for each adapter content; a lane is open when the gate (the schedu
 work) says so. Among the heads of open lanes the one with the smallest key is next: the order of arrival, or of
 priority, or of weighted shares. With no adapter there is one lane, always open, and the order is exactly vLLM's.
 
-Cost: a step looks at each lane once, at none of the requests behind the heads.
+Cost: a step looks at the lanes of adapters that are ready, not at others, and at none of the requests behind the heads.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Lane:
 class Gate(Protocol):
     """What the queue asks before it shows a request."""
 
-    def opens(self, lane: Lane) -> bool:
-        """Whether requests of this lane may be shown in this step at all; asked once per step."""
+    def open_lanes(self) -> Iterable[Lane]:
+        """The lanes of adapters whose requests may be shown in this step at all; asked once per step."""
         ...
 
     def admits(self, lane: Lane, request: Request) -> bool:
@@ -165,9 +165,9 @@ class AdmissionQueue(RequestQueue):
             heapq.heappop(lane.heap)
         return lane.heap[0]
 
-    def in_order(self) -> list[Lane]:
-        """Lanes of adapters, the one whose head waits longest first."""
-        return sorted(self.lanes.values(), key=lambda lane: self.head(lane)[0])
+    def first_lanes(self, count: int) -> list[Lane]:
+        """At most `count` lanes of adapters, the one whose head comes first in front."""
+        return heapq.nsmallest(count, self.lanes.values(), key=lambda lane: self.head(lane)[0])
 
     def requests_of(self, lane: Lane) -> list[Request]:
         """All requests of a lane, in order."""
@@ -220,7 +220,7 @@ class AdmissionQueue(RequestQueue):
         if self._next is not None:
             return self._next
         if self._heads is None:
-            lanes = [lane for lane in self.lanes.values() if self._gate.opens(lane)]
+            lanes = list(self._gate.open_lanes()) if self.lanes else []
             if self._base.live:
                 lanes.append(self._base)
             self._heads = [self._head_of(lane) for lane in lanes]

@@ -50,9 +50,10 @@ class ArenaRoom:
         """Rank rows that an adapter of this rank takes: whole pages."""
         return -(-lora_rank // self.page_rows) * self.page_rows
 
-    def ever_fits(self, lora_rank: int) -> bool:
-        """Whether an adapter of this rank fits the empty arena."""
-        return self.rank_rows is None or self.rows_of(lora_rank) <= self.rank_rows
+    @property
+    def largest_rank(self) -> int | None:
+        """Of an adapter that fits the empty arena; None: any."""
+        return None if self.rank_rows is None else self.rank_rows // self.page_rows * self.page_rows
 
     def fits(self, adapter: int, lora_rank: int) -> bool:
         """Whether a request of this adapter may join the running ones."""
@@ -83,11 +84,11 @@ class ArenaRoom:
             del self._users[adapter]
             self.used_rows -= self._rows.pop(adapter)
 
-    def clear(self) -> None:
-        """Nothing runs."""
-        self._users.clear()
-        self._rows.clear()
-        self.used_rows = 0
+    def assign(self, users: Mapping[int, tuple[int, int]]) -> None:
+        """What runs now: adapter -> (running requests, rank)."""
+        self._users = {adapter: count for adapter, (count, _) in users.items()}
+        self._rows = {adapter: self.rows_of(rank) for adapter, (_, rank) in users.items()}
+        self.used_rows = sum(self._rows.values())
 
     @property
     def users(self) -> Mapping[int, int]:
@@ -120,9 +121,9 @@ class WorkBudget:
     granted: bool = False
     """A prefill of an adapter runs in this step."""
 
-    def begin(self, step_tokens: int, decode_ranks: list[int], others_decode: bool) -> None:
-        """A step of `step_tokens` starts; `decode_ranks`: the ranks of running requests that decode one token."""
-        self.spent = self.cost_per_rank * sum(decode_ranks)
+    def begin(self, step_tokens: int, decode_rank_rows: int, others_decode: bool) -> None:
+        """A step of `step_tokens` starts; `decode_rank_rows`: sum of the ranks of requests that decode one token."""
+        self.spent = self.cost_per_rank * decode_rank_rows
         self.bounded = self.share is not None and others_decode and self.cost_per_rank > 0
         self.left = (self.share or 0.0) * step_tokens - self.spent
         self.granted = False

@@ -8,7 +8,7 @@ is final for the requests that wait, and forgotten with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,6 +62,10 @@ class Readiness:
         self.counters = LoadCounters()
         self._adapters: dict[int, Adapter] = {}
         self._loading: set[int] = set()
+        self._ready: set[int] = set()
+        self._failed: set[int] = set()
+        self.rank_limit: int | None = None
+        """Largest rank that fits the arena; None: any."""
         self._attempts = 0
 
     def is_ready(self, adapter: int, path: str) -> bool:
@@ -76,18 +80,25 @@ class Readiness:
         entry = self._adapters.get(adapter)
         return entry.lora_rank if entry is not None else 0
 
-    def failure(self, adapter: int, path: str) -> tuple[int, str] | None:
-        """(HTTP status, why requests for it can't be served), or None."""
-        entry = self._adapters.get(adapter)
-        if entry is None or entry.state != "failed" or entry.path != path:
-            return None
-        return entry.status, entry.reason
-
     def forget_failure(self, adapter: int) -> None:
         """Its waiting requests have been ended: the next request tries anew."""
-        entry = self._adapters.get(adapter)
-        if entry is not None and entry.state == "failed":
+        if adapter in self._failed:
+            self._failed.discard(adapter)
             del self._adapters[adapter]
+
+    def ready(self) -> Iterator[tuple[int, str]]:
+        """(adapter, path) of what is ready."""
+        return ((adapter, self._adapters[adapter].path) for adapter in self._ready)
+
+    def failed(self) -> list[tuple[int, str, int, str]]:
+        """(adapter, path, HTTP status, reason) of loads that ended for good and were not forgotten."""
+        entries = ((adapter, self._adapters[adapter]) for adapter in self._failed)
+        return [(adapter, entry.path, entry.status, entry.reason) for adapter, entry in entries]
+
+    @property
+    def can_start(self) -> bool:
+        """Whether one more load may run now."""
+        return bool(self.world_size) and len(self._loading) < self.concurrent_loads
 
     @property
     def loading(self) -> int:
@@ -100,13 +111,14 @@ class Readiness:
         starts: list[tuple[int, int]] = []
         if not self.world_size:
             return starts
-        self._expire(now)
         ahead = 0
         for adapter, path in wanted:
             entry = self._adapters.get(adapter)
             if entry is None:
                 entry = self._adapters[adapter] = Adapter(path)
             elif entry.path != path and entry.state != "loading" and adapter not in running:
+                self._ready.discard(adapter)
+                self._failed.discard(adapter)
                 entry.path, entry.state, entry.retries, entry.not_before = path, "wanted", 0, 0.0
                 entry.ready_on.clear()
             if adapter not in running:
@@ -136,6 +148,7 @@ class Readiness:
             if entry is not None:
                 entry.ready_on.discard(report.rank)
                 if entry.state == "ready":
+                    self._ready.discard(report.adapter)
                     entry.state, entry.retries, entry.not_before = "wanted", 0, 0.0
         elif isinstance(report, channel.Stalled):
             self.counters.stalls += 1
@@ -153,14 +166,25 @@ class Readiness:
         entry.ready_on.add(report.rank)
         entry.lora_rank = max(entry.lora_rank, report.lora_rank)
         if len(entry.ready_on) >= self.world_size and entry.state != "ready":
-            entry.state, entry.retries = "ready", 0
             self._loading.discard(report.adapter)
+            self._failed.discard(report.adapter)
+            if self.rank_limit is not None and entry.lora_rank > self.rank_limit:
+                entry.state, entry.status = "failed", 400
+                entry.reason = (
+                    f"LoRA adapter at {entry.path} of rank {entry.lora_rank} does not fit the arena, which holds "
+                    f"{self.rank_limit} rank rows"
+                )
+                self._failed.add(report.adapter)
+                return
+            entry.state, entry.retries = "ready", 0
+            self._ready.add(report.adapter)
             counters = self.counters
             counters.loads += 1
             counters.load_seconds += report.seconds
             counters.load_histogram[sum(report.seconds > bound for bound in LOAD_BUCKETS_S)] += 1
 
-    def _expire(self, now: float) -> None:
+    def expire(self, now: float) -> None:
+        """Loads that take too long count as failed."""
         for adapter in [a for a in self._loading if now - self._adapters[a].started > self.load_timeout_s]:
             entry = self._adapters[adapter]
             reason = f"LoRA adapter at {entry.path} was not loaded within {self.load_timeout_s:g} s"
@@ -176,4 +200,5 @@ class Readiness:
             self.counters.retries += 1
         else:
             entry.state = "failed"
+            self._failed.add(adapter)
             self.counters.failures += 1

@@ -38,6 +38,7 @@ from vllm_loraserve.engine.trace import StepCounters, StepTrace
 logger = init_logger("vllm.loraserve.scheduler")
 
 WORKERS_TIMEOUT_S = 10.0
+WAITS_EVERY_S = 0.25
 LOADS_EVERY_S = 0.05
 """How often loads are looked at when nothing has changed: back-offs and timeouts run out."""
 
@@ -65,6 +66,7 @@ class RankAwareMixin(_Base):
             load_timeout_s=config.load_timeout_s,
             load_retries=config.load_retries,
         )
+        self.readiness.rank_limit = self.room.largest_rank
         share = config.lora_share if self.scheduler_config.enable_chunked_prefill else None
         self.work = WorkBudget(config.lora_cost_per_rank, share)
         self.shares, self.limits = Shares(config.shares), Limits(config.max_inflight_tokens)
@@ -75,7 +77,7 @@ class RankAwareMixin(_Base):
         """Requests to be ended with an error after this step."""
         self._draining: set[int] = set()
         self._drain_for: Lane | None = None
-        self._loads_looked_at = 0.0
+        self._loads_looked_at = self._waits_looked_at = 0.0
         self._idle = True
 
     def _meet_workers(self, address: str, count: int, prefetch: int) -> tuple[int, int]:
@@ -114,13 +116,9 @@ class RankAwareMixin(_Base):
     def _survey(self, now: float) -> None:
         """What runs, what waits, what should be loaded, who has waited long enough."""
         lanes = self.waiting.lanes
-        self._idle = not lanes and not any(request.lora_request is not None for request in self.running)
-        self.work.bounded, self.work.spent = False, 0.0
         self._draining, self._drain_for = set(), None
         self._count_running()
-        if self._idle:
-            return
-        self._begin_work()
+        self._idle = not lanes and not self.room.users
         if not lanes:
             return
         self._start_loads(now)
@@ -128,24 +126,39 @@ class RankAwareMixin(_Base):
         self._age(now)
 
     def _count_running(self) -> None:
-        self.room.clear()
-        self.limits.clear()
+        """Room, limits and work as the running requests take them."""
+        users: dict[int, int] = {}
+        decodes: dict[int, int] = {}
+        others_decode = False
         for request in self.running:
-            if (lora := request.lora_request) is not None:
-                self.room.take(lora.lora_int_id, self.readiness.rank_of(lora.lora_int_id))
-                self.limits.take(lora.lora_name, _reach(request))
-
-    def _begin_work(self) -> None:
-        decodes = [request for request in self.running if not request.is_prefill_chunk]
-        ranks = [self._rank(request) for request in decodes if request.lora_request is not None]
-        self.work.begin(self.max_num_scheduled_tokens, ranks, others_decode=bool(decodes))
+            lora = request.lora_request
+            decode = not request.is_prefill_chunk
+            others_decode |= decode
+            if lora is not None:
+                adapter = lora.lora_int_id
+                users[adapter] = users.get(adapter, 0) + 1
+                if decode:
+                    decodes[adapter] = decodes.get(adapter, 0) + 1
+        rank_of = self.readiness.rank_of
+        self.room.assign({adapter: (count, rank_of(adapter)) for adapter, count in users.items()})
+        rank_rows = sum(rank_of(adapter) * count for adapter, count in decodes.items())
+        self.work.begin(self.max_num_scheduled_tokens, rank_rows, others_decode)
+        if self.limits.most:
+            self.limits.clear()
+            for request in self.running:
+                if (lora := request.lora_request) is not None:
+                    self.limits.take(lora.lora_name, _reach(request))
 
     def _start_loads(self, now: float) -> None:
-        if not self.waiting.lanes_changed and now - self._loads_looked_at < LOADS_EVERY_S:
+        waited = now - self._loads_looked_at >= LOADS_EVERY_S
+        if waited:
+            self.readiness.expire(now)
+        if not self.readiness.can_start or not (self.waiting.lanes_changed or waited):
             return
         self.waiting.lanes_changed, self._loads_looked_at = False, now
-        lanes = self.waiting.in_order()
         running = set(self.room.users)
+        # Enough to find `prefetch` adapters that don't run among the first.
+        lanes = self.waiting.first_lanes(self.readiness.prefetch + len(running))
         wanted = [(lane.adapter, lane.path) for lane in lanes]
         for adapter, attempt in self.readiness.next_loads(wanted, running, now):
             lane = next(lane for lane in lanes if lane.adapter == adapter)
@@ -154,29 +167,24 @@ class RankAwareMixin(_Base):
                 self._end.send(channel.Prepare(adapter, attempt, msgspec.msgpack.encode(request)))
 
     def _end_hopeless(self, now: float) -> None:
-        """Requests whose adapter can't be had, can never fit, or that waited too long over their limit."""
-        for lane in list(self.waiting.lanes.values()):
-            failure = self.readiness.failure(lane.adapter, lane.path)
-            rank = self.readiness.rank_of(lane.adapter)
-            if failure is None and not self.room.ever_fits(rank):
-                reason = (
-                    f"LoRA adapter '{lane.name}' of rank {rank} takes {self.room.rows_of(rank)} rank rows; "
-                    f"the arena holds {self.room.rank_rows}"
-                )
-                failure = (int(HTTPStatus.BAD_REQUEST), reason)
-            if failure is not None:
-                self._doom(self.waiting.requests_of(lane), HTTPStatus(failure[0]), failure[1])
-                self.readiness.forget_failure(lane.adapter)
-            elif self.limits.most:
-                head = self.waiting.head(lane)[1]
-                if not self.limits.allows(lane.name, _reach(head)):
-                    late = [
-                        request
-                        for request in self.waiting.requests_of(lane)
-                        if now - self.waiting.queued_at(request) > self.loraserve.limit_wait_s
-                    ]
-                    reason = f"Too many tokens of LoRA adapter '{lane.name}' are in flight; try again later"
-                    self._doom(late, HTTPStatus.TOO_MANY_REQUESTS, reason)
+        """Requests whose adapter can't be had, and those that waited too long over their limit."""
+        for adapter, path, status, reason in self.readiness.failed():
+            lane = self.waiting.lanes.get((adapter, path))
+            if lane is not None:
+                self._doom(self.waiting.requests_of(lane), HTTPStatus(status), reason)
+            self.readiness.forget_failure(adapter)
+        if not self.limits.most:
+            return
+        for lane in self.waiting.lanes.values():
+            if self.limits.allows(lane.name, _reach(self.waiting.head(lane)[1])):
+                continue
+            late = [
+                request
+                for request in self.waiting.requests_of(lane)
+                if now - self.waiting.queued_at(request) > self.loraserve.limit_wait_s
+            ]
+            reason = f"Too many tokens of LoRA adapter '{lane.name}' are in flight; try again later"
+            self._doom(late, HTTPStatus.TOO_MANY_REQUESTS, reason)
 
     def _doom(self, requests: Iterable[Request], status: HTTPStatus, reason: str) -> None:
         for request in requests:
@@ -185,9 +193,8 @@ class RankAwareMixin(_Base):
     def _age(self, now: float) -> None:
         """Finds the oldest request that was overtaken long enough, and the adapters to drain for it."""
         aged: Lane | None = None
-        for lane in self.waiting.lanes.values():
-            ready = self.readiness.is_ready(lane.adapter, lane.path)
-            if not ready or self.room.fits(lane.adapter, self.readiness.rank_of(lane.adapter)):
+        for lane in self._ready_lanes():
+            if self.room.fits(lane.adapter, self.readiness.rank_of(lane.adapter)):
                 lane.blocked = None
                 continue
             if lane.blocked is None:
@@ -205,13 +212,22 @@ class RankAwareMixin(_Base):
 
     # ---- the gate of the waiting queue ----
 
-    def opens(self, lane: Lane) -> bool:
+    def open_lanes(self) -> Iterable[Lane]:
         """An adapter's requests are shown when it is ready and not held back for an aged one."""
-        if not self.readiness.is_ready(lane.adapter, lane.path):
-            return False
-        if self._drain_for is None or lane is self._drain_for:
-            return True
-        return lane.adapter in self.room.users and lane.adapter not in self._draining
+        lanes = self._ready_lanes()
+        if self._drain_for is None:
+            return lanes
+        return (
+            lane
+            for lane in lanes
+            if lane is self._drain_for or (lane.adapter in self.room.users and lane.adapter not in self._draining)
+        )
+
+    def _ready_lanes(self) -> Iterable[Lane]:
+        lanes = self.waiting.lanes
+        if not self.readiness.world_size:
+            return lanes.values()
+        return (lane for name in self.readiness.ready() if (lane := lanes.get(name)) is not None)
 
     def admits(self, lane: Lane, request: Request) -> bool:
         """Room in the arena, under its limit, and work left for at least a small chunk."""
@@ -265,24 +281,22 @@ class RankAwareMixin(_Base):
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on the length of a chunk: here the work budget cuts prefill of adapters."""
-        lora = request.lora_request
-        if lora is None or not self.work.bounded or not self._may_cut(request, num_new_tokens):
+        if num_new_tokens <= 1 + self.num_spec_tokens or (lora := request.lora_request) is None:
+            # A decode, or the base model; without lookahead vLLM has nothing to say either.
+            if not self.num_prefill_lookahead:
+                return num_new_tokens
             return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        rank = self._rank(request)
-        allowed = self.work.allow(num_new_tokens, rank)
+        rank = self.readiness.rank_of(lora.lora_int_id)
+        allowed = self.work.allow(num_new_tokens, rank) if self._may_cut(request) else num_new_tokens
         if allowed < num_new_tokens:
             self.counters.cut_chunks += 1
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, allowed) if allowed else 0
         self.work.spend(tokens, rank)
         return tokens
 
-    def _may_cut(self, request: Request, tokens: int) -> bool:
-        """Decodes with their drafts, encoder inputs and state-aligned chunks have lengths of their own."""
-        return (
-            tokens > 1 + self.num_spec_tokens
-            and not request.has_encoder_inputs
-            and not self.need_mamba_block_aligned_split
-        )
+    def _may_cut(self, request: Request) -> bool:
+        """Encoder inputs and state-aligned chunks have lengths of their own."""
+        return not request.has_encoder_inputs and not self.need_mamba_block_aligned_split
 
     def _rank(self, request: Request) -> int:
         return self.readiness.rank_of(request.lora_request.lora_int_id) if request.lora_request is not None else 0
@@ -294,23 +308,19 @@ class RankAwareMixin(_Base):
         counters.steps += 1
         if self._idle and self.trace is None:
             return
-        waiting = [self.waiting.queued_at(self.waiting.head(lane)[1]) for lane in self.waiting.lanes.values()]
-        counters.oldest_wait_s = begin - min(waiting) if waiting else 0.0
-        tokens: dict[int, int] = {}
-        cost = 0.0
-        for request_id, count in output.num_scheduled_tokens.items():
-            lora = self.requests[request_id].lora_request
-            if lora is not None:
-                tokens[lora.lora_int_id] = tokens.get(lora.lora_int_id, 0) + count
-        rows = 0
-        for adapter, count in tokens.items():
-            rank = self.readiness.rank_of(adapter)
-            rows += self.room.rows_of(rank)
-            cost += self.work.cost_per_rank * rank * count
+        if begin - self._waits_looked_at > WAITS_EVERY_S:
+            self._waits_looked_at = begin
+            waits = [self.waiting.queued_at(self.waiting.head(lane)[1]) for lane in self.waiting.lanes.values()]
+            counters.oldest_wait_s = begin - min(waits) if waits else 0.0
         total = output.total_num_scheduled_tokens
-        if tokens:
-            counters.observe(rows, cost / total)
+        if total and self.room.users:
+            counters.observe(self.room.used_rows, self.work.spent / total)
         if self.trace is not None and total:
+            tokens: dict[int, int] = {}
+            for request_id, count in output.num_scheduled_tokens.items():
+                lora = self.requests[request_id].lora_request
+                if lora is not None:
+                    tokens[lora.lora_int_id] = tokens.get(lora.lora_int_id, 0) + count
             self.trace.write(
                 t=round(time.time(), 4),
                 step=self.current_step,
@@ -318,9 +328,8 @@ class RankAwareMixin(_Base):
                 waiting=len(self.waiting),
                 tokens=total,
                 lora_tokens=tokens,
-                rank_rows=rows,
-                rows_in_use=self.room.used_rows,
-                lora_cost=round(cost, 2),
+                rank_rows=self.room.used_rows,
+                lora_cost=round(self.work.spent, 2),
                 loading=self.readiness.loading,
                 waiting_adapters=len(self.waiting.lanes),
                 draining=sorted(self._draining),

@@ -17,7 +17,9 @@ import msgspec
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
+from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine import channel
+from vllm_loraserve.engine.engine_config import config_of
 
 logger = init_logger("vllm.loraserve.side_loading")
 
@@ -83,6 +85,8 @@ class SideLoadingMixin:
         """Adapter -> why it could not be loaded, until it is loaded or removed."""
         self._vllm_config = vllm_config
         self._channel: channel.WorkerEnd | None = None
+        # The scheduler bounds the loads that it orders; this bounds those that `add_lora` starts.
+        self._unordered = threading.Semaphore((config_of(vllm_config) or LoRAServeConfig()).concurrent_loads)
 
     def create_lora_manager(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class; afterwards the worker can take orders."""
@@ -120,9 +124,14 @@ class SideLoadingMixin:
 
     def _start_load(self, request: LoRARequest, attempt: int) -> None:
         # A thread for each load: one that hangs must not hold up the next. The scheduler bounds their number.
+        target = self._load if attempt else self._load_unordered
         threading.Thread(
-            target=self._load, args=(request, attempt), name=f"loraserve-load-{request.lora_int_id}", daemon=True
+            target=target, args=(request, attempt), name=f"loraserve-load-{request.lora_int_id}", daemon=True
         ).start()
+
+    def _load_unordered(self, request: LoRARequest, attempt: int) -> None:
+        with self._unordered:
+            self._load(request, attempt)
 
     def _load(self, request: LoRARequest, attempt: int) -> None:
         with contextlib.suppress(OSError, AttributeError):
