@@ -2,8 +2,8 @@
 
 Two warm adapters of rank 8 are decoded without pause, four requests at a time, and asked for anew every half second
 (their TTFT is measured); meanwhile one client asks for one cold adapter of rank 128 after the other, out of four times
-as many adapters as there are slots. Phases (calm, churn, and all-warm at uniform rank 8 for throughput) alternate between
-the two servers; a phase's first seconds are not counted.
+as many adapters as there are slots. Phases (calm, churn, and all-warm at uniform rank 8 for throughput) alternate
+between the two servers; a phase's first seconds are not counted.
 
 Stock vLLM on a CPU gathers a padded weight matrix for every token, so its absolute figures here say little about a GPU;
 its own calm phase is what its gaps are compared with.
