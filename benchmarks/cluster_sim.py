@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import platform
+import sys
 import time
 from datetime import date
 from pathlib import Path
@@ -343,7 +344,7 @@ def main() -> int:
         write_json(
             {
                 "date": date.today().isoformat(),
-                "command": "python benchmarks/cluster_sim.py" + (" --quick" if args.quick else ""),
+                "command": "python benchmarks/cluster_sim.py " + " ".join(sys.argv[1:]),
                 "device": f"simulated; {platform.machine()}, Python {platform.python_version()}",
                 "machines": {w: MACHINES[WORLDS[w][0]].name for w in figures},
                 "trace": the_trace(args.trace).name,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import time
 from datetime import date
 
@@ -99,7 +100,7 @@ def main() -> int:
     parser.add_argument("--policy", action="append", choices=POLICIES)
     parser.add_argument("--quick", action="store_true", help="only 10,000 adapters, one repeat")
     args = parser.parse_args()
-    sizes = [(10_000, 1_000, 1 if args.quick else 5)]
+    sizes = [(10_000, 1_000, 1 if args.quick else 3)]
     if not args.quick:
         sizes.append((100_000, 10_000, 1))
     results: dict[str, dict[str, dict[str, float]]] = {}
@@ -136,7 +137,7 @@ def main() -> int:
         write_json(
             {
                 "date": date.today().isoformat(),
-                "command": "python benchmarks/placement_scale.py" + (" --quick" if args.quick else ""),
+                "command": "python benchmarks/placement_scale.py " + " ".join(sys.argv[1:]),
                 "device": f"{platform.machine()}, one core, Python {platform.python_version()}",
                 **figures,
                 "note": "worst of loraserve and loraserve+, of the first placement and of the one after the change",
