@@ -110,7 +110,7 @@ def servers_needed(needed: Mapping[str, int], title: str, path: str | Path) -> P
 
 
 def load_over_time(results: Sequence[Result], path: str | Path) -> Path:
-    """Busy share of each server over time, one panel per system."""
+    """Load of each server over time (see `Result.load`), one panel per system; above 1 requests queue."""
     plt = _pyplot()
     shown = [r for r in results if r.load]
     if not shown:
@@ -124,10 +124,11 @@ def load_over_time(results: Sequence[Result], path: str | Path) -> Path:
         for i in range(r.servers):
             axes.plot(time, [v[i] for _, v in r.load], color=colours(i / max(r.servers - 1, 1)), linewidth=1.2)
         axes.set_title(r.system, loc="left", fontsize=9, pad=2)
-        axes.set_ylim(-0.02, 1.05)
+        axes.axhline(1.0, color="#444444", linewidth=0.8)
+        axes.set_ylim(bottom=0.0)
         axes.grid(alpha=0.2)
     panels[-1, 0].set_xlabel("time (s)")
-    panels[len(shown) // 2, 0].set_ylabel("busy share, one line for each server")
+    panels[len(shown) // 2, 0].set_ylabel("tokens in flight / KV capacity, one line for each server")
     figure.tight_layout()
     return _save(plt, figure, path)
 
@@ -146,7 +147,7 @@ def ratio_bars(ratios: Mapping[str, Mapping[str, float]], baseline: str, title: 
     axes.axhline(1.0, color="#444444", linewidth=1)
     axes.set_xticks(np.arange(len(workloads)), workloads, rotation=25, ha="right", fontsize=8)
     axes.set_ylabel(f"throughput within the SLO / {baseline}")
-    axes.set_title(title)
-    axes.legend(fontsize=8, ncols=4, frameon=False)
+    axes.set_title(title, pad=44)
+    axes.legend(fontsize=8, ncols=4, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes.spines[["top", "right"]].set_visible(False)
     return _save(plt, figure, path)

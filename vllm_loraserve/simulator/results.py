@@ -19,7 +19,7 @@ class Result(msgspec.Struct, kw_only=True):
     """One run. Latencies in seconds; a request that got no first token counts as infinite.
 
     `ttft` [requests], `tbt` [finished requests with more than one token], `finish` [requests]; `load` is a
-    list of (time, busy share of each server).
+    list of (time, load of each server): tokens of running and waiting requests / KV capacity.
     """
 
     system: str

@@ -112,7 +112,6 @@ class Simulation:
         self.aborted = False
         self.sample_s = sample_s
         self.load_samples: list[tuple[float, list[float]]] = []
-        self.busy_before = [0.0] * len(machines)
         self.failures = failures
         self.on_progress = on_progress
         arrival, adapter = workload.arrival.tolist(), workload.adapter.tolist()
@@ -424,11 +423,7 @@ class Simulation:
         self._place(now)
 
     def _sample(self, now: float) -> None:
-        loads = []
-        for i, s in enumerate(self.servers):
-            busy = s.busy_s + (max(now - s.leap_start, 0.0) if s.step_end >= 0.0 else 0.0)
-            loads.append(max(min((busy - self.busy_before[i]) / self.sample_s, 1.0), 0.0))
-            self.busy_before[i] = busy
+        loads = [(s.kv_used + s.queued_kv) / s.machine.kv_tokens for s in self.servers]
         self.load_samples.append((now, loads))
 
 
