@@ -67,6 +67,23 @@ def test_tcp_uses_several_streams_for_much_and_one_for_little(source, target, mo
         assert len(opened) == 3  # they are kept
 
 
+def test_another_host_is_sent_to_without_a_copy(server, source, target, connect, monkeypatch):
+    sent: list[int] = []
+    sendfile = tcp.os.sendfile
+
+    def counted(*arguments: int) -> int:
+        sent.append(sendfile(*arguments))
+        return sent[-1]
+
+    monkeypatch.setattr(tcp.os, "sendfile", counted)
+    connect("tcp").fetch(wanted("a"), target, Flight(10))
+    assert sent == []  # both ends have the same address
+    monkeypatch.setattr(tcp, "_same_host", lambda sock: False)
+    pages, _ = connect("tcp").fetch(wanted("b"), target, Flight(10))
+    assert sum(sent) == pages.size
+    assert target.bytes_of("b") == source.bytes_of("b")
+
+
 def test_the_catalogue_names_every_adapter(connect):
     assert {(p.name, p.digest, p.layout) for p in connect().catalogue()} == {
         ("a", "sha-a", LAYOUT),

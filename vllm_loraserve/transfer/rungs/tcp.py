@@ -34,6 +34,7 @@ from vllm_loraserve.transfer.pages import AdapterPages, Destination, Range, page
 from vllm_loraserve.transfer.rungs.base import Link
 
 SEND_PIECE = 4 << 20
+SEND_BLOCK = 256 << 10
 RECEIVE_PIECE = 1 << 20
 MIN_SHARE = 1 << 20
 """Below this many bytes a stream is not worth its request."""
@@ -57,11 +58,16 @@ def send_pieces(ranges: Sequence[Range]) -> Iterator[Range]:
 
 
 def send_range(sock: socket.socket, slab: Slab, piece: Range) -> None:
-    """Sends one piece of a slab, by sendfile where a file is behind it."""
+    """Sends one piece of a slab: to another host by sendfile, where a file is behind it, so that nothing is copied
+    here.
+
+    On one host the reader's copy pays for what the sender saves (its source is then cold memory, page by page), and
+    plain sends of cache-sized blocks take less of the processors in sum.
+    """
     if slab.device >= 0:
         _send_from_device(sock, slab, piece)
         return
-    if slab.fd >= 0:
+    if slab.fd >= 0 and not _same_host(sock):
         offset, left = piece
         while left:
             sent = os.sendfile(sock.fileno(), slab.fd, offset, left)
@@ -69,7 +75,13 @@ def send_range(sock: socket.socket, slab: Slab, piece: Range) -> None:
                 raise PeerLostError("the reader closed the connection")
             offset, left = offset + sent, left - sent
         return
-    sock.sendall(memoryview((ctypes.c_ubyte * piece.length).from_address(slab.address + piece.offset)))
+    view = memoryview((ctypes.c_ubyte * piece.length).from_address(slab.address + piece.offset)).cast("B")
+    for start in range(0, piece.length, SEND_BLOCK):
+        sock.sendall(view[start : start + SEND_BLOCK])
+
+
+def _same_host(sock: socket.socket) -> bool:
+    return bool(sock.getsockname()[0] == sock.getpeername()[0])
 
 
 def _send_from_device(sock: socket.socket, slab: Slab, piece: Range) -> None:
