@@ -25,14 +25,15 @@ E2E = Path(__file__).parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything here is `e2e` and `vllm`, and the first test pays for the start of the cluster.
 
-    Faults come last: what they break then need not be started again.
+    It comes after the other rooms, so that the cluster takes nothing from their tests; and faults come last, so that
+    what they break need not be started again.
     """
     for item in items:
         if E2E in item.path.parents:
             item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.vllm)
             item.add_marker(pytest.mark.timeout(900))
-    items.sort(key=lambda item: item.path == E2E / "test_faults.py")
+    items.sort(key=lambda item: (E2E in item.path.parents, item.path == E2E / "test_faults.py"))
 
 
 @pytest.fixture(scope="session")
