@@ -76,6 +76,8 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         self.in_use: frozenset[int] = frozenset()
         """Adapters of the step at hand: never evicted."""
         self._pages: dict[int, list[list[int]]] = {}
+        self._generations: dict[int, int] = {}
+        """Of each active adapter: the generation of the host entry that its pages were copied from."""
         self._shared: list[list[int]] | None = None
         self._demand: Demand[int] = Demand()
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
@@ -161,6 +163,11 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         found = self._registered_adapters.cache.get(lora_id)
         return found if isinstance(found, ServedAdapter) else None
 
+    def is_current(self, lora_id: int) -> bool:
+        """Whether an adapter is active with the pages that the host tier holds now."""
+        entry = self.host.get(lora_id)
+        return entry is not None and self._generations.get(lora_id) == entry.generation
+
     def capacity_problem(self, pages: Sequence[int]) -> str | None:
         """Why an adapter with so many pages could never be active, or None."""
         if max(pages, default=0) <= self.arena.pages_per_group:
@@ -206,6 +213,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             pages = self.arena.allocate(adapter.pages, lora_id)
             assert pages is not None
             self._pages[lora_id] = pages
+            self._generations[lora_id] = entry.generation
             self.arena.write(pages, self.host.targets(entry))
             if self.device.type != "cpu":
                 # The host pages may be evicted once nobody reads them.
@@ -267,6 +275,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             self.tables.clear(slot)
             self._slot_rank(slot, 0)
         super()._deactivate_adapter(lora_id)
+        self._generations.pop(lora_id, None)
         pages = self._pages.pop(lora_id, None)
         if pages is not None:
             self.arena.free(pages, lora_id)
@@ -409,9 +418,7 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
             # Imported where it is used: without the option no worker probes for RDMA.
             from vllm_loraserve.engine.peer_sources import PeerSources
 
-            self.peers = PeerSources(
-                self.options, self.host, self._in_pages, rank=vllm_config.parallel_config.rank
-            )
+            self.peers = PeerSources(self.options, self.host, self._in_pages, rank=vllm_config.parallel_config.rank)
         return manager.model
 
     def _in_pages(self, lora_id: int) -> bool:
@@ -491,7 +498,7 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
                 if prepared is None or lora_id not in self.host or lora_request.load_inplace:
                     prepared = self._prepare_now(lora_request)
                 self._register(prepared)
-            elif prepared is not None and prepared.request is not known.request:
+            elif prepared is not None and not manager.is_current(lora_id):
                 self._register(prepared)
             else:
                 manager.get_adapter(lora_id)

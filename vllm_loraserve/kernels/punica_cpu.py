@@ -57,6 +57,9 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
         self.token_groups = group_by_slot(slots_of(mapping.index_mapping, slot_of_id))
         self.sampler_groups = group_by_slot(slots_of(mapping.prompt_mapping, slot_of_id))
 
+    def _update_prefill_metadata(self, token_lora_tensor: torch.Tensor) -> None:
+        """Not needed: the groups say the same, and no operation here reads vLLM's segments."""
+
     def add_shrink(
         self,
         y: tuple[torch.Tensor, ...] | torch.Tensor,
