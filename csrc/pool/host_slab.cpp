@@ -77,7 +77,6 @@ LSP_API int lsp_host_alloc(uint64_t size, uint32_t flags, lsp_slab* out) {
       c.context_pop(&popped);
     }
   }
-  madvise(address, bytes, MADV_DONTFORK);  // a forked child must not hold registered pages
   *out = lsp_slab{reinterpret_cast<uint64_t>(address), bytes, fd, granted, -1, 0, 0};
   return 0;
 }
