@@ -54,7 +54,7 @@ WORLDS = {
 WORKLOADS = (*PAPER_SIX, "replay-50", "replay-100", "replay-200", "burst-200")
 SYSTEM_NAMES = (*BASELINES, "loraserve", "loraserve+")
 COUNTED = ("poisson-uniform", "replay-100")
-"""Workloads for which servers are counted (`gpus_for_load`; 0 elsewhere): the searches are the longest
+"""Workloads for which servers are counted (`gpus_for_load`; null elsewhere): the searches are the longest
 part."""
 SLO_S = 10.0
 SERVERS = 4
@@ -116,12 +116,12 @@ def find_rate(job: Job) -> tuple[Job, float]:
     return job, max_rate(lambda rate, abort: run_at(job, rate, abort=abort), SLO_S, guess=guess, tolerance=0.03)
 
 
-def at_common_load(task: tuple[Job, float, bool]) -> tuple[Job, dict[str, float | int | str], int]:
+def at_common_load(task: tuple[Job, float, bool]) -> tuple[Job, dict[str, float | int | str], int | None]:
     """Latency, memory and traffic at the common load; servers for 1.5 times that of toppings where asked
     for."""
     job, toppings_rate, count_servers = task
     row = run_at(job, 0.9 * toppings_rate).summary()
-    needed = 0
+    needed = None
     if count_servers:
         load = 1.5 * toppings_rate
         needed = fewest_servers(lambda n, abort: run_at(job, load, servers=n, abort=abort), SLO_S, start=4, most=32)
@@ -164,7 +164,7 @@ def measure(args: argparse.Namespace, worlds: list[str], workloads: list[str], s
             for job in jobs
         ]
         rows: dict[Job, dict[str, float | int | str]] = {}
-        needed: dict[Job, int] = {}
+        needed: dict[Job, int | None] = {}
         task = progress.add_task("at the common load", total=len(jobs))
         for job, row, n in pool.imap_unordered(at_common_load, common):
             rows[job] = row
@@ -289,12 +289,15 @@ def draw(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         chosen = "poisson-uniform" if world == "max-in-batch" else "poisson-shifting-skew"
         if chosen not in by_workload:
             chosen = next(iter(by_workload))
+        counted = next((w for w, r in by_workload.items() if r["toppings"]["gpus_for_load"] is not None), None)
+        if counted is not None:
+            row = by_workload[counted]
+            plots.servers_needed(
+                {s: r["gpus_for_load"] for s, r in row.items()},
+                f"{world}, {counted}: servers for {1.5 * row['toppings']['max_rps_slo_by_seed'][0]:.0f} requests/s",
+                folder / f"{world}-servers.png",
+            )
         by_system = by_workload[chosen]
-        plots.servers_needed(
-            {s: r["gpus_for_load"] for s, r in by_system.items()},
-            f"{world}, {chosen}: servers for {1.5 * by_system['toppings']['max_rps_slo']:.0f} requests/s",
-            folder / f"{world}-servers.png",
-        )
         top = max(r["max_rps_slo"] for r in by_system.values())
         jobs = {s: Job(world, chosen, s, args.seeds[0], args.duration, args.trace) for s in by_system}
         curves = {
