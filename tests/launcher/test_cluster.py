@@ -44,7 +44,14 @@ def test_the_parts_are_told_of_each_other(plan: Plan) -> None:
         "max_rank": 64,
         "adapter_roots": ["/adapters"],
         "arena_rank_rows": 512,
+        "transfer_key_file": str(plan.state / "transfer.key"),
     }
+    key = plan.state / "transfer.key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert len(key.read_text()) == 64
+    before = key.read_text()
+    Cluster(plan)
+    assert key.read_text() == before
     assert "--enable-loraserve" in command
     assert command[command.index("--served-model-name") + 1] == "model"
     assert command[-3:] == ["--max-loras=3", "--dtype", "bfloat16"]

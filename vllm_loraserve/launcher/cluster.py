@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import time
 import urllib.error
@@ -215,6 +216,8 @@ class Cluster:
     def _instance_command(self, index: int, options: Sequence[str]) -> list[str]:
         plan = self.plan
         config: dict[str, object] = {"coordinator": self.coordinator_endpoint, "instance": f"instance-{index}"}
+        if not any("transfer_key_file" in option for option in plan.vllm_options):
+            config["transfer_key_file"] = str(self._transfer_key())
         if plan.max_rank is not None:
             config["max_rank"] = plan.max_rank
         if plan.adapter_roots:
@@ -227,6 +230,15 @@ class Cluster:
         if value_of("--served-model-name", plan.vllm_options) is None:
             command += ["--served-model-name", plan.model_name]
         return [*command, *options, *plan.vllm_options]
+
+    def _transfer_key(self) -> Path:
+        """The secret by which the instances let each other read adapters; made once per state directory."""
+        path = self.plan.state / "transfer.key"
+        with suppress(FileExistsError):
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+        return path
 
     def _check_alive(self, *servers: Server) -> None:
         for server in servers or self.servers:
