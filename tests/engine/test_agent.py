@@ -19,7 +19,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
 from vllm.utils.counter import AtomicCounter  # noqa: E402
 
 from vllm_loraserve.cluster.placement import make_policy  # noqa: E402
-from vllm_loraserve.config import LoRAServeConfig  # noqa: E402
+from vllm_loraserve.config import ConfigError, LoRAServeConfig  # noqa: E402
 from vllm_loraserve.coordinator.client import CoordinatorClient  # noqa: E402
 from vllm_loraserve.coordinator.control import Controller, ControlOptions  # noqa: E402
 from vllm_loraserve.coordinator.messages import (  # noqa: E402
@@ -35,6 +35,7 @@ from vllm_loraserve.coordinator.registry import Registry  # noqa: E402
 from vllm_loraserve.coordinator.server import CoordinatorServer, ServerOptions  # noqa: E402
 from vllm_loraserve.engine.agent import RESOLVER_NAME, instance_name, start_agent  # noqa: E402
 from vllm_loraserve.engine.capacity import capacity_of, module_shapes, rank_row_bytes  # noqa: E402
+from vllm_loraserve.engine.engine_config import WORKER_EXTENSION, prepare_engine_args  # noqa: E402
 from vllm_loraserve.engine.meter import LoadLogger, Meter  # noqa: E402
 from vllm_loraserve.engine.resolver import LoRAServeResolver  # noqa: E402
 
@@ -286,7 +287,7 @@ async def test_workers_hear_who_holds_an_adapter_before_they_load_it(coordinator
     engine = FakeEngine()
     models = FakeModels(engine)
     config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1, transfer_key_file="k")
-    agent = await start_agent(engine, vllm_config(), config, "http://127.0.0.1:8000", models)
+    agent = await start_agent(engine, vllm_config(WORKER_EXTENSION), config, "http://127.0.0.1:8000", models)
     await until(lambda: len(coordinator.controller.members) == 1)
     controller = coordinator.controller
     assert controller.members.get("one").hello.transfer == "127.0.0.1:7001,127.0.0.1:7002"
@@ -421,6 +422,16 @@ def test_capacity_is_the_configured_memory_else_the_flags():
     big = capacity_of(vllm_config(), LoRAServeConfig(arena_gib=1.0, host_gib=2.0), shapes)
     assert (big.rank_rows, big.host_bytes) == ((1 << 30) // row, 2 << 30)
     assert capacity_of(vllm_config(), LoRAServeConfig(max_rank=32), shapes).max_rank == 32
+
+
+def test_a_transfer_key_that_can_not_be_used_is_refused_before_the_model_loads(tmp_path):
+    key = tmp_path / "key"
+    for prepare, says in ((lambda: None, "cannot be read"), (lambda: key.write_bytes(b"x" * 64), "chmod 600")):
+        prepare()
+        args = SimpleNamespace(additional_config={"loraserve": {"transfer_key_file": str(key)}}, max_cpu_loras=None)
+        with pytest.raises(ConfigError, match=says) as refused:
+            prepare_engine_args(args)
+        assert "transfer_key_file=" in str(refused.value)
 
 
 def test_instance_names():

@@ -103,8 +103,8 @@ class Agent:
             module_shapes=shapes,
         )
         self._client = CoordinatorClient(config.coordinator, timeout_s=ANSWER_TIMEOUT_S)
-        self._transfers = config.transfer_key_file is not None
         self._extended = getattr(vllm_config.parallel_config, "worker_extension_cls", "") == WORKER_EXTENSION
+        self._transfers = self._extended and config.transfer_key_file is not None
         if self._transfers:
             self.resolver.on_located = self._locate
         self._epoch: int | None = None
@@ -144,10 +144,10 @@ class Agent:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._epoch is not None:
-            with contextlib.suppress(CoordinatorError, CoordinatorUnavailable):
-                leave = Leave(instance=self.name, incarnation=self._hello.incarnation)
-                await self._client.request(leave, timeout_s=1.0)
+        # Also where no registration was answered yet: it may have arrived all the same.
+        with contextlib.suppress(CoordinatorError, CoordinatorUnavailable):
+            leave = Leave(instance=self.name, incarnation=self._hello.incarnation)
+            await self._client.request(leave, timeout_s=2.0)
         for undo in self._undo:
             undo()
         await self._client.close()

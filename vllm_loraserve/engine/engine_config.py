@@ -36,6 +36,7 @@ def prepare_engine_args(args: Any) -> LoRAServeConfig | None:
         return None
     raw = args.additional_config[ADDITIONAL_CONFIG_KEY]
     config = parse_config(raw)
+    _check_transfer_key(config)
     args.enable_lora = True
     if not args.max_cpu_loras:
         # Adapters are brought in ahead of their turn, and must not push out those that run.
@@ -45,6 +46,19 @@ def prepare_engine_args(args: Any) -> LoRAServeConfig | None:
 
 
 WORKER_EXTENSION = "vllm_loraserve.engine.worker_extension.WorkerExtension"
+
+
+def _check_transfer_key(config: LoRAServeConfig) -> None:
+    """Refuses a key that no worker could use, before a model is loaded."""
+    if config.transfer_key_file is None:
+        return
+    from vllm_loraserve.transfer.auth import load_key
+    from vllm_loraserve.transfer.errors import AuthenticationError
+
+    try:
+        load_key(config.transfer_key_file)
+    except AuthenticationError as error:
+        raise ConfigError(f"loraserve-config: transfer_key_file={config.transfer_key_file!r}: {error}") from None
 
 
 def adapt_vllm_config(vllm_config: Any) -> None:
