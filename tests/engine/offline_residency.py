@@ -1,0 +1,90 @@
+"""Run as a program by test_worker_extension_vllm.py: a real worker says what it holds, serves it to a peer, and takes
+it back from there when the checkpoint is gone. Argument: a directory. Prints RESULT and a JSON object."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import manager_machine as machine
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.engine.peer_sources import PeerSources
+from vllm_loraserve.memory.host_tier import HostTier
+from vllm_loraserve.transfer.auth import generate_key
+
+RANKS = {"self_attn.q_proj": 8, "mlp.down_proj": 16}
+
+
+def main(folder: Path) -> dict[str, Any]:
+    key = folder / "key"
+    key.write_bytes(generate_key())
+    key.chmod(0o600)
+    options = {"transfer_key_file": str(key), "transfer_rdma": "off", "arena_rank_rows": 96, "host_gib": 0.05}
+    llm = LLM(
+        str(machine.make_model(folder)), skip_tokenizer_init=True, load_format="dummy", dtype="float32",
+        enforce_eager=True, max_model_len=64, max_num_seqs=4, kv_cache_memory_bytes=16 << 20, max_loras=2,
+        max_lora_rank=8, enable_prefix_caching=False, additional_config={"loraserve": options},
+    )  # fmt: skip
+    adapter, broken = folder / "a", folder / "broken"
+    machine.write_adapter(adapter, RANKS, seed=1)
+    machine.write_adapter(broken, RANKS, seed=2)
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+
+    def residency() -> Any:
+        return llm.collective_rpc("loraserve_residency")[0]
+
+    def until(condition: Any) -> Any:
+        end = time.monotonic() + 60
+        while not condition(seen := residency()):
+            assert time.monotonic() < end, f"still {seen}"
+            time.sleep(0.05)
+        return seen
+
+    def generate(request: LoRARequest | None) -> list[tuple[int, float]]:
+        """(token, log-probability) of a greedy answer."""
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=1)
+        prompt = {"prompt_token_ids": [1, 2, 3, 4, 5]}
+        answer = llm.generate([prompt], params, lora_request=request, use_tqdm=False)[0].outputs[0]
+        return [(t, round(p[t].logprob, 5)) for t, p in zip(answer.token_ids, answer.logprobs, strict=True)]
+
+    out: dict[str, Any] = {"first": residency()}
+    engine = llm.llm_engine
+    one = LoRARequest("a", 1, str(adapter))
+    engine.add_lora(one)
+    out["aside"] = until(lambda seen: 1 in seen[1])
+    out["listed_aside"] = sorted(engine.list_loras())
+    engine.add_lora(LoRARequest("broken", 2, str(broken)))
+    out["error"] = until(lambda seen: seen[2])[2]
+    out["base"], out["own"] = generate(None), generate(one)
+    out["running"] = residency()
+
+    # A peer takes it from the worker ...
+    worker = llm.collective_rpc(lambda worker: worker)[0]
+    tier = HostTier(worker.model_runner.lora_manager.host.layout, 16 << 20)
+    peer = PeerSources(LoRAServeConfig(instance="peer", **options), tier, lambda _: True)
+    digest = worker.model_runner.lora_manager.host.get(1).digest
+    peer.locate("a", str(adapter), digest, [("engine", llm.collective_rpc("loraserve_transfer_endpoint")[0])])
+    out["peer_got_it"] = peer.bring(LoRARequest("a", 7, str(adapter))) is not None
+    # ... and the worker takes it back, its own copy and its checkpoint gone.
+    engine.remove_lora(1)
+    until(lambda seen: 1 not in seen[0] + seen[1])
+    shutil.rmtree(adapter)
+    llm.collective_rpc("loraserve_locate", args=([("a", str(adapter), digest, [("peer", peer.endpoint)])],))
+    again = LoRARequest("a", 3, str(adapter))
+    engine.add_lora(again)
+    until(lambda seen: 3 in seen[1])
+    out["from_peer"] = generate(again)
+    peer.close()
+    return out
+
+
+if __name__ == "__main__":
+    print("RESULT " + json.dumps(main(Path(sys.argv[1]))), flush=True)
