@@ -74,7 +74,7 @@ def world(_world: World) -> World:
     for server in cluster.servers:
         if server.status is not None:
             server.start()
-    cluster.wait_for_instances(2, 120.0)
+    cluster.wait_for_instances(2, 600.0)
     return _world
 
 
