@@ -77,8 +77,8 @@ def compare(model: str, waiting: int, full: bool, steps: int) -> dict[str, float
     }
     with tempfile.TemporaryDirectory() as folder:
         address = f"ipc://{folder}/channel"
-        channel.address_of = lambda *_: address  # type: ignore[assignment]
-        workers = FakeWorkers(address)
+        channel.address_of = lambda _, purpose="loads": f"{address}-{purpose}"  # type: ignore[assignment]
+        workers = FakeWorkers(f"{address}-loads")
         stock = make_scheduler(Scheduler, model, **shape)
         fill(stock, waiting)
         ours = make_scheduler(RankAwareScheduler, model, **shape, options={"max_skip_s": 1e6, "skip_window": 10**9})

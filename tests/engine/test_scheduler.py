@@ -34,8 +34,8 @@ def build(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         **options: Any,
     ) -> tuple[Any, Any]:
         address = f"ipc://{tmp_path}/channel{len(made)}"
-        monkeypatch.setattr(channel, "address_of", lambda *_: address)
-        workers = FakeWorkers(address, tp, rank_rows=rank_rows, prepared=prepared)
+        monkeypatch.setattr(channel, "address_of", lambda _, purpose="loads": f"{address}-{purpose}")
+        workers = FakeWorkers(f"{address}-loads", tp, rank_rows=rank_rows, prepared=prepared)
         workers.ranks.update(ranks or {})
         scheduler = make_scheduler(cls, str(model_dir), world_size=tp, **options)
         assert scheduler.readiness.world_size == tp

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -60,21 +60,41 @@ def wrap_serve_http(original: Callable[..., Awaitable[Any]]) -> Callable[..., Aw
         engine_client = app.state.engine_client
         vllm_config = getattr(engine_client, "vllm_config", None)
         config = config_of(vllm_config)
-        if (
-            vllm_config is None
-            or config is None
-            or config.coordinator is None
-            or vllm_config.parallel_config._api_process_rank > 0
-        ):
+        if vllm_config is None or config is None or vllm_config.parallel_config._api_process_rank > 0:
             return await original(app, sock, *args, **kwargs)
-        url = advertised_url(sock, config, tls=bool(kwargs.get("ssl_keyfile")))
-        starting = asyncio.get_running_loop().create_task(_start_agent_when_listening(app, config, url))
-        try:
-            return await original(app, sock, *args, **kwargs)
-        finally:
-            await _stop_agent(starting)
+        with _metrics(vllm_config):
+            if config.coordinator is None:
+                return await original(app, sock, *args, **kwargs)
+            url = advertised_url(sock, config, tls=bool(kwargs.get("ssl_keyfile")))
+            starting = asyncio.get_running_loop().create_task(_start_agent_when_listening(app, config, url))
+            try:
+                return await original(app, sock, *args, **kwargs)
+            finally:
+                await _stop_agent(starting)
 
     return serve_http
+
+
+@contextlib.contextmanager
+def _metrics(vllm_config: Any) -> Iterator[None]:
+    """Shows the scheduler's totals on /metrics while the server runs."""
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    from vllm_loraserve.engine import channel
+    from vllm_loraserve.engine.metrics import Collector
+
+    address = channel.address_of(vllm_config, "stats")
+    if address is None:
+        yield
+        return
+    collector, registry = Collector(), get_prometheus_registry()
+    registry.register(collector)
+    listening = asyncio.get_running_loop().create_task(collector.listen(address))
+    try:
+        yield
+    finally:
+        listening.cancel()
+        registry.unregister(collector)
 
 
 async def _start_agent_when_listening(app: Any, config: LoRAServeConfig, url: str) -> Any:

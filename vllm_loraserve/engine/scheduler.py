@@ -30,6 +30,7 @@ from vllm_loraserve.engine import channel
 from vllm_loraserve.engine.admission import AdmissionQueue, Lane
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.fairness import Limits, Shares
+from vllm_loraserve.engine.metrics import Publisher, Totals
 from vllm_loraserve.engine.rank_budget import MIN_CHUNK, ArenaRoom, WorkBudget
 from vllm_loraserve.engine.readiness import Readiness
 from vllm_loraserve.engine.request_errors import stop_reason
@@ -72,6 +73,8 @@ class RankAwareMixin(_Base):
         self.shares, self.limits = Shares(config.shares), Limits(config.max_inflight_tokens)
         self.counters = StepCounters()
         self.trace = StepTrace(config.trace_schedule) if config.trace_schedule else None
+        stats = channel.address_of(vllm_config, "stats") if self.log_stats else None
+        self._publisher = Publisher(stats) if stats is not None and self._end is not None else None
         self.waiting: AdmissionQueue = AdmissionQueue(self.policy, self)
         self._doomed: dict[str, tuple[HTTPStatus, str]] = {}
         """Requests to be ended with an error after this step."""
@@ -306,6 +309,10 @@ class RankAwareMixin(_Base):
     def _account(self, output: SchedulerOutput, begin: float) -> None:
         counters = self.counters
         counters.steps += 1
+        if self._publisher is not None and self._publisher.due(begin):
+            readiness, lanes = self.readiness, len(self.waiting.lanes)
+            totals = Totals(counters, readiness.counters, readiness.loading, lanes, self.room.used_rows)
+            self._publisher.publish(totals, begin)
         if self._idle and self.trace is None:
             return
         if begin - self._waits_looked_at > WAITS_EVERY_S:
@@ -368,6 +375,8 @@ class RankAwareMixin(_Base):
         """Closes the trace and the channel besides what vLLM closes."""
         if self.trace is not None:
             self.trace.close()
+        if self._publisher is not None:
+            self._publisher.close()
         if self._end is not None:
             self._end.close()
         super().shutdown()

@@ -17,6 +17,7 @@ import msgspec
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
+from vllm_loraserve.adapters.checkpoint import open_checkpoint
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine import channel
 from vllm_loraserve.engine.engine_config import config_of
@@ -182,7 +183,7 @@ class SideLoadingMixin:
                 self.load_errors.pop(adapter, None)
                 peers = getattr(self, "peers", None)
                 if peers is None or not peers.knows(lora_request):
-                    _check_exists(lora_request)
+                    self._look_at(lora_request)
                 self._start_load(_settled(lora_request), attempt=0)
             return True
         path = self._paths.get(adapter)
@@ -196,6 +197,19 @@ class SideLoadingMixin:
         self._paths[adapter] = lora_request.lora_path
         self._sweep()
         return added
+
+    def _look_at(self, lora_request: LoRARequest) -> None:
+        """Refuses in the caller's turn what the files' headers show to be wrong; raises as the loader does."""
+        loader = getattr(self, "loader", None)
+        if loader is None:
+            _check_exists(lora_request)
+        else:
+            facts = loader.facts
+            open_checkpoint(
+                self._resolve(lora_request.lora_path),  # type: ignore[attr-defined]
+                max_rank=facts.max_rank,
+                allow_modules_to_save=facts.allow_modules_to_save,
+            )
 
     def remove_adapter(self, adapter_id: int) -> bool:
         removed = super().remove_adapter(adapter_id)  # type: ignore[misc]

@@ -1,0 +1,50 @@
+"""Totals cross from the scheduler's socket to prometheus text."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+async def test_totals_reach_the_metrics_page(tmp_path: Path) -> None:
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    from vllm_loraserve.engine.metrics import Collector, Publisher, Totals
+    from vllm_loraserve.engine.readiness import LoadCounters
+    from vllm_loraserve.engine.trace import StepCounters
+
+    address = f"ipc://{tmp_path}/stats"
+    publisher, collector, registry = Publisher(address), Collector(), CollectorRegistry()
+    registry.register(collector)
+    assert generate_latest(registry) == b""
+    steps, loads = StepCounters(steps=5, oldest_wait_s=1.5), LoadCounters(loads=2, load_seconds=0.3, stalls=1)
+    steps.observe(16, 0.03)
+    steps.observe(64, 0.2)
+    loads.load_histogram[3] = 2
+    listening = asyncio.create_task(collector.listen(address))
+    deadline = time.monotonic() + 10
+    while collector.totals is None:
+        assert time.monotonic() < deadline
+        publisher.publish(Totals(steps, loads, 1, 7, 80), time.monotonic())
+        await asyncio.sleep(0.02)
+    assert not publisher.due(time.monotonic())
+    listening.cancel()
+    publisher.close()
+    text = generate_latest(registry).decode()
+    for line in (
+        "loraserve:steps_total 5.0",
+        "loraserve:load_stalls_total 1.0",
+        "loraserve:oldest_wait_seconds 1.5",
+        "loraserve:waiting_adapters 7.0",
+        "loraserve:rank_rows_in_use 80.0",
+        'loraserve:rank_rows_per_step_bucket{le="16.0"} 1.0',
+        'loraserve:rank_rows_per_step_bucket{le="+Inf"} 2.0',
+        'loraserve:load_seconds_bucket{le="0.05"} 2.0',
+        "loraserve:load_seconds_sum 0.3",
+    ):
+        assert line in text.splitlines(), text
