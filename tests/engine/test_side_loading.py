@@ -1,0 +1,165 @@
+"""The worker side with a made-up manager: orders, answers, what `add_adapter` does in a step and outside."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+class Manager:
+    """A worker LoRA manager with `prepare`, over dictionaries."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.held: set[int] = set()
+        self.active: set[int] = set()
+        self.prepared: list[int] = []
+        self.error: Exception | None = None
+        self._adapter_manager = SimpleNamespace()
+
+    def create_lora_manager(self, *_: Any) -> str:
+        return "model"
+
+    def prepare(self, request: Any) -> int:
+        self.prepared.append(request.lora_int_id)
+        if self.error is not None:
+            raise self.error
+        self.held.add(request.lora_int_id)
+        return 16
+
+    def is_prepared(self, adapter: int) -> bool:
+        return adapter in self.held
+
+    def set_active_adapters(self, requests: Any) -> None:
+        for request in requests:
+            self.add_adapter(request)
+
+    def add_adapter(self, request: Any) -> bool:
+        if request.lora_int_id not in self.held:
+            self.prepare(request)
+        self.active.add(request.lora_int_id)
+        return True
+
+    def remove_adapter(self, adapter: int) -> bool:
+        self.held.discard(adapter)
+        return True
+
+    def list_adapters(self) -> set[int]:
+        return set(self.active)
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    from vllm_loraserve.engine import channel
+    from vllm_loraserve.engine.side_loading import side_loading
+
+    monkeypatch.setattr(channel, "address_of", lambda *_: f"ipc://{tmp_path}/loads")
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(rank=0),
+        lora_config=SimpleNamespace(max_loras=2, max_cpu_loras=5),
+        additional_config={"loraserve": {}},
+    )
+    end = channel.SchedulerEnd(f"ipc://{tmp_path}/loads")
+    manager = side_loading(Manager)(config)
+    assert manager.create_lora_manager("model", config) == "model"
+    (hello,) = end.wait_for_workers(1, 10)
+    assert (hello.rank, hello.rank_rows, hello.prepared) == (0, None, 3)
+    yield end, manager
+    manager._channel.close()
+    end.close()
+
+
+def next_reports(end: Any, count: int) -> list[Any]:
+    deadline = time.monotonic() + 10
+    reports: list[Any] = []
+    while len(reports) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+        reports += end.reports()
+    return reports
+
+
+def next_report(end: Any) -> Any:
+    (report,) = next_reports(end, 1)
+    return report
+
+
+def order(end: Any, adapter: int, attempt: int = 1) -> None:
+    import msgspec
+    from vllm.lora.request import LoRARequest
+
+    from vllm_loraserve.engine import channel
+
+    request = LoRARequest(f"a{adapter}", adapter, f"/adapters/{adapter}")
+    end.send(channel.Prepare(adapter, attempt, msgspec.msgpack.encode(request)))
+
+
+def test_an_order_is_carried_out_and_activated_without_reading(pair: Any) -> None:
+    from vllm.lora.request import LoRARequest
+
+    end, manager = pair
+    order(end, 1)
+    ready = next_report(end)
+    assert (ready.adapter, ready.attempt, ready.lora_rank, ready.path) == (1, 1, 16, "/adapters/1")
+    manager.set_active_adapters({LoRARequest("a1", 1, "/adapters/1")})
+    assert manager.active == {1}
+    assert manager.prepared == [1]
+    time.sleep(0.02)
+    assert end.reports() == []
+
+
+def test_what_a_step_must_read_is_reported_as_a_stall(pair: Any) -> None:
+    from vllm.lora.request import LoRARequest
+
+    end, manager = pair
+    manager.set_active_adapters({LoRARequest("a7", 7, "/adapters/7")})
+    report = next_report(end)
+    assert type(report).__name__ == "Stalled"
+    assert report.adapter == 7
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "transient"),
+    [
+        (FileNotFoundError("nothing there"), 404, False),
+        (ValueError("of the wrong shape"), 400, False),
+        (TimeoutError("the share is slow"), 503, True),
+    ],
+)
+def test_failures_carry_status_and_reason(pair: Any, error: Exception, status: int, transient: bool) -> None:
+    end, manager = pair
+    manager.error = error
+    order(end, 1)
+    failed = next_report(end)
+    assert (failed.status, failed.transient) == (status, transient)
+    assert "'a1'" in failed.reason
+    assert str(error) in failed.reason
+
+
+def test_what_was_pushed_out_is_reported(pair: Any) -> None:
+    end, manager = pair
+    order(end, 1)
+    next_report(end)
+    manager.held.discard(1)
+    order(end, 2)
+    reports = next_reports(end, 2)
+    assert sorted((type(r).__name__, r.adapter) for r in reports) == [("Gone", 1), ("Ready", 2)]
+
+
+def test_add_lora_looks_and_loads_aside(pair: Any, tmp_path: Path) -> None:
+    from vllm.exceptions import LoRAAdapterNotFoundError
+    from vllm.lora.request import LoRARequest
+
+    end, manager = pair
+    with pytest.raises(LoRAAdapterNotFoundError):
+        manager.add_adapter(LoRARequest("none", 3, str(tmp_path / "none")))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "adapter_config.json").write_text("{}")
+    assert manager.add_adapter(LoRARequest("there", 4, str(tmp_path / "there")))
+    assert next_report(end).adapter == 4
+    assert manager.active == set()
