@@ -29,7 +29,7 @@ absent=()
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || absent+=("not gpu")
 ls /sys/class/infiniband/* >/dev/null 2>&1 || absent+=("not rdma")
 marks=$(printf '%s and ' "${absent[@]}")
-python -m pytest -m "${marks% and }" || status=$?
+python -m pytest --durations=25 -m "${marks% and }" || status=$?
 
 # RDMA in two small virtual machines: Debian, and root for the packages it needs.
 if [ "$(id -u)" = 0 ] && [ "$(. /etc/os-release && echo "$ID")" = debian ]; then
