@@ -124,8 +124,10 @@ def figures(seen: dict[tuple[str, str], dict[str, Seen]], seconds: float) -> dic
         table.add_row(kind, side, *(f"{value:g}" for value in row.values()))
     Console().print(table)
 
-    def ratio(name: str, above: str, below: str) -> float:
-        return round(rows[above][name] / rows[below][name], 3)
+    def ratio(name: str, above: str, below: str) -> float | None:
+        """None when a phase was too short to have the figure."""
+        over, under = rows[above][name], rows[below][name]
+        return round(over / under, 3) if over and under else None
 
     return {
         "gap_p99_ratio_ours": ratio("gap_p99_ms", "churn_ours", "calm_ours"),
