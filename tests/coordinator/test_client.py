@@ -96,7 +96,13 @@ async def test_subscriber_keeps_the_newest_table_and_survives_garbage_and_absenc
         while subscriber.table is None:
             await publisher.send_multipart([TABLE_TOPIC, HEADER, msgspec.msgpack.encode(table(2, 5))])
             await asyncio.sleep(0.05)
-        garbage = [[TABLE_TOPIC, HEADER, b"\xff\x00"], [TABLE_TOPIC], [TABLE_TOPIC, b"LRS\x09", b""]]
+        no_text = b"\x81\xa4type\xa2\xff\xfe"  # no UTF-8
+        garbage = [
+            [TABLE_TOPIC, HEADER, b"\xff\x00"],
+            [TABLE_TOPIC, HEADER, no_text],
+            [TABLE_TOPIC],
+            [TABLE_TOPIC, b"LRS\x09", b""],
+        ]
         older = [table(2, 4), table(1, 99), table(2, 5)]
         for frames in [*garbage, *([TABLE_TOPIC, HEADER, msgspec.msgpack.encode(t)] for t in older)]:
             await publisher.send_multipart(frames)
@@ -109,6 +115,16 @@ async def test_subscriber_keeps_the_newest_table_and_survives_garbage_and_absenc
     await asyncio.sleep(0.1)
     assert subscriber.table == table(3, 1)
     await subscriber.stop()
+
+
+async def test_a_replaced_coordinator_with_a_smaller_epoch_is_followed_after_a_while(monkeypatch):
+    subscriber = TableSubscriber(free_endpoint())
+    assert await subscriber.offer(table(5, 9))
+    assert not await subscriber.offer(table(4, 1))
+    monkeypatch.setattr("vllm_loraserve.coordinator.client.STALE_S", 0.0)
+    assert not await subscriber.offer(table(5, 8))  # of one coordinator an older table stays old
+    assert await subscriber.offer(table(4, 1))
+    assert subscriber.table == table(4, 1)
 
 
 def test_publish_endpoint():

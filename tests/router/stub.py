@@ -1,7 +1,8 @@
 """A stand-in for a vLLM server: does what its script says, step by step, and stops at gates instead of sleeping.
 
 Steps: `json` (a complete answer that names the stub), `status:N` (an error answer), `hold` (wait until `release`),
-`headers` (begin an event stream), `event` (send the next event), `half` (send half an event), `done` (end the stream),
+`headers` (begin an event stream), `event` (send the next event), `flood:N` (N events of
+64 KiB), `half` (send half an event), `done` (end the stream),
 `die` (reset the connection), `sleep:S`. Run as a program it prints its port, then `arrived` for every request.
 """
 
@@ -25,6 +26,8 @@ class Stub:
         self.name = name
         self.script = list(script)
         self.models = ["base"]
+        self.key = ""
+        """What /v1/models asks for."""
         self.paths: list[str] = []
         self.bodies: list[bytes] = []
         self.headers: list[CIMultiDict[str]] = []
@@ -65,6 +68,8 @@ class Stub:
             self._runner = None
 
     async def _models(self, request: web.Request) -> web.Response:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
         cards = [{"id": name, "parent": None if name == "base" else "base", "root": name} for name in self.models]
         return web.json_response({"object": "list", "data": cards})
 
@@ -103,6 +108,9 @@ class Stub:
             elif verb == "event":
                 await stream.write(EVENT.format(name=self.name, n=sent).encode())
                 sent += 1
+            elif verb == "flood":
+                for _ in range(int(argument)):
+                    await stream.write(b"data: " + b"x" * ((64 << 10) - 8) + b"\n\n")
             elif verb == "half":
                 await stream.write(EVENT.format(name=self.name, n=sent).encode()[:20])
             elif verb == "die":

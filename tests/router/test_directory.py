@@ -80,7 +80,7 @@ def test_models_resolve_to_their_live_routes() -> None:
     directory = Directory(Clock())
     with pytest.raises(ApiError) as unknown:
         directory.resolve("base")
-    assert unknown.value.status == 404
+    assert unknown.value.status == 503  # nothing is known yet, so nothing is known not to exist
     directory.apply(table([A, B], [routes("one", rank=64, a=0.5, b=0.25, gone=0.25), routes("out", state="draining")]))
     target = directory.resolve("one")
     assert (target.routes, target.rank) == ({"a": 0.5, "b": 0.25}, 64)

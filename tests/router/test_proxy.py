@@ -312,6 +312,33 @@ async def test_stream_on_an_instance_that_left_the_table_ends_in_an_error_event(
         assert b'"error"' in await r.content.read()
 
 
+async def test_a_client_that_reads_slowly_keeps_the_stream_of_an_instance_that_left(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The instance is not silent while the client is what everything waits for; sent again, its bytes would mix."""
+    served = await serve(2)
+    served.publish([routes("one", a=1.0)])
+    served.stubs[0].script = ["headers", "flood:400", "done"]  # more than all buffers in between hold
+    async with served.client.post("/v1/completions", json={"model": "one"}) as r:
+        size = len(await r.content.readany())
+        await asyncio.sleep(0.3)  # the buffers fill
+        monkeypatch.setattr("vllm_loraserve.router.directory.ORPHAN_S", 0.0)
+        served.publish([routes("one", b=1.0)], stubs=served.stubs[1:])
+        await asyncio.sleep(0.05)
+        rest = await r.content.read()
+    assert size + len(rest) == (400 << 16) + len(b"data: [DONE]\n\n")
+    assert rest.endswith(b"data: [DONE]\n\n")
+    assert served.stubs[1].bodies == []
+
+
+async def test_nothing_known_yet_is_a_503_and_no_404(serve: Serve) -> None:
+    """A client may give up for good on a model that does not exist; a router that has just started can't say so."""
+    served = await serve(0)
+    async with served.client.post("/v1/completions", data=BODY) as r:
+        assert r.status == 503
+        assert r.headers["Retry-After"] == "2"
+
+
 async def test_session_keeps_its_instance(serve: Serve) -> None:
     served = await serve(4)
     seen = set()

@@ -93,6 +93,21 @@ async def test_a_retry_goes_to_the_head_and_is_never_refused() -> None:
     assert idle(made)
 
 
+async def test_who_gives_up_at_the_head_lets_those_behind_go_where_there_is_room() -> None:
+    made, _ = admission(2)
+    first = await made.acquire(Target("on-b", {"b": 1.0}, 8))
+    picky = asyncio.ensure_future(made.acquire(BASE, ["a"], again=True))  # "a" refused it, "b" is full
+    await asyncio.sleep(0)
+    behind = asyncio.ensure_future(made.acquire(BASE))
+    await asyncio.sleep(0)
+    assert made.waiting == 2
+    picky.cancel()
+    async with asyncio.timeout(1):
+        made.release(await behind)
+    made.release(first)
+    assert idle(made)
+
+
 @pytest.mark.parametrize("granted", [False, True])
 async def test_giving_up_leaves_nothing_behind(granted: bool) -> None:
     """`granted`: the place comes in the same moment as the cancellation."""

@@ -38,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 RECONNECT_MS, RECONNECT_MAX_MS = 50, 500
 """First and largest pause between two tries to connect."""
+STALE_S = 10.0
+"""A table of a smaller epoch is taken when the last one is this old: its coordinator was replaced."""
+_UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError)
+"""What decoding may raise."""
 ReplyT = TypeVar("ReplyT", bound=Message)
 
 
@@ -175,7 +179,7 @@ class CoordinatorClient:
                 continue  # its sender has given up
             try:
                 answer.set_result(self._decoder.decode(frames[2]))
-            except msgspec.MsgspecError as error:
+            except _UNDECODABLE as error:
                 answer.set_exception(CoordinatorError("malformed", f"The coordinator's reply is malformed: {error}."))
 
 
@@ -185,8 +189,8 @@ TableCallback = Callable[[RoutingTable], Awaitable[None] | None]
 class TableSubscriber:
     """Keeps the newest routing table that the coordinator published; survives its absence with the last one.
 
-    `on_table` is called (and awaited, if it is a coroutine function) for every table that is newer by (epoch, version).
-    What it raises is logged and does not end the subscription.
+    `on_table` is called (and awaited, if it is a coroutine function) for every table that is newer by (epoch,
+    version), as `offer` says. What it raises is logged and does not end the subscription.
     """
 
     def __init__(
@@ -201,6 +205,7 @@ class TableSubscriber:
         self.endpoint = publish or publish_endpoint(endpoint)
         self.table: RoutingTable | None = None
         self._heard: float | None = None
+        self._taken = 0.0
         self._on_table = on_table
         self._keys = keys if keys is not None else default_member_keys()
         self._socket: zmq.asyncio.Socket | None = None
@@ -245,13 +250,21 @@ class TableSubscriber:
             self._socket = None
 
     async def offer(self, table: RoutingTable) -> bool:
-        """Takes a table that came another way (a reply to GetTable); True if it was newer, and not one with holes."""
+        """Takes a table that came another way (a reply to GetTable); True if it was newer, and not one with holes.
+
+        A replaced coordinator without the old registry, and with a clock behind, begins at a smaller epoch: its tables
+        count as newer once the old ones have stopped for `STALE_S`.
+        """
         last = self.table
+        now = time.monotonic()
         if not table.settled:
             return False
         if last is not None and (table.epoch, table.version) <= (last.epoch, last.version):
-            return False
+            replaced = table.epoch < last.epoch and now - self._taken >= STALE_S
+            if not replaced:
+                return False
         self.table = table
+        self._taken = now
         self._arrived.set()
         if self._on_table is not None:
             try:
@@ -270,7 +283,7 @@ class TableSubscriber:
                 continue
             try:
                 table = self._decoder.decode(frames[2])
-            except msgspec.MsgspecError as error:
+            except _UNDECODABLE as error:
                 logger.warning("Dropped a malformed table from %s: %s", self.endpoint, error)
                 continue
             self._heard = time.monotonic()

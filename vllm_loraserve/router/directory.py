@@ -12,16 +12,17 @@ import logging
 import time
 from collections.abc import Callable
 
+from vllm_loraserve.coordinator.client import STALE_S
 from vllm_loraserve.coordinator.messages import AdapterRoutes, RoutingTable
-from vllm_loraserve.router.errors import ApiError, unknown_model
+from vllm_loraserve.router.errors import ApiError, unavailable, unknown_model
 from vllm_loraserve.router.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
 LINGER_S = 10.0
 ORPHAN_S = 5.0
-STALE_S = 10.0
-"""A table with a smaller epoch is taken when the one in force is this old: its coordinator was replaced."""
+NO_INSTANCE_RETRY_S = 2.0
+"""About what a restarted instance or a table takes to arrive."""
 
 
 class Target:
@@ -125,7 +126,8 @@ class Directory:
     def resolve(self, model: str | None) -> Target:
         """The target of a request for `model` (none or empty: the base model, as vLLM takes it).
 
-        Raises ApiError 404 for a name that is not registered or on its way out, 503 for an adapter that failed.
+        Raises ApiError 404 for a name that is not registered or on its way out, 503 for an adapter that failed, and
+        for every name while nothing is known of the cluster: a client may give up on a 404 for good.
         """
         name = model or self.base_model
         target = self._targets.get(name)
@@ -135,6 +137,8 @@ class Directory:
             target = Target(name, {}, 0)
         else:
             known = self.adapters.get(name)
+            if known is None and not self.base_model:
+                raise unavailable("No instance has been seen yet; try again shortly.", NO_INSTANCE_RETRY_S)
             if known is None or known.adapter.state == "draining":
                 raise unknown_model(name)
             if known.adapter.state == "failed":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from typing import Any, Final
 
@@ -192,7 +193,9 @@ class Proxy:
         try:
             return self._directory.resolve(model)
         except ApiError as error:
-            if error.status != 404 or not await self._adapters.discover():
+            # Without a base model there is no table yet, or none that an instance is in.
+            unknown = error.status == 404 or not self._directory.base_model
+            if not unknown or not await self._adapters.discover():
                 raise
             return self._directory.resolve(model)
 
@@ -262,7 +265,9 @@ class Proxy:
                 if not begun or isinstance(fault, asyncio.CancelledError):
                     raise fault from None
                 break
-            attempt.last_byte = time.monotonic()
+            came = time.monotonic()
+            # While the client is slow to read, the instance is not silent: the attempt must not be called back.
+            attempt.last_byte = math.inf
             ended = not data
             # An unfinished event at the end, or an empty stream, is the instance's own doing: passed on as it came.
             data, tail = (tail, b"") if ended else complete_events(tail + data)
@@ -273,7 +278,7 @@ class Proxy:
                         upstream.succeeded()
                         if call.work is not None:
                             call.work.first_token()
-                        self._metrics.first_byte(call.rank, attempt.last_byte - call.came)
+                        self._metrics.first_byte(call.rank, came - call.came)
                         await stream.prepare(request)
                     if data:
                         events += data.count(b"\n\n")
@@ -285,6 +290,7 @@ class Proxy:
                         return stream
                 except OSError as error:
                     raise ClientLeft from error
+            attempt.last_byte = time.monotonic()
         if isinstance(fault, _Died):
             upstream.failed(time.monotonic())
         self._metrics.broken_streams.inc()

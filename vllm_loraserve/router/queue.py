@@ -16,14 +16,12 @@ from collections import deque
 from collections.abc import Callable, Collection
 
 from vllm_loraserve.cluster.routing import choose
-from vllm_loraserve.router.directory import Directory, Target
+from vllm_loraserve.router.directory import NO_INSTANCE_RETRY_S, Directory, Target
 from vllm_loraserve.router.errors import overloaded, unavailable
 from vllm_loraserve.router.ledger import Work
 from vllm_loraserve.router.prediction import Predictor
 from vllm_loraserve.router.upstream import Upstream
 
-NO_INSTANCE_RETRY_S = 2.0
-"""About what a restarted instance or a table takes to arrive."""
 LONGEST_RETRY_S = 60.0
 
 
@@ -181,6 +179,7 @@ class Admission:
             self._queue.remove(waiter)
         except ValueError:
             return
+        self.grant()  # at the head it may have waited for what those behind it do not need
 
     def _take(
         self, target: Target, exclude: Collection[str], affinity: str | None, work: Work | None

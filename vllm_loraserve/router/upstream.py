@@ -91,6 +91,7 @@ class Attempt:
     def __init__(self, task: asyncio.Task[object], now: float) -> None:
         self.task = task
         self.last_byte = now
+        """Since when the instance is waited for; infinite while the client is."""
         self.called_back = False
 
     def call_back(self) -> None:
