@@ -118,6 +118,7 @@ async def test_unloading_what_is_not_there_is_vllms_404(serve: Serve) -> None:
         {"lora_name": "a b", "lora_path": "/p"},
         {"lora_name": "base", "lora_path": "/p"},
         {"lora_name": "x" * 200, "lora_path": "/p"},
+        {"lora_name": "x\n", "lora_path": "/p"},
         "text",
     ],
 )
@@ -128,6 +129,13 @@ async def test_bad_load_bodies_are_400_and_never_reach_the_registry(serve: Serve
         assert r.status == 400
         assert (await r.json())["error"]["message"]
     assert registry.asked == []
+
+
+async def test_a_load_body_that_is_no_utf8_is_a_400(serve: Serve) -> None:
+    served = await serve(1, registry=FakeRegistry())
+    async with served.client.post("/v1/load_lora_adapter", data=b'{"lora_name": "\xff", "lora_path": "/p"}') as r:
+        assert r.status == 400
+        assert "not JSON" in (await r.json())["error"]["message"]
 
 
 async def test_silent_coordinator_is_a_503_for_changes_and_nothing_for_requests(serve: Serve) -> None:

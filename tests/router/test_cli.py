@@ -62,6 +62,22 @@ def test_a_missing_key_file_keeps_the_router_from_starting(capsys: pytest.Captur
     assert "API key file /nowhere/keys" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--coordinator", "localhost:5700"], "'localhost:5700' has no transport; give tcp://HOST:PORT"),
+        (["--coordinator", "tcp://localhost"], "'tcp://localhost' has no usable port; give tcp://HOST:PORT"),
+        (["--instances", "http://x:1", "localhost:8001"], "'localhost:8001' is none; give http://HOST:PORT"),
+    ],
+)
+def test_an_unusable_address_is_told_in_a_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["router", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
 async def test_a_taken_port_is_told_in_a_line() -> None:
     stub = await Stub("a").start()
     process = await asyncio.create_subprocess_exec(

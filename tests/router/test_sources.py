@@ -32,3 +32,15 @@ async def test_static_instances_are_in_while_they_answer_and_adapters_where_they
         assert len(directory.live()) == 2
     await one.stop()
     await two.stop()
+
+
+async def test_static_instances_that_want_a_key_are_asked_with_it() -> None:
+    stub = await Stub("one").start()
+    stub.key = "upstream"
+    directory = Directory()
+    async with ClientSession() as session:
+        await StaticSource(directory, [stub.url], session).refresh()
+        assert directory.live() == []
+        await StaticSource(directory, [stub.url], session, key="upstream").refresh()
+        assert [upstream.url for upstream in directory.live()] == [stub.url]
+    await stub.stop()

@@ -170,5 +170,5 @@ def _decode(body: bytes, kind: type[BodyT]) -> BodyT:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise ApiError(400, "BadRequestError", f"The request body does not fit: {error}.") from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise invalid(f"The request body is not JSON: {error}.") from None

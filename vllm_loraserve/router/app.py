@@ -147,7 +147,7 @@ class Router:
         if config.coordinator is not None:
             self.source = CoordinatorSource(self.directory, config.coordinator)
         elif config.instances:
-            self.source = StaticSource(self.directory, config.instances, self._session)
+            self.source = StaticSource(self.directory, config.instances, self._session, key=config.upstream_key)
         if self.source is not None:
             await self.source.start()
         yield

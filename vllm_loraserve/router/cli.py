@@ -9,12 +9,15 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from vllm_loraserve.cluster.operating_points import StepCost
 from vllm_loraserve.cluster.operating_points import load as load_points
+from vllm_loraserve.coordinator.client import publish_endpoint
 from vllm_loraserve.router.app import Router, RouterConfig
 from vllm_loraserve.router.auth import ADMIN_KEY_ENV, API_KEY_ENV, UPSTREAM_KEY_ENV, load_keys
 
@@ -93,8 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from(args: argparse.Namespace) -> RouterConfig:
-    """The configuration that parsed arguments and the environment describe. Raises ValueError for files of keys or
-    operating points that can't be used."""
+    """The configuration that parsed arguments and the environment describe. Raises ValueError for addresses, and
+    for files of keys or operating points, that can't be used."""
+    _check_addresses(args.coordinator, args.instances or ())
     names = ("max_concurrency", "max_queue", "queue_timeout_s", "max_attempts", "max_body_bytes", "idle_timeout_s")
     return RouterConfig(
         coordinator=args.coordinator,
@@ -107,6 +111,17 @@ def config_from(args: argparse.Namespace) -> RouterConfig:
         step_cost=_step_cost(args.operating_points),
         **{name: getattr(args, name) for name in names},
     )
+
+
+def _check_addresses(coordinator: str | None, instances: Sequence[str]) -> None:
+    if coordinator is not None:
+        if not coordinator.startswith(("tcp://", "ipc://")):
+            raise ValueError(f"The coordinator endpoint '{coordinator}' has no transport; give tcp://HOST:PORT.")
+        publish_endpoint(coordinator)
+    for url in instances:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"The instance URL '{url}' is none; give http://HOST:PORT.")
 
 
 def _step_cost(file: Path | None) -> StepCost | None:

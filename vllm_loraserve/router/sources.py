@@ -68,13 +68,18 @@ class _Cards(msgspec.Struct):
 class StaticSource:
     """A fixed list of instances and no coordinator: asks each for /v1/models every `every_s` seconds.
 
-    An instance is in the table while it answers. Adapters go to the instances that list them, in equal parts.
+    An instance is in the table while it answers. Adapters go to the instances that list them, in equal parts. `key`:
+    what instances want to be asked with, if anything.
     """
 
-    def __init__(self, directory: Directory, urls: Sequence[str], session: ClientSession, every_s: float = 2.0) -> None:
+    def __init__(
+        self, directory: Directory, urls: Sequence[str], session: ClientSession, every_s: float = 2.0, key: str = ""
+    ) -> None:
         self._directory = directory
         self._urls = [url.rstrip("/") for url in urls]
         self._session = session
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._refusing: set[str] = set()
         self._every_s = every_s
         self._version = 0
         self._task: asyncio.Task[None] | None = None
@@ -132,10 +137,17 @@ class StaticSource:
 
     async def _models(self, url: str) -> list[_Card] | None:
         try:
-            async with self._session.get(url + "/v1/models", timeout=ClientTimeout(total=2.0)) as answer:
+            timeout = ClientTimeout(total=2.0)
+            async with self._session.get(url + "/v1/models", timeout=timeout, headers=self._headers) as answer:
                 body = await answer.read()
-                return msgspec.json.decode(body, type=_Cards).data if answer.status == 200 else None
-        except (ClientError, OSError, msgspec.MsgspecError) as error:
+                if answer.status != 200:
+                    if url not in self._refusing:
+                        logger.warning("Instance %s gets no requests: %d to /v1/models", url, answer.status)
+                    self._refusing.add(url)
+                    return None
+                self._refusing.discard(url)
+                return msgspec.json.decode(body, type=_Cards).data
+        except (ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             logger.debug("Instance %s does not answer: %s", url, error)
             return None
 
