@@ -1,6 +1,7 @@
 """The server over real sockets: protocol faults, registration of real checkpoints, tables, keys."""
 
 import asyncio
+import os
 import shutil
 import socket as sockets
 
@@ -254,6 +255,16 @@ async def test_bad_adapters_are_refused_and_nothing_is_registered(running, tmp_p
     assert raised.value.code == code
     assert "\n" not in str(raised.value)
     assert not server.controller.registry.all()
+    assert not server._name_locks  # names that clients make up are not kept
+
+
+async def test_a_source_below_home_is_kept_as_the_path_that_was_inspected(running, tmp_path, monkeypatch):
+    server, client = running
+    path = write_adapter(tmp_path / "adapters" / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    await join(client)
+    await client.request(AddAdapter(name="mine", source="~/adapters/mine"))
+    assert server.controller.registry.get("mine").source == os.path.realpath(path)
 
 
 @pytest.mark.parametrize("source", ["{tmp}/outside", "{tmp}/adapters/../outside", "../outside", "{tmp}/adapters/link"])

@@ -34,7 +34,8 @@ def inspect_source(
         raise Refused(_CODES.get(error.kind, "invalid"), str(error)) from None
     except OSError as error:
         raise Refused("invalid", f"The adapter source '{source}' can't be read ({error.strerror}); check it.") from None
-    local = os.path.isabs(source) or any(os.path.exists(os.path.join(root, source)) for root in roots)
+    given = os.path.expanduser(source)
+    local = os.path.isabs(given) or any(os.path.exists(os.path.join(os.path.expanduser(r), given)) for r in roots)
     return AdapterRecord(
         name=name,
         # A hub id stays one: every instance has its own cache.

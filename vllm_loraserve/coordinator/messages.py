@@ -22,7 +22,7 @@ HEADER = b"LRS" + bytes([PROTOCOL_VERSION])
 TABLE_TOPIC = b"table"
 MAX_MESSAGE_BYTES = 64 << 20
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$", max_length=160)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?\Z", max_length=160)]
 """Adapter or instance name: what may stand in a URL, a metric label and a file name without escaping."""
 
 

@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 import zmq
@@ -99,7 +100,7 @@ class CoordinatorServer:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Request)
         self._inspections = asyncio.Semaphore(2)
-        self._name_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._name_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     # ---- life ----
 
@@ -305,23 +306,26 @@ class CoordinatorServer:
         controller = self.controller
         controller.check_name(message.name)
         # Two additions of one name are looked at one after the other: the second sees the first's content.
-        async with self._name_locks[message.name], self._inspections:
-            inspected = await asyncio.to_thread(
-                inspect_source,
-                message.name,
-                message.source,
-                roots=self.options.adapter_roots,
-                max_rank=controller.max_rank(),
-                module_shapes=controller.members.module_shapes(),
-                base_model=controller.base_model,
-                allow_download=self.options.allow_download,
-            )
-            record, created = controller.add(inspected, time.monotonic())
+        lock = self._name_locks.setdefault(message.name, asyncio.Lock())
+        try:
+            async with lock, self._inspections:
+                inspected = await asyncio.to_thread(
+                    inspect_source,
+                    message.name,
+                    message.source,
+                    roots=self.options.adapter_roots,
+                    max_rank=controller.max_rank(),
+                    module_shapes=controller.members.module_shapes(),
+                    base_model=controller.base_model,
+                    allow_download=self.options.allow_download,
+                )
+                record, created = controller.add(inspected, time.monotonic())
+        finally:
+            del lock  # names come from clients; an exception's frames would keep the lock, and it the name
         return AdapterReply(adapter=record, created=created)
 
     async def _remove(self, message: RemoveAdapter) -> Ok:
         await self.controller.remove(message.name, max(0.0, message.drain_s), time.monotonic()).wait()
-        self._name_locks.pop(message.name, None)
         return Ok()
 
     # ---- time, table ----
