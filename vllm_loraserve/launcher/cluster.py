@@ -88,10 +88,12 @@ class Cluster:
         self.logs.mkdir(parents=True, exist_ok=True)
         if not is_free(plan.port):
             raise StartError(f"port {plan.port} is taken; choose another with --port")
-        coordinator_port = free_ports(2, COORDINATOR_PORT, consecutive=True)[0]
+        coordinator_port = free_ports(2, COORDINATOR_PORT, consecutive=True, besides=(plan.port,))[0]
         self.coordinator_endpoint = f"tcp://127.0.0.1:{coordinator_port}"
         self.url = f"http://127.0.0.1:{plan.port}" if plan.host == "0.0.0.0" else f"http://{plan.host}:{plan.port}"
-        self.instance_ports = free_ports(plan.instances, plan.port + 1)
+        self.instance_ports = free_ports(
+            plan.instances, plan.port + 1, besides=(coordinator_port, coordinator_port + 1)
+        )
         self.coordinator = self._server("coordinator", self._coordinator_command())
         self.router = self._server("router", self._router_command())
         shares = share(plan.machine, plan.instances, plan.vllm_options)

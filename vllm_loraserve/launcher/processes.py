@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from vllm_loraserve.launcher import guard
@@ -129,18 +129,19 @@ def is_free(port: int) -> bool:
     return True
 
 
-def free_ports(count: int, first: int, *, consecutive: bool = False) -> list[int]:
+def free_ports(count: int, first: int, *, consecutive: bool = False, besides: Collection[int] = ()) -> list[int]:
     """`count` free ports from `first` upwards, one after the other if `consecutive`.
 
-    They are looked for below the range of outgoing connections, which could take one before its server starts.
-    Raises OSError when there are not enough.
+    They are looked for below the range of outgoing connections, which could take one before its server starts; above it
+    only where `first` lies there. `besides`: ports that are spoken for. Raises OSError when there are not enough.
     """
     found: list[int] = []
-    for port in range(first, 32768):
-        if is_free(port):
+    end = 32768 if first + count <= 32768 else 65536
+    for port in range(first, end):
+        if port not in besides and is_free(port):
             found.append(port)
         elif consecutive:
             found.clear()
         if len(found) == count:
             return found
-    raise OSError(f"no {count} free ports from {first} to 32767")
+    raise OSError(f"no {count} free ports from {first} to {end - 1}")
