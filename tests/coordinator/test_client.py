@@ -117,6 +117,12 @@ async def test_subscriber_keeps_the_newest_table_and_survives_garbage_and_absenc
     await subscriber.stop()
 
 
+async def test_an_endpoint_that_is_none_is_told_in_a_sentence():
+    async with CoordinatorClient("localhost:5700") as client:
+        with pytest.raises(CoordinatorUnavailable, match=r"'localhost:5700' is no coordinator endpoint .* give tcp://"):
+            await client.request(GetStatus())
+
+
 async def test_a_replaced_coordinator_with_a_smaller_epoch_is_followed_after_a_while(monkeypatch):
     subscriber = TableSubscriber(free_endpoint())
     assert await subscriber.offer(table(5, 9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_loraserve.cli import main
 from vllm_loraserve.launcher import processes
 
 
@@ -23,3 +24,12 @@ def test_too_few_free_ports_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "is_free", lambda port: False)
     with pytest.raises(OSError, match="no 2 free ports from 65000 to 65535"):
         processes.free_ports(2, 65000)
+
+
+@pytest.mark.parametrize("arguments", [["up", "x"], ["demo"]])
+@pytest.mark.parametrize("port", ["0", "70000"])
+def test_a_number_that_is_no_port_is_told(arguments: list[str], port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--port", port])
+    assert ended.value.code == 2
+    assert f"{port} is no port from 1 to 65535" in capsys.readouterr().err

@@ -48,6 +48,7 @@ async def test_serves_and_finishes_running_requests_before_it_stops() -> None:
         (["--instances", "http://x", "--max-queue", "-1"], "-1 is below 0 requests"),
         (["--instances", "http://x", "--max-concurrency", "many"], "'many' is no number of requests"),
         (["--instances", "http://x", "--idle-timeout-s", "nan"], "nan is below"),
+        (["--instances", "http://x", "--port", "70000"], "70000 is above 65535 port"),
     ],
 )
 def test_wrong_options_are_told_in_a_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,7 +161,13 @@ class CoordinatorClient:
             # Without this a message sent while the coordinator is away would reach the next one, long after its sender
             # gave up.
             socket.setsockopt(zmq.IMMEDIATE, 1)
-            socket.connect(self.endpoint)
+            try:
+                socket.connect(self.endpoint)
+            except zmq.ZMQError as error:
+                socket.close()
+                raise CoordinatorUnavailable(
+                    f"'{self.endpoint}' is no coordinator endpoint ({error.strerror}); give tcp://HOST:PORT."
+                ) from None
             self._socket = socket
             self._reader = asyncio.create_task(self._read(socket), name="coordinator-client")
         return self._socket

@@ -27,6 +27,7 @@ from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError
 from vllm_loraserve.launcher.devices import this_machine
 from vllm_loraserve.launcher.processes import free_ports
 from vllm_loraserve.launcher.progress import StartProgress
+from vllm_loraserve.launcher.up import port_number
 
 SMALL = ("--max-model-len", "1024", "--max-num-seqs", "32")
 """Options that make a small model start fast; what the demo asks for is short."""
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=210, metavar="N", help="requests in all (default: 210)")
     parser.add_argument("--concurrency", type=int, default=16, metavar="N", help="requests at a time (default: 16)")
     parser.add_argument("--model", metavar="DIR", help="a model directory in place of SmolLM2-135M-Instruct")
-    parser.add_argument("--port", type=int, help="port of the router (default: a free one)")
+    parser.add_argument("--port", type=port_number, help="port of the router (default: a free one)")
 
 
 def run(args: argparse.Namespace) -> int:

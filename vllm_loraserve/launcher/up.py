@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="directory that adapters may be registered from later; may be given several times",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address of the router (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port of the router (default: %(default)s)")
+    parser.add_argument("--port", type=port_number, default=8000, help="port of the router (default: %(default)s)")
     parser.add_argument("--max-rank", type=int, metavar="ROWS", help="largest adapter rank accepted (default: 256)")
     parser.add_argument(
         "--state", type=Path, metavar="DIR", help="adapter registry and logs (default: one directory per model)"
@@ -126,6 +126,14 @@ def _at_least_one(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
+def port_number(text: str) -> int:
+    """A port that a server can be told to listen on; for argparse."""
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port from 1 to 65535")
     return number
 
 

@@ -24,7 +24,7 @@ from vllm_loraserve.router.auth import ADMIN_KEY_ENV, API_KEY_ENV, UPSTREAM_KEY_
 logger = logging.getLogger(__name__)
 
 
-def _number(kind: type[int] | type[float], least: float, unit: str):  # type: ignore[no-untyped-def]
+def _number(kind: type[int] | type[float], least: float, unit: str, most: float = float("inf")):  # type: ignore[no-untyped-def]
     def parse(text: str) -> float:
         try:
             value = kind(text)
@@ -32,6 +32,8 @@ def _number(kind: type[int] | type[float], least: float, unit: str):  # type: ig
             raise argparse.ArgumentTypeError(f"{text!r} is no number of {unit}") from None
         if not least <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is below {least:g} {unit}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} is above {most:g} {unit}")
         return value
 
     return parse
@@ -49,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vLLM base URLs, in place of a coordinator; adapters as they list",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=_number(int, 0, "port"), default=8000, help="0: any free (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=_number(int, 0, "port", 65535), default=8000, help="0: any free (default: %(default)s)"
+    )
     parser.add_argument("--reuse-port", action="store_true", help="share the port with other routers on this host")
     for option, variable, what in (
         ("api-key", API_KEY_ENV, ""),
