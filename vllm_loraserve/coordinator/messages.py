@@ -25,6 +25,9 @@ MAX_MESSAGE_BYTES = 64 << 20
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?\Z", max_length=160)]
 """Adapter or instance name: what may stand in a URL, a metric label and a file name without escaping."""
 
+Finite = Annotated[float, Meta(ge=-1e15, le=1e15)]
+"""A number that can be reckoned with: one report of NaN or infinity would spoil every sum and forecast it goes into."""
+
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Base of every message."""
@@ -79,17 +82,17 @@ class Load(Part, frozen=True):
 
     running: int = 0
     waiting: int = 0
-    kv_usage: float = 0.0
+    kv_usage: Finite = 0.0
     """0..1."""
-    tokens_per_s: float = 0.0
+    tokens_per_s: Finite = 0.0
 
 
 class AdapterDemand(Part, frozen=True):
     """Tokens and requests of one adapter (`""`: the base model) on one instance in the last window."""
 
     name: str
-    tokens_per_s: float
-    requests_per_s: float = 0.0
+    tokens_per_s: Finite
+    requests_per_s: Finite = 0.0
     running: int = 0
     """Requests inside the instance now; an adapter is released only when this is 0 everywhere."""
     tokens: int = 0
@@ -227,7 +230,7 @@ class RemoveAdapter(Message, frozen=True):
     """
 
     name: Name
-    drain_s: float = 30.0
+    drain_s: Finite = 30.0
 
 
 class GetAdapter(Message, frozen=True):
