@@ -20,7 +20,7 @@ from vllm.utils.counter import AtomicCounter  # noqa: E402
 
 from vllm_loraserve.cluster.placement import make_policy  # noqa: E402
 from vllm_loraserve.config import ConfigError, LoRAServeConfig  # noqa: E402
-from vllm_loraserve.coordinator.client import CoordinatorClient  # noqa: E402
+from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError  # noqa: E402
 from vllm_loraserve.coordinator.control import Controller, ControlOptions  # noqa: E402
 from vllm_loraserve.coordinator.messages import (  # noqa: E402
     AdapterRecord,
@@ -281,6 +281,32 @@ async def test_residency_and_failures_are_asked_from_every_worker(joined):
         await agent.prefetch(record("c", source="/adapters/c"))
 
 
+async def test_a_quiet_engine_is_left_to_sleep(joined, monkeypatch):
+    from vllm_loraserve.engine import agent as module
+
+    for name, seconds in (("RESIDENCY_S", 0.02), ("SETTLE_S", 0.1), ("QUIET_RESIDENCY_S", 60.0)):
+        monkeypatch.setattr(module, name, seconds)
+    _, agent, engine, _ = joined
+    asked = 0
+
+    async def list_loras():
+        nonlocal asked
+        asked += 1
+        return set(engine.held)
+
+    monkeypatch.setattr(engine, "list_loras", list_loras)
+    agent._look.set()
+    await until(lambda: asked > 1)
+    await asyncio.sleep(0.3)
+    quiet = asked
+    await asyncio.sleep(0.3)
+    assert asked == quiet, "nothing has happened: nothing is asked"
+    engine.gate.set()
+    async for _ in engine.generate("p", SamplingParams(), "r1", lora_request=None):
+        pass
+    await until(lambda: asked > quiet + 1)
+
+
 async def test_workers_hear_who_holds_an_adapter_before_they_load_it(coordinator):
     LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
     await coordinator.start()
@@ -438,6 +464,22 @@ def test_instance_names():
     assert instance_name(LoRAServeConfig(instance="x"), "http://h:1") == "x"
     assert instance_name(LoRAServeConfig(), "http://127.0.0.1:8000") == "127.0.0.1-8000"
     assert instance_name(LoRAServeConfig(), "http://[::1]:8000") == "1-8000"
+
+
+async def test_a_coordinator_in_trouble_does_not_unregister_what_is_known(monkeypatch):
+    resolver = LoRAServeResolver(LoRAServeConfig(coordinator="tcp://127.0.0.1:1"))
+    resolver.learn(record("a"))
+    code = "internal"
+
+    async def ask(name):
+        raise CoordinatorError(code, f"no answer for {name}")
+
+    monkeypatch.setattr(resolver, "_ask", ask)
+    assert await resolver.lookup("a") == record("a")
+    code = "not_found"
+    assert await resolver.lookup("a") is None
+    code = "internal"
+    assert await resolver.lookup("a") is None
 
 
 def test_resolver_needs_a_coordinator():

@@ -50,7 +50,10 @@ logger = logging.getLogger("vllm.loraserve.agent")
 RESOLVER_NAME = "loraserve"
 ANSWER_TIMEOUT_S = 2.0
 RESIDENCY_S = 3.0
-"""Time between two questions to the engine about what it holds, where nothing was loaded or released meanwhile."""
+"""Time between two questions to the engine about what it holds, while requests come and adapters change."""
+QUIET_RESIDENCY_S = 30.0
+"""The same when nothing has happened for SETTLE_S: a question wakes an engine that would sleep."""
+SETTLE_S = 10.0
 REFRESH_S = 30.0
 """Time between two looks at the whole registry, kept for the coordinator's absence."""
 DRAIN_POLL_S = 0.1
@@ -236,11 +239,21 @@ class Agent:
     # ---- residency ----
 
     async def _watch_residency(self) -> None:
+        seen: object = None
+        changed = asked = time.monotonic()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RESIDENCY_S):
                     await self._look.wait()
+            now = time.monotonic()
+            served = {name: request.lora_int_id for name, request in self.models.lora_requests.items()}
+            activity = (self.meter.requests(), served)
+            if activity != seen or self.meter.running() or self._look.is_set():
+                seen, changed = activity, now
+            if now - changed > SETTLE_S and now - asked < QUIET_RESIDENCY_S:
+                continue
             self._look.clear()
+            asked = now
             try:
                 self._resident = await self._residency()
             except Exception:

@@ -85,6 +85,10 @@ class Meter:
             return self._tallies[adapter].running if adapter in self._tallies else 0
         return sum(t.running for t in self._tallies.values())
 
+    def requests(self) -> int:
+        """Requests that have come since the start."""
+        return sum(t.requests for t in self._tallies.values())
+
     def running_id(self, lora_int_id: int) -> int:
         """Requests that run with this very loading of an adapter; its name may stand for newer content meanwhile."""
         return self._running_ids[lora_int_id]

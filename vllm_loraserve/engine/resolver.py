@@ -82,6 +82,7 @@ class LoRAServeResolver(LoRAResolver):
         except CoordinatorError as error:
             if error.code != "not_found":
                 logger.warning("The coordinator could not look up '%s': %s", name, error)
+                return self._known.get(name)
             self._known.pop(name, None)
             return None
         except CoordinatorUnavailable as error:
