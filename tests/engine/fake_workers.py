@@ -66,6 +66,11 @@ class FakeWorkers:
         for rank, end in enumerate(self.ends):
             end.report(channel.Gone(rank, adapter))
 
+    def pin(self, adapter: int, pinned: bool = True) -> None:
+        """Every rank has pinned (or unpinned) the adapter."""
+        for rank, end in enumerate(self.ends):
+            end.report(channel.Pinned(rank, adapter, pinned))
+
     def close(self) -> None:
         for end in self.ends:
             end.close()

@@ -142,8 +142,10 @@ class ManagerMachine(RuleBasedStateMachine):
         return LoRAServeWorkerManager.add_adapter(self.manager, request)
 
     def _fits(self, lora_ids: set[int]) -> bool:
-        """Whether these can be active together, with what is pinned."""
-        together = lora_ids | self.pinned
+        """Whether these can be active together, with the pinned ones that have their place."""
+        return self._fit_together(lora_ids | (self.pinned & set(self.manager._adapter_manager._active_adapters.cache)))
+
+    def _fit_together(self, together: set[int]) -> bool:
         if len(together) > SLOTS:
             return False
         needed = [pages(self.ranks[lora_id]) for lora_id in together]
@@ -208,7 +210,9 @@ class ManagerMachine(RuleBasedStateMachine):
         tokens += [lora_id for lora_id in chosen if lora_id not in tokens]
         requests = {self._request(lora_id) for lora_id in ()} or [self._request(lora_id) for lora_id in used]
         mapping = LoRAMapping(tuple(tokens), tuple(tokens), is_prefill=True)
-        if not self._fits(used):
+        beside_pinned = self._fits(used)
+        kept = self.pinned & set(self.manager._adapter_manager._active_adapters.cache)
+        if not self._fit_together(used):
             try:
                 self.manager.set_active_adapters(requests, mapping)
             except (ArenaFullError, RuntimeError):
@@ -216,6 +220,8 @@ class ManagerMachine(RuleBasedStateMachine):
             raise AssertionError("more than fits was accepted")
         self.manager.set_active_adapters(requests, mapping)
         model_manager = self.manager._adapter_manager
+        if beside_pinned:
+            assert kept <= set(model_manager._active_adapters.cache), "a pinned one went without need"
         for name, layer in model_manager.paged_modules.items():
             prefix, runtime = name[: len("model.layers.0")], name[len("model.layers.0.") :]
             x = torch.randn(len(tokens), SHAPES[PACKED[runtime][0]][0])
@@ -253,7 +259,8 @@ class ManagerMachine(RuleBasedStateMachine):
         manager = self.manager._adapter_manager
         manager.check_integrity()
         assert len(manager) <= CPU_LORAS
-        assert self.pinned <= set(manager._active_adapters.cache)
+        assert self.pinned <= set(manager._registered_adapters.cache)
+        assert manager._active_adapters.pinned_items == self.pinned & set(manager._active_adapters.cache)
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ async def test_totals_reach_the_metrics_page(tmp_path: Path) -> None:
     publisher, collector, registry = Publisher(address), Collector(), CollectorRegistry()
     registry.register(collector)
     assert generate_latest(registry) == b""
-    steps, loads = StepCounters(steps=5, oldest_wait_s=1.5), LoadCounters(loads=2, load_seconds=0.3, stalls=1)
+    steps = StepCounters(steps=5, overtakes=3, oldest_wait_s=1.5)
+    loads = LoadCounters(loads=2, load_seconds=0.3, stalls=1)
     steps.observe(16, 0.03)
     steps.observe(64, 0.2)
     loads.load_histogram[3] = 2
@@ -38,6 +39,7 @@ async def test_totals_reach_the_metrics_page(tmp_path: Path) -> None:
     text = generate_latest(registry).decode()
     for line in (
         "loraserve:steps_total 5.0",
+        "loraserve:skips_total 3.0",
         "loraserve:load_stalls_total 1.0",
         "loraserve:oldest_wait_seconds 1.5",
         "loraserve:waiting_adapters 7.0",

@@ -30,18 +30,42 @@ def test_room_is_never_overdrawn_and_comes_back(slots: int, rank_rows: int, want
     assert room.used_rows == 0
 
 
-@given(st.integers(1, 8), st.lists(ranks, min_size=1, max_size=12), ranks)
-def test_draining_makes_room(slots: int, running: list[int], rank: int) -> None:
+@given(
+    st.integers(1, 8),
+    st.lists(ranks, min_size=1, max_size=12),
+    ranks,
+    st.dictionaries(st.integers(1, 20) | st.just(99), ranks, max_size=4),
+)
+def test_draining_makes_room(slots: int, running: list[int], rank: int, pinned: dict[int, int]) -> None:
+    """Also where nothing but the pinned ones' places could be had."""
     room = ArenaRoom(slots, 256, page_rows=8)
+    pinned = {adapter: running[adapter - 1] if adapter <= len(running) else r for adapter, r in pinned.items()}
+    room.assign({}, pinned)
     for adapter, used in enumerate(running, 1):
         if room.fits(adapter, used):
             room.take(adapter, used)
-    drain = room.to_drain(rank)
+    drain = room.to_drain(99, rank)
     if room.fits(99, rank):
         assert not drain
     for adapter in drain:
         room.release(adapter)
     assert room.fits(99, rank)
+
+
+def test_pinned_adapters_take_room_as_long_as_anybody_runs() -> None:
+    room = ArenaRoom(4, 64, page_rows=8)
+    room.assign({1: (1, 8)}, {2: 40})
+    assert room.fits(2, 40)
+    assert room.fits(3, 16)
+    assert not room.fits(3, 17), "8 rows run, 40 are pinned"
+    room.take(2, 40)
+    assert room.fits(3, 16), "a pinned one that runs counts once"
+    assert not room.fits(3, 17)
+    assert room.to_drain(3, 24) == {1}, "what is pinned gives nothing back"
+    room.assign({1: (1, 8)}, {2: 8, 3: 8, 4: 8})
+    assert not room.fits(5, 8), "slots count too"
+    room.assign({}, {2: 8, 3: 8, 4: 48})
+    assert room.fits(5, 64), "nobody runs whose end could make room"
 
 
 @given(st.floats(0.001, 1), st.floats(0.01, 2), st.integers(0, 5000), st.lists(st.tuples(st.integers(1, 4000), ranks)))

@@ -49,6 +49,11 @@ class Manager:
         self.held.discard(adapter)
         return True
 
+    def pin_adapter(self, adapter: int) -> bool:
+        return adapter in self.held
+
+    unpin_adapter = pin_adapter
+
     def list_adapters(self) -> set[int]:
         return set(self.active)
 
@@ -163,3 +168,29 @@ def test_add_lora_looks_and_loads_aside(pair: Any, tmp_path: Path) -> None:
     assert manager.add_adapter(LoRARequest("there", 4, str(tmp_path / "there")))
     assert next_report(end).adapter == 4
     assert manager.active == set()
+
+
+def test_pins_are_reported_for_they_take_room_with_nobody_running(pair: Any) -> None:
+    end, manager = pair
+    order(end, 1)
+    next_report(end)
+    assert manager.pin_adapter(1)
+    assert manager.unpin_adapter(1)
+    pinned, unpinned = next_reports(end, 2)
+    assert (pinned.adapter, pinned.pinned, unpinned.adapter, unpinned.pinned) == (1, True, 1, False)
+
+
+def test_an_order_that_breaks_does_not_end_the_channel(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    end, manager = pair
+    start, broken = manager._start_load, []
+
+    def breaks_once(*args: Any) -> None:
+        if not broken:
+            broken.append(args)
+            raise RuntimeError("can't start new thread")
+        start(*args)
+
+    monkeypatch.setattr(manager, "_start_load", breaks_once)
+    order(end, 1)
+    order(end, 2)
+    assert next_report(end).adapter == 2

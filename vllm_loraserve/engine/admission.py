@@ -173,6 +173,10 @@ class AdmissionQueue(RequestQueue):
         """All requests of a lane, in order."""
         return [request for _, request in sorted(e for e in lane.heap if self._is_live(e))]
 
+    def taken_key(self, request: Request) -> Any:
+        """The key that a request had which was taken out in this step."""
+        return self._taken[request][0]
+
     def queued_at(self, request: Request) -> float:
         """When it was queued (time.monotonic)."""
         return self._where[request][2]

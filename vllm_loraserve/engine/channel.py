@@ -21,6 +21,9 @@ from typing import Any
 
 import msgspec
 import zmq
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.loraserve.channel")
 
 
 class Order(msgspec.Struct, frozen=True, tag=True):
@@ -34,12 +37,6 @@ class Prepare(Order, frozen=True, tag=True):
     attempt: int
     request: bytes
     """The LoRARequest, as msgpack."""
-
-
-class Forget(Order, frozen=True, tag=True):
-    """The adapter that was brought in is not wanted any more (replaced, or its requests are gone)."""
-
-    adapter: int
 
 
 class Report(msgspec.Struct, frozen=True, tag=True):
@@ -85,6 +82,13 @@ class Gone(Report, frozen=True, tag=True):
     adapter: int
 
 
+class Pinned(Report, frozen=True, tag=True):
+    """The adapter keeps its place in the arena while nobody uses it, from now on (or no longer)."""
+
+    adapter: int
+    pinned: bool
+
+
 class Stalled(Report, frozen=True, tag=True):
     """An adapter had to be read inside a step after all, for `seconds`."""
 
@@ -93,8 +97,8 @@ class Stalled(Report, frozen=True, tag=True):
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_order = msgspec.msgpack.Decoder(Prepare | Forget).decode
-_decode_report = msgspec.msgpack.Decoder(Hello | Ready | Failed | Gone | Stalled).decode
+_decode_order = msgspec.msgpack.Decoder(Prepare).decode
+_decode_report = msgspec.msgpack.Decoder(Hello | Ready | Failed | Gone | Pinned | Stalled).decode
 
 
 def address_of(vllm_config: Any, purpose: str = "loads") -> str | None:
@@ -193,7 +197,11 @@ class WorkerEnd:
             for socket, _ in poller.poll():
                 message = socket.recv()
                 if socket is outside:
-                    self._on_order(_decode_order(message))
+                    try:
+                        self._on_order(_decode_order(message))
+                    except Exception:
+                        # The load that was ordered runs into its timeout; the next orders must still be heard.
+                        logger.exception("An order of the scheduler could not be carried out")
                 elif message == b"stop":
                     outside.close()
                     self._wake.close()

@@ -13,6 +13,7 @@ Modules that pages do not cover stay on vLLM's path inside the same calls.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -180,7 +181,9 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
     def activate_adapter(self, lora_id: int) -> bool:
         """Put a registered adapter into a slot and its pages into the arena, evicting idle ones if need be.
 
-        Raises ArenaFullError when only adapters in use or pinned are left to evict; nothing has changed then.
+        An adapter of the step at hand takes the room of pinned idle ones when nothing else is left: an error there
+        would end the engine. Raises ArenaFullError when only adapters in use (outside of a step: or pinned) are left
+        to evict; nothing has changed then.
         """
         self._demand.use(lora_id, time.monotonic())
         self.host.touch(lora_id)
@@ -198,6 +201,9 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         slot = self.lora_index_to_id.index(lora_id)
         self.tables.set(slot, pages, adapter.ranks)
         self._slot_rank(slot, adapter.page_rank)
+        if lora_id in self._registered_adapters.pinned_items:
+            # It was pinned, and had to give way to running requests.
+            self._active_adapters.pin(lora_id)
         # The kernels' step metadata depends on the ranks in the slots, so it must be made anew.
         self._last_mapping = None
         return True
@@ -222,7 +228,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
 
     def _take_slot(self, lora_id: int) -> None:
         if None not in self.lora_index_to_id:
-            victims = self._idle()
+            victims = self._victims(lora_id)
             if not victims:
                 raise ArenaFullError(f"All {self.lora_slots} LoRA slots are in use or pinned; raise --max-loras.")
             self.deactivate_adapter(victims[0])
@@ -238,7 +244,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
 
         chosen: list[int] = []
         free = list(self.arena.free_pages())
-        for victim in self._idle():
+        for victim in self._victims(lora_id):
             if all(need <= have for need, have in zip(needed, free, strict=True)):
                 break
             owned = self._pages.get(victim, [])
@@ -254,13 +260,16 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             self.deactivate_adapter(victim)
         assert not missing()
 
-    def _idle(self) -> list[int]:
-        """Active adapters that may be evicted now, the least worth keeping first."""
+    def _victims(self, lora_id: int) -> list[int]:
+        """Whom to evict for `lora_id`, in this order; pinned ones last, and only for an adapter of the step at hand."""
+        return self._idle() + (self._idle(pinned=True) if lora_id in self.in_use else [])
+
+    def _idle(self, pinned: bool = False) -> list[int]:
+        """Active adapters out of use that are not pinned (or are), the least worth keeping first."""
         now = time.monotonic()
-        pinned = self._active_adapters.pinned_items
         candidates = []
         for lora_id in list(self._active_adapters.cache):
-            if lora_id in self.in_use or lora_id in pinned:
+            if lora_id in self.in_use or (lora_id in self._active_adapters.pinned_items) is not pinned:
                 continue
             size = sum(
                 len(pages) * self.layout.page_bytes(group) for group, pages in enumerate(self._pages.get(lora_id, []))
@@ -461,6 +470,8 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
         )
 
     def _resolve(self, source: str) -> str:
+        # Other spellings stand for other contents (resolver.py); a hub id would not be one with them.
+        source = re.sub(r"(?<=.)(/\.)+$", "", source)
         if self.options.adapter_roots:
             return str(resolve_source(source, self.options.adapter_roots))
         return str(get_adapter_absolute_path(source))
@@ -512,21 +523,16 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _register(self, adapter: ServedAdapter) -> None:
         manager = self._adapter_manager
-        pins = [
-            cache
-            for cache in (manager._registered_adapters, manager._active_adapters)
-            if adapter.id in cache.pinned_items
-        ]
+        pinned = adapter.id in manager._registered_adapters.pinned_items
         # Not manager.remove_adapter: the new pages are in the host tier under this id already.
         manager.deactivate_adapter(adapter.id)
         manager._registered_adapters.pop(adapter.id, None)
         if len(manager) + 1 > manager.capacity and not manager.remove_oldest_adapter():
             raise RuntimeError("All LoRAs are in use or pinned; raise --max-cpu-loras.")
         manager.add_adapter(adapter)
-        if pins:
-            manager.activate_adapter(adapter.id)
-        for cache in pins:
-            cache.pin(adapter.id)
+        if pinned:
+            manager._registered_adapters.pin(adapter.id)
+            manager.activate_adapter(adapter.id)  # pins it there too
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         manager = self._adapter_manager

@@ -88,6 +88,7 @@ class Collector:
             ("admitted_requests", "Requests that began to run.", steps.admitted),
             ("cut_prefill_chunks", "Prefill chunks made shorter by the work budget.", steps.cut_chunks),
             ("held_prefills", "Prefills kept out of a step by the work budget.", steps.held_prefills),
+            ("skips", "Requests admitted past an older one whose adapter found no room.", steps.overtakes),
             ("drain_steps", "Steps in which room was made for a request that waited long.", steps.drains),
             ("failed_requests", "Requests ended because their adapter can't be had.", steps.failed_requests),
             ("limited_requests", "Requests ended with 429.", steps.limited_requests),

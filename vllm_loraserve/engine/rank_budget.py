@@ -1,9 +1,10 @@
 """What LoRA may cost a step: rank rows of its adapters in the arena, and work for its tokens. Pure.
 
-Room: the adapters of all running requests lie in the arena together, so a request of another adapter is admitted only
-while slots and rank rows are left. Work: a token of an adapter of rank r costs `cost_per_rank * r` base tokens more
-than a token of the base model; prefill of adapters, which can be cut finer, is held to a share of the step's token
-budget as long as somebody else decodes. Decodes are never held back.
+Room: the adapters of all running requests lie in the arena together, beside pinned ones, so a request of another
+adapter is admitted only while slots and rank rows are left; pinned ones nobody uses give way where nothing else runs.
+Work: a token of an adapter of rank r costs `cost_per_rank * r` base tokens more than a token of the base model; prefill
+of adapters, which can be cut finer, is held to a share of the step's token budget as long as somebody else decodes.
+Decodes are never held back.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class ArenaRoom:
     """Adapter -> rank rows it takes, for adapters in use."""
     _users: dict[int, int] = field(default_factory=dict)
     used_rows: int = 0
+    _pinned: dict[int, int] = field(default_factory=dict)
+    """Pinned adapter -> rank rows it takes, used or not."""
 
     def rows_of(self, lora_rank: int) -> int:
         """Rank rows that an adapter of this rank takes: whole pages."""
@@ -59,14 +62,15 @@ class ArenaRoom:
         """Whether a request of this adapter may join the running ones."""
         if adapter in self._users:
             return True
-        if len(self._users) >= self.slots:
-            return False
-        return self.rank_rows is None or self.used_rows + self.rows_of(lora_rank) <= self.rank_rows
+        return self.lacking(adapter, lora_rank) == (0, 0)
 
-    def lacking(self, lora_rank: int) -> tuple[int, int]:
-        """(slots, rank rows) that have to come free before an adapter of this rank fits."""
-        rows = 0 if self.rank_rows is None else self.used_rows + self.rows_of(lora_rank) - self.rank_rows
-        return max(len(self._users) + 1 - self.slots, 0), max(rows, 0)
+    def lacking(self, adapter: int, lora_rank: int) -> tuple[int, int]:
+        """(slots, rank rows) that have to come free before this adapter fits."""
+        # With nobody running, waiting for a pinned adapter to go could last for ever: the worker lets it give way.
+        idle = [rows for pinned, rows in self._pinned.items() if pinned not in self._users and pinned != adapter]
+        slots, taken = (len(idle), sum(idle)) if self._users else (0, 0)
+        rows = 0 if self.rank_rows is None else self.used_rows + taken + self.rows_of(lora_rank) - self.rank_rows
+        return max(len(self._users) + slots + 1 - self.slots, 0), max(rows, 0)
 
     def take(self, adapter: int, lora_rank: int) -> None:
         """One more running request of this adapter."""
@@ -84,8 +88,9 @@ class ArenaRoom:
             del self._users[adapter]
             self.used_rows -= self._rows.pop(adapter)
 
-    def assign(self, users: Mapping[int, tuple[int, int]]) -> None:
-        """What runs now: adapter -> (running requests, rank)."""
+    def assign(self, users: Mapping[int, tuple[int, int]], pinned: Mapping[int, int] | None = None) -> None:
+        """What runs now: adapter -> (running requests, rank), and what is pinned: adapter -> rank."""
+        self._pinned = {adapter: self.rows_of(rank) for adapter, rank in pinned.items()} if pinned else {}
         self._users = {adapter: count for adapter, (count, _) in users.items()}
         self._rows = {adapter: self.rows_of(rank) for adapter, (_, rank) in users.items()}
         self.used_rows = sum(self._rows.values())
@@ -95,17 +100,21 @@ class ArenaRoom:
         """Adapter -> running requests."""
         return self._users
 
-    def to_drain(self, lora_rank: int) -> set[int]:
-        """The adapters whose running requests should end without successors, to make room for this rank: those with
-        the fewest running requests for the rank rows they give back."""
-        slots, rows = self.lacking(lora_rank)
+    def to_drain(self, adapter: int, lora_rank: int) -> set[int]:
+        """The adapters whose running requests should end without successors, to make room for this one: those with
+        the fewest running requests for the rank rows they give back; pinned ones, which give none back, last."""
+        slots, rows = self.lacking(adapter, lora_rank)
         drain: set[int] = set()
-        order = sorted(self._users, key=lambda adapter: (self._users[adapter] / max(self._rows[adapter], 1), adapter))
-        for adapter in order:
+        order = sorted(
+            self._users,
+            key=lambda user: (user in self._pinned, self._users[user] / max(self._rows[user], 1), user),
+        )
+        for user in order:
             if slots <= 0 and rows <= 0:
                 break
-            drain.add(adapter)
-            slots, rows = slots - 1, rows - self._rows[adapter]
+            drain.add(user)
+            if user not in self._pinned:
+                slots, rows = slots - 1, rows - self._rows[user]
         return drain
 
 

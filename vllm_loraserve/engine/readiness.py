@@ -64,6 +64,8 @@ class Readiness:
         self._loading: set[int] = set()
         self._ready: set[int] = set()
         self._failed: set[int] = set()
+        self.pinned: set[int] = set()
+        """Adapters that keep their place in the arena while nobody uses them."""
         self.rank_limit: int | None = None
         """Largest rank that fits the arena; None: any."""
         self._attempts = 0
@@ -143,7 +145,10 @@ class Readiness:
             entry = self._adapters.get(report.adapter)
             if entry is not None and entry.state == "loading" and report.attempt in (0, entry.attempt):
                 self._fail(report.adapter, entry, report.reason, report.transient, report.status, now)
+        elif isinstance(report, channel.Pinned):
+            (self.pinned.add if report.pinned else self.pinned.discard)(report.adapter)
         elif isinstance(report, channel.Gone):
+            self.pinned.discard(report.adapter)
             entry = self._adapters.get(report.adapter)
             if entry is not None:
                 entry.ready_on.discard(report.rank)

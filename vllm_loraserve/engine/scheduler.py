@@ -80,6 +80,10 @@ class RankAwareMixin(_Base):
         """Requests to be ended with an error after this step."""
         self._draining: set[int] = set()
         self._drain_for: Lane | None = None
+        self._oldest_blocked: Any = None
+        """Key of the oldest waiting request whose adapter finds no room; None: there is none."""
+        self._overtook: set[Request] = set()
+        """Requests that were admitted past it in this step."""
         self._loads_looked_at = self._waits_looked_at = 0.0
         self._idle = True
 
@@ -120,7 +124,10 @@ class RankAwareMixin(_Base):
         """What runs, what waits, what should be loaded, who has waited long enough."""
         lanes = self.waiting.lanes
         self._draining, self._drain_for = set(), None
+        self._oldest_blocked = None
+        self._overtook.clear()
         self._count_running()
+        self._begin_work()
         self._idle = not lanes and not self.room.users
         if not lanes:
             return
@@ -129,28 +136,28 @@ class RankAwareMixin(_Base):
         self._age(now)
 
     def _count_running(self) -> None:
-        """Room, limits and work as the running requests take them."""
+        """Room and limits as the running requests take them."""
         users: dict[int, int] = {}
-        decodes: dict[int, int] = {}
-        others_decode = False
         for request in self.running:
-            lora = request.lora_request
-            decode = not request.is_prefill_chunk
-            others_decode |= decode
-            if lora is not None:
-                adapter = lora.lora_int_id
-                users[adapter] = users.get(adapter, 0) + 1
-                if decode:
-                    decodes[adapter] = decodes.get(adapter, 0) + 1
+            if (lora := request.lora_request) is not None:
+                users[lora.lora_int_id] = users.get(lora.lora_int_id, 0) + 1
         rank_of = self.readiness.rank_of
-        self.room.assign({adapter: (count, rank_of(adapter)) for adapter, count in users.items()})
-        rank_rows = sum(rank_of(adapter) * count for adapter, count in decodes.items())
-        self.work.begin(self.max_num_scheduled_tokens, rank_rows, others_decode)
+        pinned = {adapter: rank_of(adapter) for adapter in self.readiness.pinned}
+        self.room.assign({adapter: (count, rank_of(adapter)) for adapter, count in users.items()}, pinned)
         if self.limits.most:
             self.limits.clear()
             for request in self.running:
                 if (lora := request.lora_request) is not None:
                     self.limits.take(lora.lora_name, _reach(request))
+
+    def _begin_work(self) -> None:
+        """The step's work budget, less what decodes of adapters take."""
+        rank_rows, others_decode = 0, False
+        for request in self.running:
+            if not request.is_prefill_chunk:
+                others_decode = True
+                rank_rows += self._rank(request)
+        self.work.begin(self.max_num_scheduled_tokens, rank_rows, others_decode)
 
     def _start_loads(self, now: float) -> None:
         waited = now - self._loads_looked_at >= LOADS_EVERY_S
@@ -202,15 +209,18 @@ class RankAwareMixin(_Base):
                 continue
             if lane.blocked is None:
                 lane.blocked = (now, self.counters.admitted)
+            key = self.waiting.head(lane)[0]
+            if self._oldest_blocked is None or key < self._oldest_blocked:
+                self._oldest_blocked = key
             since, admitted = lane.blocked
             if (
                 now - since > self.loraserve.max_skip_s
                 or self.counters.admitted - admitted > self.loraserve.skip_window
-            ) and (aged is None or self.waiting.head(lane)[0] < self.waiting.head(aged)[0]):
+            ) and (aged is None or key < self.waiting.head(aged)[0]):
                 aged = lane
         if aged is not None:
             self._drain_for = aged
-            self._draining = self.room.to_drain(self.readiness.rank_of(aged.adapter))
+            self._draining = self.room.to_drain(aged.adapter, self.readiness.rank_of(aged.adapter))
             self.counters.drains += 1
 
     # ---- the gate of the waiting queue ----
@@ -251,6 +261,9 @@ class RankAwareMixin(_Base):
     def taken(self, request: Request) -> None:
         """Counts as running until it is returned."""
         self.counters.admitted += 1
+        if self._oldest_blocked is not None and self.waiting.taken_key(request) > self._oldest_blocked:
+            self.counters.overtakes += 1
+            self._overtook.add(request)
         lora = request.lora_request
         name = lora.lora_name if lora is not None else ""
         self.shares.admit(name, _reach(request))
@@ -261,6 +274,9 @@ class RankAwareMixin(_Base):
     def returned(self, request: Request) -> None:
         """Takes back what `taken` counted."""
         self.counters.admitted -= 1
+        if request in self._overtook:
+            self._overtook.discard(request)
+            self.counters.overtakes -= 1
         lora = request.lora_request
         name = lora.lora_name if lora is not None else ""
         self.shares.refund(name, _reach(request))
@@ -278,9 +294,13 @@ class RankAwareMixin(_Base):
         if lora is None or request in self.waiting:
             return True
         self._count_running()
-        return self.readiness.is_ready(lora.lora_int_id, lora.lora_path) and self.room.fits(
-            lora.lora_int_id, self._rank(request)
-        )
+        rank = self._rank(request)
+        if not self.readiness.is_ready(lora.lora_int_id, lora.lora_path) or not self.room.fits(lora.lora_int_id, rank):
+            return False
+        # It comes past `taken`; who is admitted after it in this step must find its room gone.
+        self.room.take(lora.lora_int_id, rank)
+        self.limits.take(lora.lora_name, _reach(request))
+        return True
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """vLLM's last word on the length of a chunk: here the work budget cuts prefill of adapters."""

@@ -57,11 +57,6 @@ class PrepareStockMixin:
             self._prepared[lora_request.lora_int_id] = (lora_request.lora_path, lora)
         return int(lora.rank)
 
-    def forget(self, adapter_id: int) -> None:
-        """Drops what `prepare` read."""
-        with self._prepared_lock:
-            self._prepared.pop(adapter_id, None)
-
     def is_prepared(self, adapter_id: int) -> bool:
         """True when activating needs no reading."""
         return adapter_id in self._prepared or adapter_id in self.list_adapters()  # type: ignore[attr-defined]
@@ -118,10 +113,6 @@ class SideLoadingMixin:
         if isinstance(order, channel.Prepare):
             request = msgspec.msgpack.decode(order.request, type=LoRARequest)
             self._start_load(request, order.attempt)
-        elif isinstance(order, channel.Forget):
-            self._paths.pop(order.adapter, None)
-            if (forget := getattr(self, "forget", None)) is not None:
-                forget(order.adapter)
 
     def _start_load(self, request: LoRARequest, attempt: int) -> None:
         # A thread for each load: one that hangs must not hold up the next. The scheduler bounds their number.
@@ -217,6 +208,16 @@ class SideLoadingMixin:
         if adapter_id in self._paths:
             self._tell_gone(adapter_id)
         return removed
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        pinned = super().pin_adapter(adapter_id)  # type: ignore[misc]
+        self._report(channel.Pinned(self._vllm_config.parallel_config.rank, adapter_id, True))
+        return bool(pinned)
+
+    def unpin_adapter(self, adapter_id: int) -> bool:
+        known = super().unpin_adapter(adapter_id)  # type: ignore[misc]
+        self._report(channel.Pinned(self._vllm_config.parallel_config.rank, adapter_id, False))
+        return bool(known)
 
     def remove_all_adapters(self) -> None:
         super().remove_all_adapters()  # type: ignore[misc]
