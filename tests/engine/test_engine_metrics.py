@@ -14,10 +14,15 @@ pytestmark = pytest.mark.vllm
 async def test_totals_reach_the_metrics_page(tmp_path: Path) -> None:
     from prometheus_client import CollectorRegistry, generate_latest
 
-    from vllm_loraserve.engine.metrics import Collector, Publisher, Totals
+    from vllm_loraserve.engine.channel import Family
+    from vllm_loraserve.engine.metrics import Collector, Publisher, Totals, summed
     from vllm_loraserve.engine.readiness import LoadCounters
     from vllm_loraserve.engine.trace import StepCounters
 
+    def count(source: str, n: float) -> tuple[str, dict[str, str], float]:
+        return "loraserve_fetches_total", {"source": source, "result": "ok"}, n
+
+    transfers = [Family("loraserve_fetches", "Adapters.", "counter", [count("peer", 2.0), count("host", 1.0)])]
     address = f"ipc://{tmp_path}/stats"
     publisher, collector, registry = Publisher(address), Collector(), CollectorRegistry()
     registry.register(collector)
@@ -31,7 +36,7 @@ async def test_totals_reach_the_metrics_page(tmp_path: Path) -> None:
     deadline = time.monotonic() + 10
     while collector.totals is None:
         assert time.monotonic() < deadline
-        publisher.publish(Totals(steps, loads, 1, 7, 80), time.monotonic())
+        publisher.publish(Totals(steps, loads, 1, 7, 80, summed([transfers, transfers])), time.monotonic())
         await asyncio.sleep(0.02)
     assert not publisher.due(time.monotonic())
     listening.cancel()
@@ -39,6 +44,8 @@ async def test_totals_reach_the_metrics_page(tmp_path: Path) -> None:
     text = generate_latest(registry).decode()
     for line in (
         "loraserve:steps_total 5.0",
+        'loraserve_fetches_total{result="ok",source="peer"} 4.0',
+        'loraserve_fetches_total{result="ok",source="host"} 2.0',
         "loraserve:skips_total 3.0",
         "loraserve:load_stalls_total 1.0",
         "loraserve:oldest_wait_seconds 1.5",

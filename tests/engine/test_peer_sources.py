@@ -66,6 +66,9 @@ def test_an_adapter_comes_from_a_peer_under_an_id_of_our_own(worker):
     adapter = asker.bring(request)
     assert (adapter.id, adapter.rank, adapter.ranks) == (9, 16, (16, 8))
     assert content(ours, 9) == weights
+    counted = {(name, *labels.values()): n for f in asker.metrics() for name, labels, n in f.samples}
+    assert counted["loraserve_fetches_total", "peer", "ok"] == 1
+    assert counted["loraserve_transfer_bytes_total",] == len(weights)
     assert asker.bring(request) is None, "it is here already"
     # From now on the asker is a source too.
     third_tier = tier()

@@ -96,9 +96,24 @@ class Stalled(Report, frozen=True, tag=True):
     seconds: float
 
 
+class Family(msgspec.Struct, frozen=True):
+    """One metric of a worker, as prometheus has it; `samples`: (name, labels, value)."""
+
+    name: str
+    text: str
+    kind: str
+    samples: list[tuple[str, dict[str, str], float]]
+
+
+class Transfers(Report, frozen=True, tag=True):
+    """What the worker has brought in from peers since its start."""
+
+    families: list[Family]
+
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode_order = msgspec.msgpack.Decoder(Prepare).decode
-_decode_report = msgspec.msgpack.Decoder(Hello | Ready | Failed | Gone | Pinned | Stalled).decode
+_decode_report = msgspec.msgpack.Decoder(Hello | Ready | Failed | Gone | Pinned | Stalled | Transfers).decode
 
 
 def address_of(vllm_config: Any, purpose: str = "loads") -> str | None:

@@ -7,15 +7,16 @@ second on a socket beside the loads' channel, the API server keeps the last ones
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from vllm.logger import init_logger
 
+from vllm_loraserve.engine.channel import Family
 from vllm_loraserve.engine.readiness import LOAD_BUCKETS_S, LoadCounters
 from vllm_loraserve.engine.trace import ROWS_BUCKETS, SHARE_BUCKETS, StepCounters
 
@@ -32,6 +33,27 @@ class Totals(msgspec.Struct, frozen=True):
     loading: int
     waiting_adapters: int
     rows_in_use: int
+    transfers: list[Family] = []
+    """What came from peers, over all workers."""
+
+
+def summed(workers: Iterable[list[Family]]) -> list[Family]:
+    """One list for all workers: samples of one name and labels are added up."""
+    families: dict[str, Family] = {}
+    values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+    for worker in workers:
+        for family in worker:
+            families.setdefault(family.name, family)
+            found = values.setdefault(family.name, {})
+            for name, labels, value in family.samples:
+                key = (name, tuple(labels.items()))
+                found[key] = found.get(key, 0.0) + value
+    return [
+        msgspec.structs.replace(
+            family, samples=[(name, dict(labels), value) for (name, labels), value in values[family.name].items()]
+        )
+        for family in families.values()
+    ]
 
 
 class Publisher:
@@ -107,6 +129,11 @@ class Collector:
             yield GaugeMetricFamily(f"loraserve:{name}", text, value=gauge)
         yield _histogram("load_seconds", "Seconds of a load.", LOAD_BUCKETS_S, loads.load_histogram, loads.load_seconds)
         yield _histogram("rank_rows_per_step", "Rank rows of a step's adapters.", ROWS_BUCKETS, steps.rank_rows)
+        for family in self.totals.transfers:
+            metric = Metric(family.name, family.text, family.kind)
+            for name, labels, value in family.samples:
+                metric.add_sample(name, labels, value)
+            yield metric
         yield _histogram("lora_cost_share", "LoRA work over base work of a step.", SHARE_BUCKETS, steps.cost_share)
 
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Sequence
 
+from prometheus_client import CollectorRegistry
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
 from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.engine import channel
 from vllm_loraserve.engine.adapter_loader import ServedAdapter
 from vllm_loraserve.memory.host_tier import HostTier
 from vllm_loraserve.transfer.auth import load_key
 from vllm_loraserve.transfer.errors import AdapterUnavailableError, CancelledError, TransferError
 from vllm_loraserve.transfer.host_store import HostTierStore
+from vllm_loraserve.transfer.metrics import PoolMetrics
 from vllm_loraserve.transfer.pages import Wanted
 from vllm_loraserve.transfer.peers import PeerTable
 from vllm_loraserve.transfer.pool import AdapterPool, Location, PoolOptions
@@ -53,12 +56,32 @@ class PeerSources:
         )
         options = PoolOptions(deadline_s=config.transfer_deadline_s, rate=config.transfer_gib_s * 2**30)
         self._peers = PeerTable(key, instance, verbs=config.transfer_rdma)
-        self._pool = AdapterPool(self._store, self._peers, tiers=[("host", self._store.find)], options=options)
+        # A registry of its own: no server shows a worker's default one.
+        self._metrics = CollectorRegistry()
+        self._pool = AdapterPool(
+            self._store,
+            self._peers,
+            tiers=[("host", self._store.find)],
+            options=options,
+            metrics=PoolMetrics(self._metrics),
+        )
 
     @property
     def endpoint(self) -> str:
         """host:port where peers find this worker."""
         return self._server.endpoint
+
+    def metrics(self) -> list[channel.Family]:
+        """The pool's counters since the start."""
+        return [
+            channel.Family(
+                family.name,
+                family.documentation,
+                family.type,
+                [(s.name, dict(s.labels), s.value) for s in family.samples if not s.name.endswith("_created")],
+            )
+            for family in self._metrics.collect()
+        ]
 
     def _name_of(self, key: Hashable) -> str | None:
         with self._lock:

@@ -30,7 +30,7 @@ from vllm_loraserve.engine import channel
 from vllm_loraserve.engine.admission import AdmissionQueue, Lane
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.fairness import Limits, Shares
-from vllm_loraserve.engine.metrics import Publisher, Totals
+from vllm_loraserve.engine.metrics import Publisher, Totals, summed
 from vllm_loraserve.engine.rank_budget import MIN_CHUNK, ArenaRoom, WorkBudget
 from vllm_loraserve.engine.readiness import Readiness
 from vllm_loraserve.engine.request_errors import stop_reason
@@ -75,6 +75,8 @@ class RankAwareMixin(_Base):
         self.trace = StepTrace(config.trace_schedule) if config.trace_schedule else None
         stats = channel.address_of(vllm_config, "stats") if self.log_stats else None
         self._publisher = Publisher(stats) if stats is not None and self._end is not None else None
+        self._transfers: dict[int, list[channel.Family]] = {}
+        """What each worker last said about its transfers."""
         self.waiting: AdmissionQueue = AdmissionQueue(self.policy, self)
         self._doomed: dict[str, tuple[HTTPStatus, str]] = {}
         """Requests to be ended with an error after this step."""
@@ -113,6 +115,9 @@ class RankAwareMixin(_Base):
         self.waiting.begin_step()
         if self._end is not None:
             for report in self._end.reports():
+                if isinstance(report, channel.Transfers):
+                    self._transfers[report.rank] = report.families
+                    continue
                 self.readiness.on_report(report, begin)
                 self.waiting.lanes_changed = True
         self._survey(begin)
@@ -331,7 +336,8 @@ class RankAwareMixin(_Base):
         counters.steps += 1
         if self._publisher is not None and self._publisher.due(begin):
             readiness, lanes = self.readiness, len(self.waiting.lanes)
-            totals = Totals(counters, readiness.counters, readiness.loading, lanes, self.room.used_rows)
+            transfers = summed(self._transfers.values())
+            totals = Totals(counters, readiness.counters, readiness.loading, lanes, self.room.used_rows, transfers)
             self._publisher.publish(totals, begin)
         if self._idle and self.trace is None:
             return

@@ -143,6 +143,8 @@ class SideLoadingMixin:
             self.load_errors[adapter] = reason
             report = channel.Failed(rank, adapter, attempt, reason, is_transient(error), _status_of(error))
         self._report(report)
+        if (peers := getattr(self, "peers", None)) is not None:
+            self._report(channel.Transfers(rank, peers.metrics()))
         self._sweep()
 
     def _sweep(self) -> None:
