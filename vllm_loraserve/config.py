@@ -135,4 +135,10 @@ def parse_config(raw: Mapping[str, Any] | LoRAServeConfig | None) -> LoRAServeCo
             msgspec.convert(value, known[key].type, strict=True)
         except msgspec.ValidationError as error:
             raise ConfigError(f"loraserve-config: {key}={value!r}: {error}") from None
-    return msgspec.convert(dict(raw), LoRAServeConfig, strict=True)
+    config = msgspec.convert(dict(raw), LoRAServeConfig, strict=True)
+    if config.arena_gib is not None and config.arena_rank_rows is not None:
+        raise ConfigError(
+            f"loraserve-config: arena_gib={config.arena_gib:g} and arena_rank_rows={config.arena_rank_rows} are both "
+            "given; give the arena one size"
+        )
+    return config

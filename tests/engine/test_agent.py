@@ -19,7 +19,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
 from vllm.utils.counter import AtomicCounter  # noqa: E402
 
 from vllm_loraserve.cluster.placement import make_policy  # noqa: E402
-from vllm_loraserve.config import ConfigError, LoRAServeConfig  # noqa: E402
+from vllm_loraserve.config import ConfigError, LoRAServeConfig, parse_config  # noqa: E402
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError  # noqa: E402
 from vllm_loraserve.coordinator.control import Controller, ControlOptions  # noqa: E402
 from vllm_loraserve.coordinator.messages import (  # noqa: E402
@@ -458,6 +458,11 @@ def test_a_transfer_key_that_can_not_be_used_is_refused_before_the_model_loads(t
         with pytest.raises(ConfigError, match=says) as refused:
             prepare_engine_args(args)
         assert "transfer_key_file=" in str(refused.value)
+
+
+def test_two_sizes_for_the_arena_are_refused_before_the_model_loads():
+    with pytest.raises(ConfigError, match="arena_gib=1 and arena_rank_rows=64 are both given"):
+        parse_config({"arena_gib": 1.0, "arena_rank_rows": 64})
 
 
 def test_instance_names():
