@@ -131,8 +131,7 @@ class RankAwareMixin(_Base):
         self._draining, self._drain_for = set(), None
         self._oldest_blocked = None
         self._overtook.clear()
-        self._count_running()
-        self._begin_work()
+        self.work.begin(self.max_num_scheduled_tokens, *self._count_running())
         self._idle = not lanes and not self.room.users
         if not lanes:
             return
@@ -140,12 +139,20 @@ class RankAwareMixin(_Base):
         self._end_hopeless(now)
         self._age(now)
 
-    def _count_running(self) -> None:
-        """Room and limits as the running requests take them."""
+    def _count_running(self) -> tuple[int, bool]:
+        """Room and limits as the running requests take them; (rank rows of those that decode, whether any does)."""
         users: dict[int, int] = {}
+        decodes: dict[int, int] = {}
+        others_decode = False
         for request in self.running:
-            if (lora := request.lora_request) is not None:
-                users[lora.lora_int_id] = users.get(lora.lora_int_id, 0) + 1
+            lora = request.lora_request
+            decode = not request.is_prefill_chunk
+            others_decode |= decode
+            if lora is not None:
+                adapter = lora.lora_int_id
+                users[adapter] = users.get(adapter, 0) + 1
+                if decode:
+                    decodes[adapter] = decodes.get(adapter, 0) + 1
         rank_of = self.readiness.rank_of
         pinned = {adapter: rank_of(adapter) for adapter in self.readiness.pinned}
         self.room.assign({adapter: (count, rank_of(adapter)) for adapter, count in users.items()}, pinned)
@@ -154,15 +161,7 @@ class RankAwareMixin(_Base):
             for request in self.running:
                 if (lora := request.lora_request) is not None:
                     self.limits.take(lora.lora_name, _reach(request))
-
-    def _begin_work(self) -> None:
-        """The step's work budget, less what decodes of adapters take."""
-        rank_rows, others_decode = 0, False
-        for request in self.running:
-            if not request.is_prefill_chunk:
-                others_decode = True
-                rank_rows += self._rank(request)
-        self.work.begin(self.max_num_scheduled_tokens, rank_rows, others_decode)
+        return sum(rank_of(adapter) * count for adapter, count in decodes.items()), others_decode
 
     def _start_loads(self, now: float) -> None:
         waited = now - self._loads_looked_at >= LOADS_EVERY_S
