@@ -76,7 +76,7 @@ class FakeWorkers:
             end.close()
 
 
-def run_until(scheduler: Any, done: Callable[[], bool], check: Callable[[Any], None], seconds: float = 20) -> list[Any]:
+def run_until(scheduler: Any, done: Callable[[], bool], check: Callable[[Any], None], seconds: float = 60) -> list[Any]:
     """Steps until `done`; every output of every request. Fails when it takes longer than `seconds`."""
     from scheduler_harness import step
 
