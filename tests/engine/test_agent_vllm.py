@@ -27,7 +27,15 @@ from vllm_loraserve.coordinator.messages import (  # noqa: E402
 )
 from vllm_loraserve.transfer.auth import generate_key  # noqa: E402
 
-ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Two instances that vLLM binds to the same cores wait for each other's idle loops, all their threads included.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def free_ports() -> tuple[int, int]:
