@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import manager_machine as machine
+from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -37,7 +38,10 @@ def main(folder: Path) -> dict[str, Any]:
     machine.write_adapter(adapter, RANKS, seed=1)
     machine.write_adapter(broken, RANKS, seed=2)
     weights = broken / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:200])
+    # Nothing that a look at its header shows, so that it is the load aside that fails.
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, weights)
 
     def residency() -> Any:
         return llm.collective_rpc("loraserve_residency")[0]
