@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import sys
 
-from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
-from vllm_loraserve.coordinator.curve import KeysError, load_member_keys
+from vllm_loraserve.coordinator.asking import add_coordinator_arguments, ask
 from vllm_loraserve.coordinator.messages import Explain, Explanation
-from vllm_loraserve.coordinator.status import add_coordinator_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,16 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0, or 1 when there is no such adapter or no answer."""
-    try:
-        explanation = asyncio.run(_ask(args))
-    except (CoordinatorUnavailable, CoordinatorError, KeysError) as error:
-        print(f"vllm-loraserve explain: {error}", file=sys.stderr)
+    explanation = ask(args, "explain", Explain(name=args.adapter), Explanation)
+    if explanation is None:
         return 1
     print("\n".join(explanation.lines))
     return 0
-
-
-async def _ask(args: argparse.Namespace) -> Explanation:
-    keys = load_member_keys(args.keys) if args.keys else None
-    async with CoordinatorClient(args.coordinator, timeout_s=args.timeout, keys=keys) as client:
-        return await client.ask(Explain(name=args.adapter), Explanation)

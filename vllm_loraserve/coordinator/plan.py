@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import sys
 
-import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
-from vllm_loraserve.coordinator.curve import KeysError, load_member_keys
+from vllm_loraserve.coordinator.asking import add_coordinator_arguments, ask, print_json
 from vllm_loraserve.coordinator.messages import GetPlan, Plan
-from vllm_loraserve.coordinator.status import add_coordinator_arguments, format_bytes
+from vllm_loraserve.coordinator.status import format_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,22 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0, or 1 when there is no answer."""
-    try:
-        plan = asyncio.run(_ask(args))
-    except (CoordinatorUnavailable, CoordinatorError, KeysError) as error:
-        print(f"vllm-loraserve plan: {error}", file=sys.stderr)
+    plan = ask(args, "plan", GetPlan(policy=args.policy), Plan)
+    if plan is None:
         return 1
     if args.json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(plan)) + b"\n")
+        print_json(plan)
     else:
         render(plan, Console())
     return 0
-
-
-async def _ask(args: argparse.Namespace) -> Plan:
-    keys = load_member_keys(args.keys) if args.keys else None
-    async with CoordinatorClient(args.coordinator, timeout_s=args.timeout, keys=keys) as client:
-        return await client.ask(GetPlan(policy=args.policy), Plan)
 
 
 def _ttft(seconds: float) -> str:

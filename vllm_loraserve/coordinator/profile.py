@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from vllm_loraserve import __version__
 from vllm_loraserve.cluster.fit import Fit, fit_step_cost
 from vllm_loraserve.cluster.operating_points import OperatingPoints, OperatingPointsError, save
+from vllm_loraserve.coordinator.asking import add_coordinator_arguments
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
 from vllm_loraserve.coordinator.curve import KeysError, load_member_keys
 from vllm_loraserve.coordinator.messages import (
@@ -38,7 +39,6 @@ from vllm_loraserve.coordinator.messages import (
     Status,
 )
 from vllm_loraserve.coordinator.profiling import Profiler, ProfilingError, Trial, Workload
-from vllm_loraserve.coordinator.status import add_coordinator_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

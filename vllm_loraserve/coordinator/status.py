@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import sys
 import time
 
-import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
-from vllm_loraserve.coordinator.curve import KeysError, load_member_keys
+from vllm_loraserve.coordinator.asking import add_coordinator_arguments, ask, print_json
 from vllm_loraserve.coordinator.messages import AdapterDemand, GetStatus, Status
-
-
-def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every tool asking the coordinator has."""
-    parser.add_argument(
-        "--coordinator", default="tcp://127.0.0.1:5700", metavar="ENDPOINT", help="(default tcp://127.0.0.1:5700)"
-    )
-    parser.add_argument("--keys", metavar="DIR", help="member keys (or $LORASERVE_KEYS)")
-    parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds to wait for an answer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,22 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0, or 1 when the coordinator does not answer."""
-    try:
-        status = asyncio.run(_ask(args))
-    except (CoordinatorUnavailable, CoordinatorError, KeysError) as error:
-        print(f"vllm-loraserve status: {error}", file=sys.stderr)
+    status = ask(args, "status", GetStatus(), Status)
+    if status is None:
         return 1
     if args.json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(status)) + b"\n")
+        print_json(status)
     else:
         render(status, Console())
     return 0
-
-
-async def _ask(args: argparse.Namespace) -> Status:
-    keys = load_member_keys(args.keys) if args.keys else None
-    async with CoordinatorClient(args.coordinator, timeout_s=args.timeout, keys=keys) as client:
-        return await client.ask(GetStatus(), Status)
 
 
 def format_bytes(count: float) -> str:
