@@ -200,7 +200,7 @@ class ManagerMachine(RuleBasedStateMachine):
         """A batch of base and adapter tokens through every LoRA layer."""
         from vllm.lora.layers import LoRAMapping
 
-        from vllm_loraserve.engine.lora_manager import ArenaFullError
+        from vllm_loraserve.engine.arena_residents import ArenaFullError
 
         chosen = data.draw(
             st.lists(st.sampled_from([0, *sorted(self.ranks)]), min_size=1, max_size=4), label="adapters"

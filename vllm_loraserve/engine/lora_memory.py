@@ -1,0 +1,93 @@
+"""What LoRA takes of this worker's memory, from vLLM's own shapes and flags: layout, host tier, and the log line.
+
+The layers' stacked weights are shaped by vLLM's code (on the meta device, see `paged_layers.py`), so the comparison
+with stock is exact and not a formula of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from vllm_loraserve.adapters.layout import Layout, build_layout
+from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.engine.paged_layers import module_shape
+from vllm_loraserve.memory.arena import Arena
+
+logger = init_logger("vllm.loraserve.lora_manager")
+
+
+def worker_layout(
+    paged: Mapping[str, Any], wrappers: Mapping[str, Any], vllm_config: VllmConfig, page_rows: int
+) -> Layout:
+    """The pages' layout for these layers (runtime name -> layer) as this worker shards them.
+
+    `wrappers`: prefix -> Punica wrapper. Layers of different wrappers (a language model and its vision tower) see
+    different tokens in a step, so they never share a group.
+    """
+    some = next(iter(paged.values()), None)
+    prefixes = {id(wrapper): prefix for prefix, wrapper in wrappers.items()}
+    shapes = []
+    for name, layer in paged.items():
+        group = name.rsplit(".", 1)[-1]
+        if len(prefixes) > 1:
+            group = f"{prefixes[id(layer.punica_wrapper)]}:{group}"
+        shapes.append(module_shape(name, layer, group))
+    architectures = getattr(vllm_config.model_config, "architectures", None) or []
+    assert vllm_config.lora_config is not None
+    return build_layout(
+        shapes,
+        model="+".join(architectures),
+        dtype=str(vllm_config.lora_config.lora_dtype).removeprefix("torch."),
+        page_rows=page_rows,
+        tp_rank=some.tp_rank if some is not None else 0,
+        tp_size=some.tp_size if some is not None else 1,
+    )
+
+
+def host_tier_bytes(options: LoRAServeConfig, layout: Layout, lora_config: Any) -> int:
+    """Bytes of the host tier: `host_gib`, or as many adapters as `--max-cpu-loras` at the rank that the flags name and
+    one of the largest rank. The memory is taken page by page, as it is used."""
+    if options.host_gib is not None:
+        return int(options.host_gib * 2**30)
+    count = lora_config.max_cpu_loras or lora_config.max_loras
+    usual = layout.uniform_pages(lora_config.max_lora_rank)
+    largest = layout.uniform_pages(options.max_rank)
+    return (count + 1) * (layout.size_bytes(usual) + 4096) + layout.size_bytes(largest)
+
+
+def kv_bytes_per_token(vllm_config: VllmConfig) -> int:
+    """Bytes of KV cache that one token takes on this worker, from the model's attention shapes; 0 if unknown."""
+    try:
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        heads, size = model.get_num_kv_heads(parallel), model.get_head_size()
+        layers = model.get_num_layers(parallel)
+        dtype = vllm_config.cache_config.cache_dtype
+        item = 1 if dtype.startswith("fp8") else torch.empty(0, dtype=model.dtype).element_size()
+        return int(2 * heads * size * layers * item)
+    except (AttributeError, TypeError, ValueError):
+        return 0
+
+
+def log_arena(arena: Arena, slots: int, stock_bytes: int, vllm_config: VllmConfig) -> None:
+    """Says what the arena takes, what stock takes for the same flags, and the difference in KV cache tokens."""
+    assert vllm_config.lora_config is not None
+    per_token = kv_bytes_per_token(vllm_config)
+    logger.info(
+        "LoRA arena: %.3f GiB for %d rank rows (%d pages of %d rows in %d module groups) and %d slots; stock "
+        "vLLM takes %.3f GiB for --max-loras %d --max-lora-rank %d: %+d KV cache tokens against stock",
+        arena.nbytes / 2**30,
+        arena.rank_rows,
+        arena.pages_per_group,
+        arena.layout.page_rows,
+        len(arena.layout.groups),
+        slots,
+        stock_bytes / 2**30,
+        slots,
+        vllm_config.lora_config.max_lora_rank,
+        (stock_bytes - arena.nbytes) // per_token if per_token else 0,
+    )

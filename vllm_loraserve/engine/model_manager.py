@@ -1,0 +1,258 @@
+"""Slots and activation: vLLM's LoRA model manager with adapters in pages instead of stacks padded to the largest rank.
+
+Takes the place of vLLM's LRUCacheLoRAModelManager. An adapter goes through three states: in the host tier (any
+thread), registered (vLLM knows its id), active (in a slot, its pages in the arena: `activate_adapter`, the engine's
+thread, a copy of whole pages). Modules that pages do not cover stay on vLLM's path inside the same calls.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
+
+from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.engine.adapter_loader import ServedAdapter
+from vllm_loraserve.engine.arena_residents import ArenaFullError, ArenaResidents
+from vllm_loraserve.engine.engine_config import config_of
+from vllm_loraserve.engine.lora_memory import log_arena, worker_layout
+from vllm_loraserve.engine.paged_layers import SlotTables, attach, is_paged, stacked_bytes, without_stacked_weights
+from vllm_loraserve.engine.stock_layers import track_slots
+from vllm_loraserve.memory.arena import Arena, arena_rank_rows
+from vllm_loraserve.memory.eviction import Candidate, Demand, eviction_order, load_seconds
+from vllm_loraserve.memory.host_tier import HostTier
+
+# From the host tier: memory bandwidth and the fixed cost of an activation. From a checkpoint: disk and
+# conversion. Eviction only needs their ratio.
+_HOST_COST = (5e9, 1e-3)
+_CHECKPOINT_COST = (0.5e9, 0.05)
+
+
+class PagedLoRAModelManager(LRUCacheLoRAModelManager):
+    """Slots, pages and layers of one model."""
+
+    modules: dict[str, Any]
+    """The LoRA layers that pages do not cover."""
+    host: HostTier
+
+    def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
+        self.options = config_of(vllm_config) or LoRAServeConfig()
+        self._vllm_config = vllm_config
+        self.in_use: frozenset[int] = frozenset()
+        """Adapters of the step at hand: never evicted."""
+        self._demand: Demand[int] = Demand()
+        super().__init__(*args, vllm_config=vllm_config, **kwargs)
+
+    # --- start-up ---------------------------------------------------------------------------------------
+
+    def _create_lora_modules(self) -> None:
+        with without_stacked_weights():
+            super()._create_lora_modules()
+        paged = {name: layer for name, layer in self.modules.items() if is_paged(layer)}
+        self.paged_modules = paged
+        # What is left is all that vLLM's own code has to visit when an adapter comes or goes.
+        self.modules = {name: layer for name, layer in self.modules.items() if name not in paged}
+        self.stock_bytes = sum(stacked_bytes(layer) for layer in paged.values())
+        self.layout = worker_layout(paged, self.punica_wrapper_mapping, self._vllm_config, self.options.page_rows)
+        rows = arena_rank_rows(
+            self.layout,
+            gib=self.options.arena_gib,
+            rank_rows=self.options.arena_rank_rows,
+            stock_bytes=self.stock_bytes,
+            max_rank_seen=self.lora_config.max_lora_rank,
+        )
+        self.arena = Arena(self.layout, rows, self.device)
+        self.residents = ArenaResidents(self.arena)
+        self.tables = SlotTables(self.layout, self.lora_slots, self.options.max_rank, self.device)
+        self._attach_kernels()
+        log_arena(self.arena, self.lora_slots, self.stock_bytes, self._vllm_config)
+
+    def _attach_kernels(self) -> None:
+        """Every paged layer gets its view of the arena, and its Punica wrapper hears of it."""
+        linears = attach(self.paged_modules, self.layout, self.arena, self.tables)
+        by_name = {linear.name: linear for linear in linears}
+        occupied = track_slots(self.modules.values())
+        captured = self._vllm_config.compilation_config.max_cudagraph_capture_size
+        for wrapper in self._wrappers():
+            wrapper.configure_paged(
+                max_rank=self.options.max_rank,
+                stock_layers=bool(self.modules),
+                **({"graph_tokens": captured} if captured else {}),
+            )
+            wrapper.occupied_slots = occupied
+        for name, layer in self.paged_modules.items():
+            layer.punica_wrapper.register_linear(by_name[name])
+
+    def _wrappers(self) -> list[Any]:
+        return list({id(wrapper): wrapper for wrapper in self.punica_wrapper_mapping.values()}.values())
+
+    # --- active adapters --------------------------------------------------------------------------------
+
+    def adapter(self, lora_id: int) -> ServedAdapter | None:
+        found = self._registered_adapters.cache.get(lora_id)
+        return found if isinstance(found, ServedAdapter) else None
+
+    def is_current(self, lora_id: int) -> bool:
+        """Whether an adapter is active with the pages that the host tier holds now."""
+        entry = self.host.get(lora_id)
+        return entry is not None and self.residents.is_current(lora_id, entry.generation)
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """Put a registered adapter into a slot and its pages into the arena, evicting idle ones if need be.
+
+        An adapter of the step at hand takes the room of pinned idle ones when nothing else is left: an error there
+        would end the engine. Raises ArenaFullError when only adapters in use (outside of a step: or pinned) are left
+        to evict; nothing has changed then.
+        """
+        self._demand.use(lora_id, time.monotonic())
+        self.host.touch(lora_id)
+        if lora_id in self._active_adapters:
+            self._active_adapters.touch(lora_id)
+            return False
+        adapter = self._registered_adapters[lora_id]
+        if isinstance(adapter, ServedAdapter) and adapter.shared_pages:
+            self._take_slot(lora_id)
+            pages = self.residents.zeros(adapter.pages)
+        elif isinstance(adapter, ServedAdapter):
+            pages = self._bring_in(lora_id, adapter)
+        else:
+            raise TypeError(f"LoRA {lora_id} was not loaded by this manager")
+        slot = self.lora_index_to_id.index(lora_id)
+        self.tables.set(slot, pages, adapter.ranks)
+        self._slot_rank(slot, adapter.page_rank)
+        if lora_id in self._registered_adapters.pinned_items:
+            # It was pinned, and had to give way to running requests.
+            self._active_adapters.pin(lora_id)
+        # The kernels' step metadata depends on the ranks in the slots, so it must be made anew.
+        self._last_mapping = None
+        return True
+
+    def _bring_in(self, lora_id: int, adapter: ServedAdapter) -> list[list[int]]:
+        with self.host.reading(lora_id) as entry:
+            if entry is None:
+                raise LookupError(f"LoRA {lora_id} is not in the host tier; prepare it first")
+            # A replacement may have reached the host tier since this adapter was registered.
+            adapter.ranks, adapter.pages = entry.ranks, entry.pages
+            for victim in self.residents.to_evict(lora_id, adapter.pages, self._victims(lora_id)):
+                self.deactivate_adapter(victim)
+            self._take_slot(lora_id)
+            pages = self.residents.bring_in(lora_id, adapter.pages, self.host.targets(entry), entry.generation)
+            if self.device.type != "cpu":
+                # The host pages may be evicted once nobody reads them.
+                torch.cuda.current_stream().synchronize()
+        return pages
+
+    def _take_slot(self, lora_id: int) -> None:
+        if None not in self.lora_index_to_id:
+            victims = self._victims(lora_id)
+            if not victims:
+                raise ArenaFullError(f"All {self.lora_slots} LoRA slots are in use or pinned; raise --max-loras.")
+            self.deactivate_adapter(victims[0])
+        # vLLM's own activation: finds the slot and serves the modules outside the pages.
+        LoRAModelManager.activate_adapter(self, lora_id)
+
+    def _victims(self, lora_id: int) -> list[int]:
+        """Whom to evict for `lora_id`, in this order; pinned ones last, and only for an adapter of the step at hand."""
+        return self._idle() + (self._idle(pinned=True) if lora_id in self.in_use else [])
+
+    def _idle(self, pinned: bool = False) -> list[int]:
+        """Active adapters out of use that are not pinned (or are), the least worth keeping first."""
+        now = time.monotonic()
+        candidates = []
+        for lora_id in list(self._active_adapters.cache):
+            if lora_id in self.in_use or (lora_id in self._active_adapters.pinned_items) is not pinned:
+                continue
+            size = self.residents.size_bytes(lora_id)
+            cost = _HOST_COST if lora_id in self.host else _CHECKPOINT_COST
+            candidates.append(Candidate(lora_id, size, load_seconds(size, *cost), self._demand.of(lora_id, now)))
+        return eviction_order(candidates)
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        if lora_id in self.lora_index_to_id:
+            slot = self.lora_index_to_id.index(lora_id)
+            self.tables.clear(slot)
+            self._slot_rank(slot, 0)
+        super()._deactivate_adapter(lora_id)
+        self.residents.release(lora_id)
+
+    def _slot_rank(self, slot: int, rank: int) -> None:
+        for wrapper in self._wrappers():
+            wrapper.set_slot_rank(slot, rank)
+
+    # --- registered adapters ----------------------------------------------------------------------------
+
+    def _add_adapter(self, lora: LoRAModel) -> None:
+        if lora.loras:
+            super()._add_adapter(lora)
+        else:
+            self._registered_adapters[lora.id] = lora
+
+    def remove_oldest_adapter(self) -> bool:
+        """Unregister the adapter that is least worth keeping; never one in use or pinned."""
+        now = time.monotonic()
+        pinned = self._registered_adapters.pinned_items | self._active_adapters.pinned_items
+        candidates = [
+            Candidate(
+                lora_id,
+                (size := self.layout.size_bytes(getattr(adapter, "pages", ()))),
+                load_seconds(size, *_CHECKPOINT_COST),
+                self._demand.of(lora_id, now),
+            )
+            for lora_id, adapter in self._registered_adapters.cache.items()
+            if lora_id not in pinned and lora_id not in self.in_use
+        ]
+        order = eviction_order(candidates)
+        if not order:
+            return False
+        self.remove_adapter(order[0])
+        return True
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        self._demand.forget(adapter_id)
+        self.host.remove(adapter_id)
+        return super().remove_adapter(adapter_id)
+
+    def remove_all_adapters(self) -> None:
+        for lora_id in [lora for lora in self.lora_index_to_id if lora is not None]:
+            self._deactivate_adapter(lora_id)
+        for lora_id in list(self._registered_adapters.cache):
+            self.host.remove(lora_id)
+        super().remove_all_adapters()
+        self._demand = Demand()
+        self.residents.release_zeros()
+
+    # --- warm-up ----------------------------------------------------------------------------------------
+
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None) -> LoRAModel:
+        """A warm-up adapter; in the pages all of them share one set of zeros."""
+        self._hide_paged = True
+        try:
+            stock = super().create_dummy_lora(lora_id, rank, embedding_modules)
+        finally:
+            self._hide_paged = False
+        dummy = ServedAdapter(lora_id, rank, stock.loras)
+        rank = min(rank, self.options.max_rank, self.arena.rank_rows)
+        dummy.ranks = (rank,) * len(self.layout.slice_index)
+        dummy.pages = self.layout.uniform_pages(rank)
+        dummy.shared_pages = True
+        return dummy
+
+    _hide_paged = False
+
+    def _match_target_modules(self, module_name: str) -> bool:
+        if self._hide_paged and module_name in self.paged_modules:
+            return False
+        return bool(super()._match_target_modules(module_name))
+
+    # --- integrity --------------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless pages, slots and host tier agree; cheap enough to run when idle."""
+        self.host.check_integrity()
+        active = {lora for lora in self.lora_index_to_id if lora is not None}
+        assert active == set(self._active_adapters.cache), "slots and active adapters differ"
+        self.residents.check_integrity(active)
