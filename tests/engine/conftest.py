@@ -1,11 +1,14 @@
-"""Real small things for tests of the engine: a model directory, PEFT adapters with random weights."""
+"""Real small things for tests of the engine: a model directory, PEFT adapters with random weights, schedulers with a
+channel to made-up workers."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,3 +58,54 @@ def make_adapter(tmp_path: Path, model_dir: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The scheduler's time, which stands still until a settled step or the test moves it."""
+    from fake_workers import Clock
+
+    from vllm_loraserve.engine import admission, scheduler
+
+    clock = Clock()
+    monkeypatch.setattr(scheduler, "time", clock)
+    monkeypatch.setattr(admission, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def build(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Any
+) -> Iterator[Callable[..., tuple[Any, Any]]]:
+    """build(ranks=..., rank_rows=..., tp=..., **make_scheduler's) -> (scheduler, workers)."""
+    from fake_workers import ANSWERS_WITHIN_S, FakeWorkers, SettlingEnd
+    from scheduler_harness import make_scheduler
+
+    from vllm_loraserve.engine import channel, scheduler
+
+    monkeypatch.setattr(scheduler, "WORKERS_TIMEOUT_S", ANSWERS_WITHIN_S)
+    made: list[Any] = []
+
+    def make(
+        *,
+        ranks: dict[int, int] | None = None,
+        rank_rows: int | None = None,
+        tp: int = 1,
+        prepared: int | None = None,
+        cls: type = scheduler.RankAwareScheduler,
+        **options: Any,
+    ) -> tuple[Any, Any]:
+        address = f"ipc://{tmp_path}/channel{len(made)}"
+        monkeypatch.setattr(channel, "address_of", lambda _, purpose="loads": f"{address}-{purpose}")
+        workers = FakeWorkers(f"{address}-loads", tp, rank_rows=rank_rows, prepared=prepared)
+        workers.ranks.update(ranks or {})
+        monkeypatch.setattr(channel, "SchedulerEnd", partial(SettlingEnd, workers))
+        made_scheduler = make_scheduler(cls, str(model_dir), world_size=tp, **options)
+        assert made_scheduler.readiness.world_size == tp
+        made.append((made_scheduler, workers))
+        return made_scheduler, workers
+
+    yield make
+    for made_scheduler, workers in made:
+        made_scheduler._end.close()
+        workers.close()

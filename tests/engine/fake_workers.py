@@ -1,18 +1,45 @@
-"""Workers' ends of the channel with loads that take as long, and end, as a test says."""
+"""Workers' ends of the channel, with loads that end when a test says, and a scheduler's end that can wait for them.
+
+Nothing here depends on how fast a machine is: a load is answered as soon as its order is heard, or when the test
+releases it; `SettlingEnd.settle` waits until every answer that is due has come, so that a test decides what the
+scheduler knows in which step; `Clock` is the scheduler's time, which a test moves.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import msgspec
+from vllm.lora.request import LoRARequest
 
 from vllm_loraserve.engine import channel
 
+ANSWERS_WITHIN_S = 120.0
+"""Real time, for a thread of this process to be run: long enough for any machine, and only ever used up by a defect."""
+
+
+class Clock:
+    """In place of the module `time`: stands still but for a microsecond at each look, and moves when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    time = monotonic
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
 
 class FakeWorkers:
-    """`count` ranks. `ranks`: adapter -> LoRA rank (default 8); `delays`: (adapter, rank of the worker) -> seconds;
-    `fails`: adapter -> list of (reason, transient) used up one by one; an adapter in `hangs` never answers."""
+    """`count` ranks. `ranks`: adapter -> LoRA rank (default 8); `fails`: adapter -> list of (reason, transient) used up
+    one by one. Every load is answered at once, but for those held."""
 
     def __init__(
         self,
@@ -24,32 +51,36 @@ class FakeWorkers:
         prepared: int | None = None,
     ) -> None:
         self.ranks: dict[int, int] = {}
-        self.delays: dict[tuple[int, int], float] = {}
         self.fails: dict[int, list[tuple[str, bool]]] = {}
-        self.hangs: set[int] = set()
         self.orders: list[channel.Prepare] = []
+        """As rank 0 heard them."""
+        self._lock = threading.Lock()
+        self._held: set[tuple[int, int]] = set()
+        self._unanswered: list[tuple[int, channel.Prepare]] = []
+        self.heard: Counter[int] = Counter()
+        """Rank -> orders that were answered or are held."""
+        self.reported: Counter[int] = Counter()
+        """Rank -> reports sent, without the Hello."""
         self.ends = [
-            channel.WorkerEnd(address, channel.Hello(rank, rank_rows, page_rows, prepared), self._answer(rank))
+            channel.WorkerEnd(address, channel.Hello(rank, rank_rows, page_rows, prepared), self._listen(rank))
             for rank in range(count)
         ]
 
-    def _answer(self, rank: int) -> Callable[[channel.Order], None]:
+    def _listen(self, rank: int) -> Callable[[channel.Order], None]:
         def on_order(order: channel.Order) -> None:
-            if not isinstance(order, channel.Prepare):
-                return
-            if rank == 0:
-                self.orders.append(order)
-            if order.adapter in self.hangs:
-                return
-            threading.Thread(target=self._load, args=(rank, order), daemon=True).start()
+            assert isinstance(order, channel.Prepare)
+            with self._lock:
+                if rank == 0:
+                    self.orders.append(order)
+                if (order.adapter, rank) in self._held:
+                    self._unanswered.append((rank, order))
+                else:
+                    self._answer(rank, order)
+                self.heard[rank] += 1
 
         return on_order
 
-    def _load(self, rank: int, order: channel.Prepare) -> None:
-        import msgspec
-        from vllm.lora.request import LoRARequest
-
-        time.sleep(self.delays.get((order.adapter, rank), 0.0))
+    def _answer(self, rank: int, order: channel.Prepare) -> None:
         fails = self.fails.get(order.adapter)
         report: channel.Report
         if fails and rank == 0:
@@ -57,36 +88,82 @@ class FakeWorkers:
             report = channel.Failed(rank, order.adapter, order.attempt, reason, transient, 503 if transient else 400)
         else:
             path = msgspec.msgpack.decode(order.request, type=LoRARequest).lora_path
-            lora_rank = self.ranks.get(order.adapter, 8)
-            report = channel.Ready(rank, order.adapter, order.attempt, lora_rank, 0.001, path)
-        self.ends[rank].report(report)
+            report = channel.Ready(rank, order.adapter, order.attempt, self.ranks.get(order.adapter, 8), 0.001, path)
+        self._report(report)
+
+    def _report(self, report: channel.Report) -> None:
+        self.reported[report.rank] += 1
+        self.ends[report.rank].report(report)
+
+    def hold(self, adapter: int, rank: int = 0) -> None:
+        """From now on its loads on this rank are under way until they are released."""
+        with self._lock:
+            self._held.add((adapter, rank))
+
+    def release(self, adapter: int, rank: int = 0) -> None:
+        """Its loads on this rank end, those under way and those to come."""
+        with self._lock:
+            self._held.discard((adapter, rank))
+            due = [(r, order) for r, order in self._unanswered if (order.adapter, r) == (adapter, rank)]
+            self._unanswered = [entry for entry in self._unanswered if entry not in due]
+            for r, order in due:
+                self._answer(r, order)
+
+    def bring_in(self, adapter: int, path: str = "") -> None:
+        """Every rank has the adapter without having been asked for it, as after `add_lora`."""
+        lora_rank = self.ranks.get(adapter, 8)
+        self._all(lambda rank: channel.Ready(rank, adapter, 0, lora_rank, 0.001, path or f"/adapters/{adapter}"))
 
     def gone(self, adapter: int) -> None:
         """Every rank has lost the adapter."""
-        for rank, end in enumerate(self.ends):
-            end.report(channel.Gone(rank, adapter))
+        self._all(lambda rank: channel.Gone(rank, adapter))
 
     def pin(self, adapter: int, pinned: bool = True) -> None:
         """Every rank has pinned (or unpinned) the adapter."""
-        for rank, end in enumerate(self.ends):
-            end.report(channel.Pinned(rank, adapter, pinned))
+        self._all(lambda rank: channel.Pinned(rank, adapter, pinned))
+
+    def _all(self, report: Callable[[int], channel.Report]) -> None:
+        with self._lock:
+            for rank in range(len(self.ends)):
+                self._report(report(rank))
+
+    def counts(self) -> tuple[Counter[int], Counter[int]]:
+        """(orders heard, reports sent), of one moment."""
+        with self._lock:
+            return self.heard.copy(), self.reported.copy()
 
     def close(self) -> None:
         for end in self.ends:
             end.close()
 
 
-def run_until(scheduler: Any, done: Callable[[], bool], check: Callable[[Any], None], seconds: float = 60) -> list[Any]:
-    """Steps until `done`; every output of every request. Fails when it takes longer than `seconds`."""
-    from scheduler_harness import step
+class SettlingEnd(channel.SchedulerEnd):
+    """The scheduler's end of a channel to `workers`, which knows what is still on its way."""
 
-    outputs: list[Any] = []
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "it did not end in time"
-        output, outs = step(scheduler)
-        outputs += outs
-        check(output)
-        if not output.total_num_scheduled_tokens:
-            time.sleep(0.001)
-    return outputs
+    def __init__(self, workers: FakeWorkers, address: str) -> None:
+        super().__init__(address)
+        self._workers = workers
+        self._sent: Counter[int] = Counter()
+        self._received: Counter[int] = Counter()
+
+    def send(self, order: channel.Order) -> None:
+        super().send(order)
+        self._sent.update(self._peers.keys())
+
+    def _receive(self) -> Iterator[channel.Report]:
+        for report in super()._receive():
+            if not isinstance(report, channel.Hello):
+                self._received[report.rank] += 1
+            yield report
+
+    def settle(self) -> None:
+        """Waits until every order was heard and answered (unless its load is held) and every report has come; the next
+        step takes them in."""
+        deadline = time.monotonic() + ANSWERS_WITHIN_S
+        while True:
+            heard, reported = self._workers.counts()
+            if heard == self._sent and reported == self._received:
+                return
+            assert time.monotonic() < deadline, f"sent {self._sent}, heard {heard}, reported {reported}"
+            self._socket.poll(1)
+            self._pending.extend(self._receive())

@@ -1,13 +1,14 @@
-"""Scheduler objects without a model: a configuration, requests, and steps with made-up sampled tokens."""
+"""Scheduler objects without a model: configuration, requests, steps with made-up sampled tokens, what must hold."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from fake_workers import Clock, SettlingEnd
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
@@ -19,9 +20,13 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_loraserve.engine import scheduler as scheduler_module
 from vllm_loraserve.engine.scheduler import RankAwareAsyncScheduler, RankAwareScheduler
 
 BLOCK = 16
+STEP_S = 0.01
+"""What a step takes on the scheduler's clock."""
+MOST_STEPS = 100_000
 
 
 @functools.cache
@@ -133,7 +138,59 @@ def step(scheduler: Any) -> tuple[SchedulerOutput, list[Any]]:
     return output, [o for core in outs.values() for o in core.outputs]
 
 
-def scheduled_adapters(scheduler: Any, names: Iterable[str]) -> set[int]:
-    """Adapters of these requests."""
-    loras = (scheduler.requests[name].lora_request for name in names)
-    return {lora.lora_int_id for lora in loras if lora is not None}
+def settle(scheduler: Any) -> None:
+    """Waits until every load that is not held is answered; the next step knows it, and is one step's time later."""
+    if isinstance(scheduler._end, SettlingEnd):
+        scheduler._end.settle()
+    clock = scheduler_module.time
+    if isinstance(clock, Clock):
+        clock.advance(STEP_S)
+
+
+def settled_step(scheduler: Any) -> tuple[SchedulerOutput, list[Any]]:
+    """A step, and the loads that it starts: how many steps pass while a load runs is up to the test alone."""
+    result = step(scheduler)
+    settle(scheduler)
+    return result
+
+
+def run_until(scheduler: Any, done: Callable[[], bool], check: Callable[[SchedulerOutput], None]) -> list[Any]:
+    """Settled steps until `done`; every output of every request."""
+    outputs: list[Any] = []
+    for _ in range(MOST_STEPS):
+        if done():
+            return outputs
+        output, outs = settled_step(scheduler)
+        outputs += outs
+        check(output)
+    raise AssertionError(f"it did not end in {MOST_STEPS} steps")
+
+
+def checker(scheduler: Any) -> Callable[[SchedulerOutput], None]:
+    """Invariants of every step: room is never overdrawn, nothing runs that isn't ready."""
+
+    def check(output: SchedulerOutput) -> None:
+        adapters = running_adapters(scheduler)
+        assert len(adapters) <= scheduler.room.slots
+        rows = sum(scheduler.room.rows_of(scheduler.readiness.rank_of(a)) for a in adapters)
+        assert scheduler.room.rank_rows is None or rows <= scheduler.room.rank_rows
+        for name in output.num_scheduled_tokens:
+            if name in scheduler.requests and (lora := scheduler.requests[name].lora_request) is not None:
+                assert scheduler.readiness.rank_of(lora.lora_int_id) > 0
+
+    return check
+
+
+def running_adapters(scheduler: Any) -> set[int]:
+    """Adapters of the requests that run."""
+    return {r.lora_request.lora_int_id for r in scheduler.running if r.lora_request is not None}
+
+
+def finished(scheduler: Any) -> Callable[[], bool]:
+    """Whether no request is left."""
+    return lambda: not scheduler.requests
+
+
+def reasons(outputs: list[Any]) -> dict[str, str]:
+    """Request -> why it ended."""
+    return {o.request_id: str(o.finish_reason) for o in outputs if o.finish_reason is not None}

@@ -1,0 +1,224 @@
+"""Adapters that are brought in aside while requests wait: who is held up, and what follows when a load ends otherwise
+than well. Real channel, made-up workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+def test_a_load_blocks_nobody_else(build: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, reasons, run_until
+
+    scheduler, workers = build()
+    workers.hold(1)
+    scheduler.add_request(make_request("cold", adapter=1))
+    scheduler.add_request(make_request("base"))
+    scheduler.add_request(make_request("warm", adapter=2))
+    outputs = run_until(scheduler, lambda: len(scheduler.requests) == 1, checker(scheduler))
+    assert set(reasons(outputs)) == {"base", "warm"}
+    assert scheduler.readiness.loading == 1
+    workers.release(1)
+    outputs = run_until(scheduler, finished(scheduler), checker(scheduler))
+    assert reasons(outputs) == {"cold": "length"}
+    assert scheduler.readiness.counters.loads == 2
+    assert scheduler.readiness.counters.stalls == 0
+
+
+def test_with_tensor_parallel_every_rank_must_be_ready(build: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, reasons, run_until, settled_step
+
+    scheduler, workers = build(tp=2)
+    workers.hold(1, rank=1)
+    scheduler.add_request(make_request("r", adapter=1))
+    for _ in range(20):
+        assert settled_step(scheduler)[0].total_num_scheduled_tokens == 0
+    workers.release(1, rank=1)
+    assert reasons(run_until(scheduler, finished(scheduler), checker(scheduler))) == {"r": "length"}
+
+
+def test_async_scheduling(build: Any) -> None:
+    from scheduler_harness import checker, make_request, model_output, settle
+
+    from vllm_loraserve.engine.scheduler import RankAwareAsyncScheduler
+
+    scheduler, _ = build(cls=RankAwareAsyncScheduler, rank_rows=16)
+    for i in range(12):
+        scheduler.add_request(make_request(f"r{i}", adapter=1 + i % 4, max_tokens=5))
+    pending: list[Any] = []
+    check = checker(scheduler)
+    for _ in range(1000):
+        output = scheduler.schedule()
+        settle(scheduler)
+        check(output)
+        pending.append((output, model_output(scheduler, output)))
+        if len(pending) > 1:
+            scheduler.update_from_output(*pending.pop(0))
+        if not output.total_num_scheduled_tokens:
+            while pending:
+                scheduler.update_from_output(*pending.pop(0))
+        if not scheduler.requests:
+            break
+    assert not scheduler.requests
+
+
+def test_a_failed_load_ends_only_its_requests(build: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, reasons, run_until
+
+    from vllm_loraserve.engine.request_errors import parse
+
+    scheduler, workers = build()
+    workers.fails[1] = [("the file is truncated", False)]
+    for i in range(3):
+        scheduler.add_request(make_request(f"bad{i}", adapter=1))
+        scheduler.add_request(make_request(f"good{i}", adapter=2))
+    outputs = run_until(scheduler, finished(scheduler), checker(scheduler))
+    assert reasons(outputs) == {f"bad{i}": "error" for i in range(3)} | {f"good{i}": "length" for i in range(3)}
+    errors = {o.request_id: parse(o.stop_reason) for o in outputs if str(o.finish_reason) == "error"}
+    assert all(error == (400, "the file is truncated") for error in errors.values())
+    # The next request tries anew: the adapter may have been repaired.
+    scheduler.add_request(make_request("again", adapter=1))
+    assert reasons(run_until(scheduler, finished(scheduler), checker(scheduler))) == {"again": "length"}
+
+
+def test_a_passing_failure_is_tried_again_with_back_off(build: Any, clock: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, reasons, run_until
+
+    scheduler, workers = build()
+    workers.fails[1] = [("the share is away", True)] * 2
+    scheduler.add_request(make_request("r", adapter=1))
+    tries: list[float] = []
+
+    def check(output: Any) -> None:
+        checker(scheduler)(output)
+        if len(workers.orders) > len(tries):
+            tries.append(clock.now)
+
+    outputs = run_until(scheduler, finished(scheduler), check)
+    assert reasons(outputs) == {"r": "length"}
+    assert scheduler.readiness.counters.retries == 2
+    first, second, third = tries
+    assert 0.5 <= second - first < 0.6
+    assert 1.0 <= third - second < 1.1
+
+
+def test_retries_end(build: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, reasons, run_until
+
+    scheduler, workers = build(options={"load_retries": 1})
+    workers.fails[1] = [("the share is away", True)] * 5
+    scheduler.add_request(make_request("r", adapter=1))
+    outputs = run_until(scheduler, finished(scheduler), checker(scheduler))
+    assert reasons(outputs) == {"r": "error"}
+    assert len(workers.orders) == 2
+
+
+def test_a_hanging_load_ends_after_its_time(build: Any, clock: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, reasons, run_until
+
+    from vllm_loraserve.engine.request_errors import parse
+
+    scheduler, workers = build(options={"load_timeout_s": 20, "load_retries": 0, "concurrent_loads": 1})
+    workers.hold(1)
+    scheduler.add_request(make_request("stuck", adapter=1))
+    scheduler.add_request(make_request("behind", adapter=2))
+    begin = clock.now
+    outputs = run_until(scheduler, lambda: "stuck" not in scheduler.requests, checker(scheduler))
+    assert 20 < clock.now - begin < 20.2
+    outputs += run_until(scheduler, finished(scheduler), checker(scheduler))
+    assert reasons(outputs) == {"stuck": "error", "behind": "length"}
+    error = parse(next(o.stop_reason for o in outputs if o.request_id == "stuck"))
+    assert error is not None
+    assert error[0] == 503
+    assert "not loaded within 20 s" in error[1]
+
+
+def test_an_adapter_that_goes_while_requests_wait_is_loaded_again(build: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, reasons, run_until, settle
+
+    scheduler, workers = build(max_loras=1)
+    scheduler.add_request(make_request("running", adapter=2, max_tokens=100))
+    run_until(scheduler, lambda: bool(scheduler.running), checker(scheduler))
+    scheduler.add_request(make_request("waiting", adapter=1))
+    run_until(scheduler, lambda: scheduler.readiness.is_ready(1, "/adapters/1"), checker(scheduler))
+    workers.gone(1)
+    settle(scheduler)
+    outputs = run_until(scheduler, finished(scheduler), checker(scheduler))
+    assert reasons(outputs) == {"running": "length", "waiting": "length"}
+    assert [order.adapter for order in workers.orders] == [2, 1, 1]
+
+
+def test_a_replaced_adapter_waits_for_the_requests_on_its_old_content(build: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, run_until
+
+    scheduler, workers = build()
+    scheduler.add_request(make_request("old", adapter=1, path="/v1", max_tokens=20))
+    run_until(scheduler, lambda: bool(scheduler.running), checker(scheduler))
+    scheduler.add_request(make_request("new", adapter=1, path="/v2"))
+    order: list[str] = ["old"]
+
+    def check(output: Any) -> None:
+        assert not {"old", "new"} <= set(output.num_scheduled_tokens)
+        order.extend(output.num_scheduled_tokens)
+
+    run_until(scheduler, finished(scheduler), check)
+    assert order == ["old"] * 20 + ["new"] * 8
+    assert len(workers.orders) == 2
+
+
+def test_abort_storm_leaves_nothing_behind(build: Any) -> None:
+    """Also while loads are under way."""
+    from scheduler_harness import checker, finished, make_request, reasons, run_until, settled_step
+    from vllm.v1.request import RequestStatus
+
+    scheduler, workers = build(options={"concurrent_loads": 2})
+    workers.hold(2)
+    for round_ in range(5):
+        names = [f"r{round_}-{i}" for i in range(100)]
+        for i, name in enumerate(names):
+            scheduler.add_request(make_request(name, adapter=1 + i % 60))
+        settled_step(scheduler)
+        assert scheduler.readiness.loading > 0
+        scheduler.finish_requests(names[::2], RequestStatus.FINISHED_ABORTED)
+        settled_step(scheduler)
+        scheduler.finish_requests(names[1::2], RequestStatus.FINISHED_ABORTED)
+        assert len(scheduler.waiting) == 0
+        assert not scheduler.waiting.lanes
+    assert not scheduler.requests
+    workers.release(2)
+    scheduler.add_request(make_request("after", adapter=2))
+    assert reasons(run_until(scheduler, finished(scheduler), checker(scheduler))) == {"after": "length"}
+    assert scheduler.readiness.loading == 0
+    assert [order.adapter for order in workers.orders].count(2) == 1
+
+
+def test_pause_and_resume_while_loading(build: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, reasons, run_until, settled_step
+    from vllm.v1.core.sched.interface import PauseState
+
+    scheduler, _ = build()
+    scheduler.add_request(make_request("r", adapter=1))
+    settled_step(scheduler)
+    scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    for _ in range(5):
+        assert settled_step(scheduler)[0].total_num_scheduled_tokens == 0
+    assert scheduler.readiness.is_ready(1, "/adapters/1")
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert reasons(run_until(scheduler, finished(scheduler), checker(scheduler))) == {"r": "length"}
+
+
+def test_without_workers_vllm_loads_in_the_step(build: Any, model_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scheduler_harness import finished, make_request, make_scheduler, reasons, run_until
+
+    from vllm_loraserve.engine import channel
+    from vllm_loraserve.engine.scheduler import RankAwareScheduler
+
+    monkeypatch.setattr(channel, "address_of", lambda *_: None)
+    scheduler = make_scheduler(RankAwareScheduler, str(model_dir))
+    for i in range(12):
+        scheduler.add_request(make_request(f"r{i}", adapter=1 + i % 6))
+    outputs = run_until(scheduler, finished(scheduler), lambda _: None)
+    assert len(reasons(outputs)) == 12

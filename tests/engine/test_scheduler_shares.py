@@ -1,0 +1,100 @@
+"""What a step may spend on adapters, and what each tenant gets of it: work budget, weighted shares, limits. Real
+channel, made-up workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+def test_high_rank_prefill_is_cut_while_others_decode(build: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, run_until, settled_step
+
+    scheduler, _ = build(
+        ranks={1: 128, 2: 8}, max_tokens=1024, caching=False, options={"lora_cost_per_rank": 1 / 256, "lora_share": 0.1}
+    )
+    scheduler.add_request(make_request("alone", 1000, 1, adapter=1))
+    assert settled_step(scheduler)[0].num_scheduled_tokens == {}, "its load has only begun"
+    assert settled_step(scheduler)[0].num_scheduled_tokens == {"alone": 1000}
+    run_until(scheduler, finished(scheduler), checker(scheduler))
+
+    scheduler.add_request(make_request("decoding", 10, 60, adapter=2))
+    run_until(
+        scheduler, lambda: len(scheduler.running) == 1 and not scheduler.running[0].is_prefill_chunk, lambda _: None
+    )
+    scheduler.add_request(make_request("burst", 1000, 1, adapter=1))
+    chunks = []
+    while "burst" in scheduler.requests:
+        output, _ = settled_step(scheduler)
+        assert output.num_scheduled_tokens.get("decoding") == 1
+        chunks.append(output.num_scheduled_tokens.get("burst", 0))
+    # 0.1 * 1024 base tokens less one decode of rank 8, at half a base token for a token of rank 128.
+    assert sum(chunks) == 1000
+    assert max(chunks) == int((0.1 * 1024 - 8 / 256) / 0.5)
+    assert scheduler.counters.cut_chunks >= len(chunks) - 2
+
+
+def test_work_budget_lets_prefill_progress_under_many_decodes(build: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, reasons, run_until
+
+    scheduler, _ = build(ranks={1: 256}, max_tokens=64, options={"lora_cost_per_rank": 1.0, "lora_share": 0.01})
+    for i in range(6):
+        scheduler.add_request(make_request(f"r{i}", 100, 10, adapter=1))
+    assert len(reasons(run_until(scheduler, finished(scheduler), checker(scheduler)))) == 6
+
+
+def test_weighted_shares(build: Any) -> None:
+    """Two tenants with long queues: what is admitted first follows their weights."""
+    from scheduler_harness import make_request, settle, settled_step
+
+    scheduler, workers = build(max_seqs=4, options={"shares": {"gold": 3.0, "iron": 1.0}})
+    for adapter in (1, 2):
+        workers.bring_in(adapter)
+    settle(scheduler)
+    for i in range(80):
+        scheduler.add_request(make_request(f"iron{i}", 16, 1, adapter=1, adapter_name="iron/a"))
+    for i in range(80):
+        scheduler.add_request(make_request(f"gold{i}", 16, 1, adapter=2, adapter_name="gold/a"))
+    started: list[str] = []
+    while len(started) < 80:
+        output, _ = settled_step(scheduler)
+        assert output.scheduled_new_reqs
+        started += [r.req_id for r in output.scheduled_new_reqs]
+    gold = sum(name.startswith("gold") for name in started[:80])
+    assert 55 <= gold <= 65
+    assert not workers.orders
+
+
+def test_over_its_limit_an_adapter_queues_then_gets_429(build: Any, clock: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, reasons, run_until
+
+    from vllm_loraserve.engine.request_errors import parse
+
+    scheduler, _ = build(options={"max_inflight_tokens": {"busy": 130}, "limit_wait_s": 3}, max_seqs=16)
+    for i in range(3):
+        scheduler.add_request(make_request(f"busy{i}", 20, 30, adapter=1, adapter_name="busy"))
+    scheduler.add_request(make_request("other", 20, 30, adapter=2))
+    most = 0
+
+    def check(output: Any) -> None:
+        nonlocal most
+        checker(scheduler)(output)
+        most = max(most, sum(r.lora_request.lora_name == "busy" for r in scheduler.running))
+
+    outputs = run_until(scheduler, finished(scheduler), check)
+    assert most == 2
+    assert set(reasons(outputs).values()) == {"length"}
+
+    scheduler.add_request(make_request("long", 20, 2000, adapter=1, adapter_name="busy"))
+    scheduler.add_request(make_request("late", 20, 30, adapter=1, adapter_name="busy"))
+    begin = clock.now
+    outputs = run_until(scheduler, lambda: "late" not in scheduler.requests, checker(scheduler))
+    assert 3 < clock.now - begin < 3.2
+    error = parse(next(o.stop_reason for o in outputs if o.request_id == "late"))
+    assert error is not None
+    assert error[0] == 429
+    assert "busy" in error[1]
+    assert scheduler.counters.limited_requests == 1

@@ -1,0 +1,36 @@
+"""The line that each step leaves in the file of `trace_schedule`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+
+def test_trace_has_a_line_for_each_step(build: Any, tmp_path: Path) -> None:
+    from scheduler_harness import checker, finished, make_request, run_until
+
+    file = tmp_path / "deep" / "trace.jsonl"
+    scheduler, _ = build(ranks={1: 16}, options={"trace_schedule": str(file)})
+    scheduler.add_request(make_request("r", 20, 4, adapter=1))
+    scheduler.add_request(make_request("b", 20, 4))
+    run_until(scheduler, finished(scheduler), checker(scheduler))
+    scheduler.trace.close()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sum(line["tokens"] for line in lines) == 2 * (20 + 3)
+    assert sum(line["lora_tokens"].get("1", 0) for line in lines) == 20 + 3
+    assert {line["rank_rows"] for line in lines} >= {16}
+    assert all(line["schedule_us"] > 0 for line in lines)
+
+
+def test_trace_that_cannot_be_written_costs_no_step(build: Any, tmp_path: Path) -> None:
+    from scheduler_harness import checker, finished, make_request, reasons, run_until
+
+    (tmp_path / "file").write_text("")
+    scheduler, _ = build(options={"trace_schedule": str(tmp_path / "file" / "x")})
+    scheduler.add_request(make_request("r", adapter=1))
+    assert reasons(run_until(scheduler, finished(scheduler), checker(scheduler))) == {"r": "length"}
