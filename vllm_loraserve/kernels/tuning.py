@@ -2,8 +2,8 @@
 
 A launch is described by the values below alone, so that the cost count, the tests and the launcher agree. The
 formulas come from a roofline model of the H100 and from ahead-of-time compilation (registers, shared memory,
-spills). They have **not yet been tuned on a GPU**; `benchmarks/gpu_lora_kernels.py --sweep` prints what to
-change.
+spills). Measured on an H100 as they are (docs/kernels.md), **not yet tuned there**: `benchmarks/gpu_lora_kernels.py
+--only sweep` prints what to change.
 """
 
 from __future__ import annotations
