@@ -19,23 +19,39 @@ built=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platl
 if [ -d "$built" ]; then rm -rf vllm_loraserve/_lib && cp -r "$built" vllm_loraserve/_lib; fi
 if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
 
+# Each step is noted, and what failed is said again at the end: where only the end of a log is kept, it must be there.
 status=0
-ruff check . || status=1
-ruff format --check . || status=1
-mypy || status=1
+verdicts=()
+step() { # NAME COMMAND...
+  local name=$1 code=0
+  shift
+  "$@" || code=$?
+  if [ "$code" = 0 ]; then verdicts+=("ok      $name"); else verdicts+=("FAILED  $name (status $code)"); fi
+  return "$code"
+}
+
+step "ruff check" ruff check . || status=1
+step "ruff format" ruff format --check . || status=1
+step mypy mypy || status=1
 
 # Tests of devices that are not here are left out by name, so that pytest counts them as deselected and never as passed.
 absent=()
 python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || absent+=("not gpu")
 ls /sys/class/infiniband/* >/dev/null 2>&1 || absent+=("not rdma")
 marks=$(printf '%s and ' "${absent[@]}")
-python -m pytest --durations=25 -m "${marks% and }" || status=$?
+report=$(mktemp)
+trap 'rm -f "$report"' EXIT
+step pytest python -m pytest --durations=25 --junitxml="$report" -m "${marks% and }" || status=$?
 
 # RDMA in two small virtual machines: Debian, and root for the packages it needs.
 if [ "$(id -u)" = 0 ] && [ "$(. /etc/os-release && echo "$ID")" = debian ]; then
   apt-get update -qq
-  bash tests/rdma_vm/run.sh || [ "$status" != 0 ] || status=1
+  step "RDMA in virtual machines" bash tests/rdma_vm/run.sh || [ "$status" != 0 ] || status=1
 else
-  echo "test.sh: the RDMA tests in virtual machines were NOT run: they need Debian and root" >&2
+  verdicts+=("NOT RUN RDMA in virtual machines: needs Debian and root")
 fi
+
+echo "== what failed"
+python scripts/failures.py "$report" || true
+printf '%s\n' "${verdicts[@]}"
 exit "$status"
