@@ -274,6 +274,7 @@ def main() -> None:
             stateful_step_count=40,
             deadline=None,
             database=None,
+            derandomize=True,  # the same orders on every run
             suppress_health_check=list(HealthCheck),
         ),
     )
