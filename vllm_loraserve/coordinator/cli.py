@@ -62,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--expiry", type=float, default=control.expiry_s, metavar="S", help="silence that ends an instance's membership"
     )
     add(
+        "--settle",
+        type=float,
+        default=control.settle_s,
+        metavar="S",
+        help="longest wait, after a restart, for the instances that were members before",
+    )
+    add(
         "--rebalance",
         type=float,
         default=control.rebalance_s,
@@ -88,7 +95,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"vllm-loraserve coordinator: {error}", file=sys.stderr)
         return 1
     control = ControlOptions(
-        base_model=args.base_model, max_rank=args.max_rank, expiry_s=args.expiry, rebalance_s=args.rebalance
+        base_model=args.base_model,
+        max_rank=args.max_rank,
+        expiry_s=args.expiry,
+        settle_s=args.settle,
+        rebalance_s=args.rebalance,
     )
     options = ServerOptions(
         bind=args.bind,
