@@ -47,7 +47,7 @@ def main(folder: Path) -> dict[str, Any]:
         return llm.collective_rpc("loraserve_residency")[0]
 
     def until(condition: Any) -> Any:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while not condition(seen := residency()):
             assert time.monotonic() < end, f"still {seen}"
             time.sleep(0.05)

@@ -39,6 +39,8 @@ from vllm_loraserve.engine.engine_config import WORKER_EXTENSION, prepare_engine
 from vllm_loraserve.engine.meter import LoadLogger, Meter  # noqa: E402
 from vllm_loraserve.engine.resolver import LoRAServeResolver  # noqa: E402
 
+PATIENCE_S = 120.0
+"""For what is certain to come, on any machine: only a defect uses it up."""
 LLAMA = SimpleNamespace(
     model_type="llama", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
     num_hidden_layers=2,
@@ -134,8 +136,8 @@ def record(name: str, sha256: str = "one", source: str = "/adapters/a") -> Adapt
     )  # fmt: skip
 
 
-async def until(condition, seconds: float = 10.0) -> None:
-    async with asyncio.timeout(seconds):
+async def until(condition) -> None:
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.02)
 
@@ -152,7 +154,8 @@ def coordinator(tmp_path):
 
         async def start(self):
             self.registry = Registry(tmp_path / "r.sqlite")
-            options = ControlOptions(expiry_s=2.0, settle_s=2.0)
+            # Nobody is given up because the machine is busy; what happens then, a test says.
+            options = ControlOptions(expiry_s=1000.0, settle_s=1000.0)
             self.controller = Controller(self.registry, make_policy("rank-weighted"), options, time.monotonic())
             self.server = CoordinatorServer(self.controller, ServerOptions(bind=endpoint))
             await self.server.start()
@@ -265,7 +268,7 @@ async def test_a_prefetch_into_an_engine_that_loads_aside_ends_when_it_is_there(
     assert time.monotonic() - started >= 0.3
     assert engine.held
     monkeypatch.setattr("vllm_loraserve.engine.agent.LOAD_PATIENCE_S", 0.2)
-    engine.load_s = 3.0
+    engine.load_s = 1000.0
     with pytest.raises(TimeoutError, match="has not loaded 'b'"):
         await agent.prefetch(record("b"))
 
@@ -297,8 +300,11 @@ async def test_a_quiet_engine_is_left_to_sleep(joined, monkeypatch):
     monkeypatch.setattr(engine, "list_loras", list_loras)
     agent._look.set()
     await until(lambda: asked > 1)
-    await asyncio.sleep(0.3)
-    quiet = asked
+    async with asyncio.timeout(PATIENCE_S):
+        quiet = 0
+        while quiet != asked:
+            quiet = asked
+            await asyncio.sleep(0.3)
     await asyncio.sleep(0.3)
     assert asked == quiet, "nothing has happened: nothing is asked"
     engine.gate.set()
@@ -352,7 +358,8 @@ async def test_what_the_operator_loaded_is_left_alone(joined):
     assert not coordinator.controller.members.get("one").resident
 
 
-async def test_survives_the_coordinators_absence_and_is_back_with_everything(joined):
+async def test_survives_the_coordinators_absence_and_is_back_with_everything(joined, monkeypatch):
+    monkeypatch.setattr("vllm_loraserve.engine.resolver.AWAY_S", 1000.0)
     coordinator, agent, _, models = joined
     coordinator.add(record("a"))
     coordinator.add(record("b", source="/adapters/b"))
@@ -363,14 +370,15 @@ async def test_survives_the_coordinators_absence_and_is_back_with_everything(joi
     await coordinator.stop()
     request = await models.resolve_lora("b")
     assert request.lora_path == "/adapters/b", "the last known registry serves"
-    started = time.monotonic()
+
+    async def ask(name):
+        raise AssertionError(f"a timeout for every name, and now for '{name}'")
+
+    monkeypatch.setattr(agent.resolver, "_ask", ask)
     assert await models.resolve_lora("nobody") is None
-    assert time.monotonic() - started < 1.0, "not a timeout for every name"
-    await asyncio.sleep(1.0)
+    await until(lambda: not agent._reachable)
     await coordinator.start()
-    started = time.monotonic()
     await until(lambda: len(coordinator.controller.members) == 1 and coordinator.controller.settled)
-    assert time.monotonic() - started < 5.0
     assert set(coordinator.controller.members.get("one").resident) == {"a", "b"}
     async with CoordinatorClient(coordinator.endpoint) as client:
         table = await client.ask(GetTable(), RoutingTable)
@@ -379,9 +387,9 @@ async def test_survives_the_coordinators_absence_and_is_back_with_everything(joi
 
 async def test_an_expired_instance_registers_again(joined):
     coordinator, *_ = joined
-    coordinator.controller.members.expire(time.monotonic() + 100)
+    coordinator.controller.members.expire(time.monotonic() + 10_000)
     assert len(coordinator.controller.members) == 0
-    await until(lambda: len(coordinator.controller.members) == 1, 3.0)
+    await until(lambda: len(coordinator.controller.members) == 1)
 
 
 async def test_demand_and_load_are_reported(joined):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ ENGINE = {
 }
 
 
-def vllm_cli(*args: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def vllm_cli(*args: str, timeout: float = 800) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "vllm.entrypoints.cli.main", *args],
         env={**os.environ, **ENV, "COLUMNS": "200"},
@@ -160,12 +161,17 @@ def test_bad_option_is_one_line(
 
 def test_real_command_line() -> None:
     """The installed entry point, through the real program: help and a refusal before any model is looked for."""
-    help_text = vllm_cli("serve", "--help=loraserve").stdout
+    command_lines = (
+        ("serve", "--help=loraserve"),
+        ("serve", "--help"),
+        ("serve", "no/such-model", "--enable-loraserve", "--loraserve-config.max_rank", "9999"),
+    )
+    with ThreadPoolExecutor() as side_by_side:
+        ours, all_groups, bad = side_by_side.map(lambda words: vllm_cli(*words), command_lines)
+    help_text = ours.stdout
     assert "--enable-loraserve" in help_text
     assert "max_rank: Largest adapter rank accepted" in " ".join(help_text.split())
-    groups = vllm_cli("serve", "--help").stdout
-    assert "LoRAServe" in groups
-    bad = vllm_cli("serve", "no/such-model", "--enable-loraserve", "--loraserve-config.max_rank", "9999")
+    assert "LoRAServe" in all_groups.stdout
     assert bad.returncode == 2
     assert "max_rank=9999" in bad.stderr.strip().splitlines()[-1]
     assert "Traceback" not in bad.stderr
@@ -232,7 +238,7 @@ def run_offline(model: Path, adapters: dict[str, Path], **options: Any) -> dict[
         env={**os.environ, **ENV, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-4000:] + done.stderr[-4000:]
@@ -240,7 +246,7 @@ def run_offline(model: Path, adapters: dict[str, Path], **options: Any) -> dict[
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_base_requests_get_the_base_model_in_a_mixed_batch(model_dir: Path, make_adapter: Callable[..., Path]) -> None:
     """Two adapters and two slots, so that the last slot is filled: stock vLLM on CPU answers base requests with it."""
     adapters = {"one": make_adapter("one", 8, 1), "two": make_adapter("two", 16, 2)}

@@ -72,7 +72,7 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     end = channel.SchedulerEnd(f"ipc://{tmp_path}/loads")
     manager = side_loading(Manager)(config)
     assert manager.create_lora_manager("model", config) == "model"
-    (hello,) = end.wait_for_workers(1, 10)
+    (hello,) = end.wait_for_workers(1, 120)
     assert (hello.rank, hello.rank_rows, hello.prepared) == (0, None, 3)
     yield end, manager
     manager._channel.close()
@@ -80,7 +80,7 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def next_reports(end: Any, count: int) -> list[Any]:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     reports: list[Any] = []
     while len(reports) < count:
         assert time.monotonic() < deadline

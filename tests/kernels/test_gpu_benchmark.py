@@ -24,7 +24,7 @@ def run(*arguments, **env):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env,
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=800,
         check=False,
     )
 

@@ -22,7 +22,7 @@ def test_there_are_checks():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "path",
     [pytest.param(path, id=path.stem, marks=[pytest.mark.vllm] if path.stem in NEED_VLLM else []) for path in CHECKS],
@@ -30,7 +30,7 @@ def test_there_are_checks():
 def test_interpreted(path):
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=270, check=False)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1700, check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
     assert "skipped" not in run.stdout.splitlines()[-1]

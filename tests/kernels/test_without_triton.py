@@ -16,5 +16,5 @@ def test_modules_import_where_triton_is_missing():
     assert {"lora_linear", "op", "cost", "stock_sources", "aot"} <= set(names)
     imports = "\n".join(f"import vllm_loraserve.kernels.{name}" for name in names)
     code = f"import sys\nsys.modules['triton'] = None\n{imports}\nassert 'vllm' not in sys.modules"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=800, check=False)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
-from stubs import stub_programs
+from stubs import PATIENCE_S, stub_programs
 
 from vllm_loraserve.launcher.cluster import Plan
 from vllm_loraserve.launcher.devices import Machine
@@ -19,8 +20,8 @@ def plan(tmp_path: Path) -> Plan:
     return Plan(
         model=str(model),
         state=tmp_path / "state",
-        port=free_ports(1, 21000)[0],
+        port=free_ports(1, random.randrange(10000, 30000))[0],
         programs=stub_programs(),
         machine=Machine(cores=2),
-        start_timeout_s=30.0,
+        start_timeout_s=PATIENCE_S,
     )

@@ -12,6 +12,10 @@ from vllm_loraserve.launcher.cluster import Programs
 STUB = str(Path(__file__).parent / "stub_server.py")
 
 
+PATIENCE_S = 120.0
+"""For what is certain to come, on any machine: only a defect uses it up."""
+
+
 def stub_programs() -> Programs:
     return Programs(*((sys.executable, STUB, role) for role in ("coordinator", "router", "instance")))
 
@@ -25,7 +29,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until_dead(pids: Iterable[int], timeout_s: float = 10.0) -> list[int]:
+def wait_until_dead(pids: Iterable[int], timeout_s: float = PATIENCE_S) -> list[int]:
     """The processes that are still alive after `timeout_s` seconds."""
     pids, deadline = list(pids), time.monotonic() + timeout_s
     while (alive := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stubs import STUB, wait_until_dead
+from stubs import PATIENCE_S, STUB, wait_until_dead
 
 from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError
 from vllm_loraserve.launcher.processes import Server, healthy, is_free
@@ -87,8 +87,12 @@ def test_instances_that_never_join_are_an_error(plan: Plan, monkeypatch: pytest.
     cluster.coordinator.start()
     cluster.router.start()
     try:
+        deadline = time.monotonic() + PATIENCE_S
+        while not healthy(cluster.url):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         with pytest.raises(StartError, match="sees 1 instances"):
-            cluster.wait_for_instances(2, 3.0)
+            cluster.wait_for_instances(2, 1.0)
     finally:
         cluster.stop()
 
@@ -108,7 +112,7 @@ def test_kill_takes_everything_of_one_part(plan: Plan) -> None:
         assert not healthy(cluster.instance_url(0))
         assert healthy(cluster.instance_url(1))
         cluster.instances[0].start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not healthy(cluster.instance_url(0)):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -162,7 +166,7 @@ def test_up_says_where_and_stops_all_on_a_signal(plan: Plan, tmp_path: Path, num
     pids = pids_of(tmp_path)
     assert len(pids) == 8
     process.send_signal(number)
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE_S) == 0
     assert wait_until_dead(pids, 0.0) == []
     assert is_free(plan.port)
 
@@ -172,8 +176,8 @@ def test_up_leaves_no_orphan_after_kill_9(plan: Plan, tmp_path: Path) -> None:
     read_until(process, "Ctrl-C stops everything")
     pids = pids_of(tmp_path)
     process.kill()
-    process.wait(30)
-    assert wait_until_dead(pids, 30.0) == []
+    process.wait(PATIENCE_S)
+    assert wait_until_dead(pids) == []
 
 
 def test_up_registers_the_adapters_of_a_directory(plan: Plan, tmp_path: Path) -> None:
@@ -182,7 +186,7 @@ def test_up_registers_the_adapters_of_a_directory(plan: Plan, tmp_path: Path) ->
         (adapters / name).mkdir(parents=True)
         (adapters / name / "adapter_config.json").write_text("{}")
     process = start_up(plan, tmp_path, "--adapters", str(adapters))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "adapter bad was not accepted: The adapter 'bad' is broken." in output
     assert wait_until_dead(pids_of(tmp_path), 0.0) == []
@@ -197,13 +201,13 @@ def test_up_reports_a_part_that_ends_and_goes_on_until_nobody_is_left(plan: Plan
     os.kill(instances[0], signal.SIGKILL)
     read_until(process, "ended with status 137")
     os.kill(instances[1], signal.SIGKILL)
-    assert process.wait(30) == 1
+    assert process.wait(PATIENCE_S) == 1
     assert wait_until_dead(pids, 0.0) == []
 
 
 def test_up_names_a_directory_without_adapters(plan: Plan, tmp_path: Path) -> None:
     process = start_up(plan, tmp_path, "--adapters", str(tmp_path / "nothing"))
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "no such directory" in output
 

@@ -48,7 +48,7 @@ def test_mixed_asks_every_model_equally_and_streams_half() -> None:
 
 def test_a_failure_is_an_answer_with_an_error_and_is_not_retried() -> None:
     async def run() -> list[Answer]:
-        async with client_for(f"http://127.0.0.1:{free_ports(1, 26000)[0]}", 5.0) as client:
+        async with client_for(f"http://127.0.0.1:{free_ports(1, 26000)[0]}", 120.0) as client:
             return await send(client, mixed(["a"], 4), concurrency=2)
 
     answers = asyncio.run(run())

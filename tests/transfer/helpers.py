@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from vllm_loraserve.transfer.pages import Wanted
 
+PATIENCE_S = 120.0
+"""For what is certain to come, on any machine: only a defect uses it up."""
 KEY = b"the cluster key of the tests"
 LAYOUT = "SmolLM2-135M/bfloat16/tp0of1/rows8"
 
@@ -19,6 +23,14 @@ def make_pages(seed: int, count: int = 12, size: int = 70_001) -> list[np.ndarra
     """Random pages of two sizes, as two module groups have."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 256, size if i % 3 else size // 2, np.uint8) for i in range(count)]
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Waits until it holds; fails when it never does."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
 
 
 def wanted(name: str = "a", layout: str = LAYOUT, digest: str = "") -> Wanted:
@@ -65,7 +77,7 @@ class Holder:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(PATIENCE_S)
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -9,7 +9,7 @@ import threading
 import msgspec
 import pytest
 
-from transfer.helpers import KEY
+from transfer.helpers import KEY, PATIENCE_S
 from vllm_loraserve.transfer import auth, wire
 from vllm_loraserve.transfer.errors import AuthenticationError
 from vllm_loraserve.transfer.peer import Peer
@@ -18,8 +18,8 @@ from vllm_loraserve.transfer.peer import Peer
 def handshake(server_key: bytes, client_key: bytes) -> tuple[Exception | None, Exception | None, bytes]:
     """What each side raised, and everything that the server sent."""
     here, there = socket.socketpair()
-    here.settimeout(5)
-    there.settimeout(5)
+    here.settimeout(PATIENCE_S)
+    there.settimeout(PATIENCE_S)
     caught: list[Exception | None] = [None]
 
     def serve() -> None:
@@ -68,7 +68,7 @@ def test_a_server_without_the_key_is_refused():
     here, there = socket.socketpair()
     there.sendall(auth.MAGIC + os.urandom(32))
     there.sendall(os.urandom(32))
-    here.settimeout(5)
+    here.settimeout(PATIENCE_S)
     with pytest.raises(AuthenticationError, match="server does not know"):
         auth.prove_as_client(here, KEY)
     here.close()
@@ -79,13 +79,13 @@ def test_a_recorded_proof_is_of_no_use_again(server):
     """What a listener saw of one connection does not open the next: the server's nonce differs."""
     host, port = server.endpoint.split(":")
     recorded = b""
-    with socket.create_connection((host, int(port)), timeout=5) as sock:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
         greeting = auth._receive(sock, 8 + 32)
         nonce = os.urandom(32)
         recorded = nonce + auth._proof(KEY, b"client", greeting[8:], nonce)
         sock.sendall(recorded)
         assert len(auth._receive(sock, 32)) == 32
-    with socket.create_connection((host, int(port)), timeout=5) as sock:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
         auth._receive(sock, 8 + 32)
         sock.sendall(recorded)
         assert closed(sock)
@@ -93,7 +93,7 @@ def test_a_recorded_proof_is_of_no_use_again(server):
 
 def test_a_server_s_proof_reflected_back_is_no_client_s_proof(server):
     host, port = server.endpoint.split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as sock:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
         greeting = auth._receive(sock, 8 + 32)
         nonce = os.urandom(32)
         sock.sendall(nonce + auth._proof(KEY, b"server", greeting[8:], nonce))
@@ -109,7 +109,7 @@ def test_a_stranger_gets_nothing_from_a_server(server):
         wire.GetCatalogue(),
         wire.Pull(lease=1, start=0, length=9),
     ):
-        with socket.create_connection((host, int(port)), timeout=5) as sock:
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
             greeting = auth._receive(sock, 8 + 32)
             assert greeting[:8] == auth.MAGIC
             body = msgspec.msgpack.encode(message)
@@ -121,7 +121,7 @@ def test_a_stranger_gets_nothing_from_a_server(server):
 def test_a_stranger_on_the_unix_socket_gets_nothing_either(server):
     assert server._unix_name
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE_S)
         sock.connect("\0" + server._unix_name)
         auth._receive(sock, 8 + 32)
         sock.sendall(bytes(64))
@@ -130,7 +130,7 @@ def test_a_stranger_on_the_unix_socket_gets_nothing_either(server):
 
 def test_an_unknown_session_opens_no_data_connection(server):
     host, port = server.endpoint.split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as sock:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
         auth.prove_as_client(sock, KEY)
         wire.send(sock, wire.Attach(session=bytes(32)))
         reply = wire.receive_reply(sock)

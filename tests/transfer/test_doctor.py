@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 
+from transfer.helpers import PATIENCE_S
+
 
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "vllm_loraserve.cli", "doctor", *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment},
     )

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import torch
 
-from transfer.helpers import KEY
+from transfer.helpers import KEY, PATIENCE_S
 from vllm_loraserve.adapters.layout import Layout, ModuleShape, build_layout
 from vllm_loraserve.memory.host_tier import HostTier, HostTierFullError
 from vllm_loraserve.transfer.errors import LayoutMismatchError
@@ -58,7 +58,7 @@ def test_adapters_move_between_host_tiers(rung):
     ):
         assert [p.name for p in peer.catalogue()] == ["a", "b"]
         for key, name in ((1, "a"), (2, "b")):
-            pages, _ = peer.fetch(wanted(target, name), target, Flight(10))
+            pages, _ = peer.fetch(wanted(target, name), target, Flight(PATIENCE_S))
             assert content(target, key) == content(source, key)
             got, had = target.tier.get(key), source.tier.get(key)
             assert (got.digest, got.ranks, got.pages, got.checksums) == (
@@ -96,7 +96,7 @@ def test_another_shard_s_pages_are_refused():
         Peer(server.endpoint, KEY, "two") as peer,
         pytest.raises(LayoutMismatchError),
     ):
-        peer.fetch(wanted(target), target, Flight(10))
+        peer.fetch(wanted(target), target, Flight(PATIENCE_S))
     assert len(target.tier) == 0
 
 
@@ -115,7 +115,7 @@ def test_a_full_tier_says_so_and_stays_whole():
     fill(source, 1, (64, 64), 1)
     with TransferServer([source], KEY, "one", verbs="off") as server, Peer(server.endpoint, KEY, "two") as peer:
         with pytest.raises(HostTierFullError):
-            peer.fetch(wanted(target), target, Flight(10))
+            peer.fetch(wanted(target), target, Flight(PATIENCE_S))
         assert server.lease_count == 0
     target.tier.check_integrity()
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfer.helpers import LAYOUT, make_pages
+from transfer.helpers import LAYOUT, PATIENCE_S, make_pages
 from vllm_loraserve.transfer.flight import RateLimiter
 from vllm_loraserve.transfer.handover import Handover
 from vllm_loraserve.transfer.leases import LeaseTable
@@ -86,12 +86,13 @@ def test_revocation_waits_for_the_thread_that_is_sending(pages):
     assert lease.enter()
     ending = threading.Thread(target=lambda: table.end_adapter("a"))
     ending.start()
+    while lease.enter():  # until the end has begun: then nobody new
+        lease.leave()
     ending.join(0.1)
     assert ending.is_alive()
-    assert not lease.enter()  # nobody new
     assert store.released == []
     lease.leave()
-    ending.join(5)
+    ending.join(PATIENCE_S)
     assert store.released == ["a"]
 
 
@@ -102,7 +103,7 @@ def test_revocation_interrupts_a_sender_that_can_be(pages):
     assert lease.enter(stopped.set)
 
     def send() -> None:
-        assert stopped.wait(5)
+        assert stopped.wait(PATIENCE_S)
         lease.leave(stopped.set)
 
     sender = threading.Thread(target=send)
@@ -123,7 +124,7 @@ def test_giving_a_lease_back_lets_the_sender_finish(pages):
     ending.join(0.1)
     assert not stopped.is_set()
     lease.leave(stopped.set)
-    ending.join(5)
+    ending.join(PATIENCE_S)
     assert store.released == ["a"]
 
 

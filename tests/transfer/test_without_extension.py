@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from transfer.helpers import PATIENCE_S
+
 SCRIPT = """
 import logging, sys
 logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="%(levelname)s %(message)s")
@@ -42,7 +44,7 @@ with TransferServer([source], key, "one") as server:
     from vllm_loraserve.transfer.peer import Peer
     with Peer(server.endpoint, key, "two", order=("tcp",)) as peer:
         try:
-            peer.fetch(Wanted(name="a", layout="L"), target, Flight(10))
+            peer.fetch(Wanted(name="a", layout="L"), target, Flight(100))
         except Exception as error:
             print("refused", type(error).__name__)
 """
@@ -55,7 +57,7 @@ def test_without_the_extension_adapters_still_move(tmp_path):
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("extension is not available") == 1
