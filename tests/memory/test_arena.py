@@ -82,3 +82,13 @@ def test_sizes(layout: Layout) -> None:
         size(gib=1, rank_rows=8)
     with pytest.raises(ArenaError, match="arena_gib"):
         Arena(layout, 3, torch.device("cpu"))
+
+
+def test_a_model_without_paged_modules_has_an_arena_of_no_bytes() -> None:
+    empty = build_layout([], model="tiny", dtype="float32", page_rows=4, tp_rank=0, tp_size=1)
+    asked = {"gib": None, "rank_rows": None, "stock_bytes": 0, "max_rank_seen": 6}
+    rows = arena_rank_rows(empty, **asked)  # type: ignore[arg-type]
+    arena = Arena(empty, rows, torch.device("cpu"))
+    assert (arena.rank_rows, arena.nbytes, arena.free_pages()) == (8, 0, ())
+    assert arena.allocate((), "x") == []
+    arena.check_integrity()

@@ -76,6 +76,13 @@ def kv_bytes_per_token(vllm_config: VllmConfig) -> int:
 def log_arena(arena: Arena, slots: int, stock_bytes: int, vllm_config: VllmConfig) -> None:
     """Says what the arena takes, what stock takes for the same flags, and the difference in KV cache tokens."""
     assert vllm_config.lora_config is not None
+    if not arena.layout.groups:
+        logger.warning(
+            "No LoRA layer of this model lies in pages%s: all of them keep vLLM's stacks, padded to --max-lora-rank %d",
+            " because of --fully-sharded-loras" if vllm_config.lora_config.fully_sharded_loras else "",
+            vllm_config.lora_config.max_lora_rank,
+        )
+        return
     per_token = kv_bytes_per_token(vllm_config)
     logger.info(
         "LoRA arena: %.3f GiB for %d rank rows (%d pages of %d rows in %d module groups) and %d slots; stock "

@@ -40,7 +40,8 @@ class Arena:
             )
         self.nbytes = self.pages_per_group * layout.bytes_per_page_set
         dtype = getattr(torch, layout.dtype)
-        self.slab, raw = _allocate(self.nbytes, device)
+        # A layout without a module has pages of no bytes; a slab needs some.
+        self.slab, raw = _allocate(max(self.nbytes, layout.item_bytes), device)
         self.flat = raw.view(dtype)
         self._offsets: list[int] = []
         at = 0
@@ -143,12 +144,14 @@ def arena_rank_rows(
     """Rank rows of the arena: given in GiB, or in rank rows, or by default what `stock_bytes` hold.
 
     Rounded down to whole pages; at least one adapter of rank `max_rank_seen` (vLLM's --max-lora-rank) fits by
-    default. Raises ArenaError when both sizes are given.
+    default, which is also the answer where no module lies in pages. Raises ArenaError when both sizes are given.
     """
     if gib is not None and rank_rows is not None:
         raise ArenaError("arena_gib and arena_rank_rows are both given; give the arena one size.")
     if rank_rows is not None:
         return -(-rank_rows // layout.page_rows) * layout.page_rows
+    if layout.bytes_per_page_set == 0:
+        return -(-max_rank_seen // layout.page_rows) * layout.page_rows
     nbytes = int(gib * 2**30) if gib is not None else stock_bytes
     rows = nbytes // layout.bytes_per_page_set * layout.page_rows
     return rows if gib is not None else max(rows, -(-max_rank_seen // layout.page_rows) * layout.page_rows)
