@@ -11,7 +11,7 @@
 
 #define LSC_API extern "C" __attribute__((visibility("default")))
 
-constexpr int LSC_ABI = 1;
+constexpr int LSC_ABI = 2;
 
 enum lsc_dtype : int32_t { LSC_BF16 = 0, LSC_F16 = 1, LSC_F32 = 2 };
 
@@ -43,6 +43,9 @@ LSC_API int lsc_abi(void);
 // is not served.
 LSC_API int lsc_linear(const lsc_layer* layer, const lsc_batch* batch, const void* x, int64_t x_stride, void* y,
                        int64_t y_stride, int32_t add_inputs);
+// Partial results (x @ A^T of every grouped token, fp32) lie in scratch memory of the calling thread, which grows as needed
+// and is kept. Grows it to so many floats now and writes them, so that the process's size shows it; returns what it holds.
+LSC_API int64_t lsc_reserve(int64_t floats);
 // Which kernels run for a dtype: "avx512_bf16", "avx512", "avx2" or "generic"; force(name) picks one for tests (null: the
 // best again) and returns -1 where this CPU cannot run it.
 LSC_API const char* lsc_isa(void);

@@ -35,6 +35,11 @@ struct Scratch {
   std::vector<float> h;
 };
 
+Scratch& scratch_of_thread() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
 struct Job {
   const lsc_layer* layer;
   const lsc_batch* batch;
@@ -170,7 +175,6 @@ LSC_API int lsc_abi(void) { return LSC_ABI; }
 LSC_API int lsc_linear(const lsc_layer* layer, const lsc_batch* batch, const void* x, int64_t x_stride, void* y,
                        int64_t y_stride, int32_t add_inputs) {
   if (layer->dtype < LSC_BF16 || layer->dtype > LSC_F32) return -1;
-  thread_local lsc::Scratch scratch;
   lsc::Job job;
   job.layer = layer;
   job.batch = batch;
@@ -181,7 +185,7 @@ LSC_API int lsc_linear(const lsc_layer* layer, const lsc_batch* batch, const voi
   job.x_bytes = x_stride * job.item;
   job.y_bytes = y_stride * job.item;
   job.add = add_inputs;
-  job.scratch = &scratch;
+  job.scratch = &lsc::scratch_of_thread();
   const int64_t total = lsc::plan(job);
   if (total == 0) return 0;
   int threads = int(total / lsc::kWorkPerThread + 1);
@@ -190,6 +194,12 @@ LSC_API int lsc_linear(const lsc_layer* layer, const lsc_batch* batch, const voi
   if (limit > 0 && threads > limit) threads = limit;
   lsc::run_on_threads(threads, lsc::work, &job);
   return 0;
+}
+
+LSC_API int64_t lsc_reserve(int64_t floats) {
+  std::vector<float>& h = lsc::scratch_of_thread().h;
+  if (floats > int64_t(h.size())) h.resize(size_t(floats));
+  return int64_t(h.size());
 }
 
 LSC_API const char* lsc_isa(void) { return lsc::kernels()->name; }

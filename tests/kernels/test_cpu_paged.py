@@ -150,6 +150,35 @@ def test_threads_change_nothing() -> None:
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_company_changes_nothing(kernel: str, dtype: torch.dtype) -> None:
+    """A token's result is bit for bit the same alone and in any batch, so that chunks and preemption tell nothing."""
+    if kernel == "torch":
+        pytest.skip("torch chooses its sums by the batch")
+    layer = make_layer(slots=1, ranks=[[21]], in_size=100, out_sizes=(170,), dtype=dtype)
+    x = torch.randn(37, 100).to(dtype)
+    together = torch.zeros(37, 170).to(dtype)
+    run(kernel, together, x, layer, [0] * 37)
+    for size in (1, 2, 3, 7, 16):
+        for first in range(0, 37, size):
+            part = torch.zeros(len(x[first : first + size]), 170).to(dtype)
+            run(kernel, part, x[first : first + size].contiguous(), layer, [0] * len(part))
+            assert torch.equal(part, together[first : first + size]), (size, first)
+
+
+def test_scratch_memory_is_kept_and_grows_as_needed() -> None:
+    library = cpu_native.load()
+    if library is None:
+        pytest.skip("the native library is not built")
+    held = library.reserve(0)
+    assert library.reserve(held + 1000) == held + 1000
+    assert library.reserve(10) == held + 1000
+    layer = make_layer(slots=1, ranks=[[40], [40]], in_size=16, out_sizes=(16, 16), dtype=torch.float32)
+    tokens = (held + 1000) // 80 + 5
+    run("native", torch.zeros(tokens, 32), torch.randn(tokens, 16), layer, [0] * tokens)
+    assert library.reserve(0) == tokens * 40 * 2
+
+
 def test_rows_of_wider_tensors() -> None:
     """x and y may be columns of wider tensors, as a fused projection's are."""
     layer = make_layer(slots=1, ranks=[[8]], in_size=32, out_sizes=(16,), dtype=torch.float32)

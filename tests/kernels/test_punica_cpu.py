@@ -5,8 +5,10 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from paged_layers import make_layer
 from vllm.lora.layers import LoRAMapping
 
+from vllm_loraserve.kernels import cpu_native
 from vllm_loraserve.kernels.punica_cpu import PunicaWrapperCPU
 
 pytestmark = pytest.mark.vllm
@@ -117,6 +119,25 @@ def test_slots_without_such_weights_are_left_out() -> None:
     made.occupied_slots = {b[0].data_ptr(): set()}
     made.add_lora_logits(y, torch.full((3, IN), float("nan")), a[0], b[0], 1.0)
     assert not y.isnan().any()
+
+
+def test_the_largest_step_takes_no_more_memory_than_start_up() -> None:
+    """vLLM gives what start-up leaves to the KV cache; a step of all tokens at the largest rank must fit beside it."""
+    library = cpu_native.load()
+    if library is None:
+        pytest.skip("the native library is not built")
+    tokens, rank = library.reserve(0) // 96 + 64, 48
+    layer = make_layer(slots=1, ranks=[[rank]] * 2, in_size=16, out_sizes=(16, 16), dtype=torch.float32)
+    made = PunicaWrapperCPU(tokens, 64, torch.device("cpu"))
+    made.configure_paged(max_rank=rank)
+    made.register_linear(layer)
+    held = library.reserve(0)
+    assert held == tokens * rank * 2
+    made.update_metadata(LoRAMapping((11,) * tokens, (11,), True), [11], 2, 1000)
+    x, y = torch.randn(tokens, 16), torch.zeros(tokens, 32)
+    made.add_lora_linear(y, x, (layer.handle,), (layer.handle,), 1.0, (16, 16))
+    assert y.any()
+    assert library.reserve(0) == held
 
 
 def test_an_adapter_without_a_slot_is_an_error() -> None:

@@ -6,6 +6,7 @@ with stock is exact and not a formula of ours.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,6 +59,36 @@ def host_tier_bytes(options: LoRAServeConfig, layout: Layout, lora_config: Any) 
     usual = layout.uniform_pages(lora_config.max_lora_rank)
     largest = layout.uniform_pages(options.max_rank)
     return (count + 1) * (layout.size_bytes(usual) + 4096) + layout.size_bytes(largest)
+
+
+class ScratchReserve:
+    """On a GPU: the memory of the largest LoRA step, held while vLLM measures what the model takes.
+
+    vLLM measures with dummy adapters of rank 8, or without any, so that the fp32 results between shrink and expand of a
+    prefill at `max_rank` would come out of what it then gives to the KV cache. Held in the first warm-up only, which is
+    that measurement; later ones find the KV cache in place.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.nbytes, self.device = nbytes, device
+        self.held: torch.Tensor | None = None
+        self._done = False
+
+    def hold(self) -> None:
+        if not self._done:
+            self._done = True
+            self.held = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
+
+    def release(self) -> None:
+        self.held = None
+
+
+def scratch_bytes(layout: Layout, max_rank: int, arena_rows: int, max_tokens: int) -> int:
+    """Bytes of the fp32 results between shrink and expand in the largest step: all tokens at the largest rank that the
+    arena can hold (in whole blocks of 16), in the layer of most slices. Large batches are not split along K."""
+    slices = Counter(place.module for group in layout.groups for place in group.places)
+    rank = -(-min(max_rank, arena_rows) // 16) * 16
+    return max(slices.values(), default=0) * max_tokens * rank * 4
 
 
 def kv_bytes_per_token(vllm_config: VllmConfig) -> int:

@@ -19,7 +19,7 @@ from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine.adapter_loader import ServedAdapter
 from vllm_loraserve.engine.arena_residents import ArenaFullError, ArenaResidents
 from vllm_loraserve.engine.engine_config import config_of
-from vllm_loraserve.engine.lora_memory import log_arena, worker_layout
+from vllm_loraserve.engine.lora_memory import ScratchReserve, log_arena, scratch_bytes, worker_layout
 from vllm_loraserve.engine.paged_layers import SlotTables, attach, is_paged, stacked_bytes, without_stacked_weights
 from vllm_loraserve.engine.stock_layers import track_slots
 from vllm_loraserve.memory.arena import Arena, arena_rank_rows
@@ -69,6 +69,13 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         self.residents = ArenaResidents(self.arena)
         self.tables = SlotTables(self.layout, self.lora_slots, self.options.max_rank, self.device)
         self._attach_kernels()
+        # On a CPU the wrapper has taken it by now.
+        self.scratch = ScratchReserve(
+            scratch_bytes(self.layout, self.options.max_rank, self.arena.rank_rows, self.max_num_batched_tokens)
+            if self.device.type != "cpu"
+            else 0,
+            self.device,
+        )
         log_arena(self.arena, self.lora_slots, self.stock_bytes, self._vllm_config)
 
     def _attach_kernels(self) -> None:
@@ -224,11 +231,13 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         super().remove_all_adapters()
         self._demand = Demand()
         self.residents.release_zeros()
+        self.scratch.release()
 
     # --- warm-up ----------------------------------------------------------------------------------------
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None) -> LoRAModel:
         """A warm-up adapter; in the pages all of them share one set of zeros."""
+        self.scratch.hold()
         self._hide_paged = True
         try:
             stock = super().create_dummy_lora(lora_id, rank, embedding_modules)

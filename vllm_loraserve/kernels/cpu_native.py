@@ -18,7 +18,7 @@ from vllm_loraserve.kernels.paged import PagedLinear
 
 logger = logging.getLogger(__name__)
 
-ABI = 1
+ABI = 2
 LIBRARY = "loraserve_cpu_lora.so"
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _MAX_PAGES = 512
@@ -104,6 +104,8 @@ class NativeLibrary:
         lib.lsc_linear.argtypes = (pointer, pointer, pointer, i64, pointer, i64, i32)
         lib.lsc_isa.restype = ctypes.c_char_p
         lib.lsc_force_isa.argtypes = (ctypes.c_char_p,)
+        lib.lsc_reserve.argtypes = (i64,)
+        lib.lsc_reserve.restype = i64
         lib.lsc_set_threads.argtypes = (i32,)
         lib.lsc_set_threads.restype = None
         if lib.lsc_abi() != ABI:
@@ -128,6 +130,12 @@ class NativeLibrary:
             )
         self._linear(layer.pointer, batch.pointer, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), add_inputs)
         return True
+
+    def reserve(self, floats: int) -> int:
+        """Make this thread's scratch memory (fp32, kept between calls) at least so large; returns its size in floats.
+
+        A call of `linear` needs tokens x rank x slices of them."""
+        return int(self._lib.lsc_reserve(floats))
 
     @property
     def isa(self) -> str:

@@ -32,13 +32,20 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
     def configure_paged(self, *, max_rank: int, stock_layers: bool = True, **_: Any) -> None:
         """Prepare for paged layers (the same call as on a GPU). `stock_layers`: some layers are not paged."""
         self.stock_layers = stock_layers
+        self._max_rank = max_rank
         self._native = cpu_native.load()
         self._layers: dict[int, tuple[PagedLinear, cpu_native.NativeLayer | None]] = {}
         self._batch = cpu_native.NativeBatch(self.token_groups)
 
     def register_linear(self, linear: PagedLinear) -> None:
         """Serve `linear` from pages; the layer then passes `(linear.handle,)` as its weights."""
-        native = cpu_native.NativeLayer(linear) if self._native is not None else None
+        native = None
+        if self._native is not None:
+            native = cpu_native.NativeLayer(linear)
+            # The largest step that there can be, so that its memory is taken before vLLM looks what is left for the KV
+            # cache. This thread is the one that runs the steps.
+            rank = min(self._max_rank, linear.arena.numel() // linear.page_stride * linear.page_rows)
+            self._native.reserve(self._token_lora_indices.shape[0] * rank * linear.n_slices)
         self._layers[linear.handle.data_ptr()] = (linear, native)
 
     def set_slot_rank(self, slot: int, rank: int) -> None:
