@@ -25,6 +25,7 @@ class Stub:
     def __init__(self, name: str, script: Sequence[str] = ("json",)) -> None:
         self.name = name
         self.script = list(script)
+        self.base = "base"
         self.models = ["base"]
         self.key = ""
         """What /v1/models asks for."""
@@ -70,7 +71,7 @@ class Stub:
     async def _models(self, request: web.Request) -> web.Response:
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        cards = [{"id": name, "parent": None if name == "base" else "base", "root": name} for name in self.models]
+        cards = [{"id": name, "parent": None if name == self.base else self.base, "root": name} for name in self.models]
         return web.json_response({"object": "list", "data": cards})
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:

@@ -27,9 +27,15 @@ class FakeRegistry:
         self.answer = answer if answer is not None else Ok()
         self.table: RoutingTable | Exception = CoordinatorUnavailable("down")
         self.asked: list[Message] = []
+        self.silent = False
+        """Asked and never answered: it is gone."""
 
     async def request(self, message: Message, *, timeout_s: float | None = None) -> Message:
         self.asked.append(message)
+        # A time of the router's own, shorter than the client's, would end what the coordinator goes on with.
+        assert (timeout_s is None) is not isinstance(message, GetTable)
+        if self.silent:
+            await asyncio.Event().wait()
         await asyncio.sleep(0)
         reply = self.table if isinstance(message, GetTable) else self.answer
         if isinstance(reply, Exception):
@@ -104,6 +110,21 @@ async def test_unloading_what_is_not_there_is_vllms_404(serve: Serve) -> None:
         async with served.client.post("/v1/unload_lora_adapter", json={"lora_name": name}) as r:
             assert r.status == 404
             assert (await r.json())["error"]["message"] == f"The lora adapter '{name}' cannot be found."
+
+
+async def test_unloading_goes_on_when_the_coordinator_is_restarted_meanwhile(serve: Serve) -> None:
+    registry = FakeRegistry()
+    served = await serve(1, registry=registry)
+    served.publish([routes("one", a=1.0)])
+    registry.silent = True
+    unload = asyncio.ensure_future(served.client.post("/v1/unload_lora_adapter", json={"lora_name": "one"}))
+    while not registry.asked:
+        await asyncio.sleep(0.005)
+    registry.silent, registry.answer = False, CoordinatorError("not_found", "done, before it was asked again")
+    served.router.directory.apply(table([entry("a", served.stubs[0].url)], epoch=2))
+    async with await unload as r:
+        assert (r.status, await r.text()) == (200, "Success: LoRA adapter 'one' removed successfully.")
+    assert len([message for message in registry.asked if isinstance(message, RemoveAdapter)]) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from vllm_loraserve.router.app import FORWARDED_PATHS
+from vllm_loraserve.router.paths import FORWARDED_PATHS
 
 from .conftest import Serve
 
@@ -45,6 +45,7 @@ async def test_header_bytes_beyond_ascii_are_left_out(serve: Serve) -> None:
 async def test_unknown_paths_and_methods_have_openais_error_body(serve: Serve) -> None:
     served = await serve(1)
     for method, path, status in (
+        ("GET", "/v1/responses/resp_1", 404),
         ("GET", "/v1/completions", 405),
         ("POST", "/v1/models", 405),
         ("GET", "/v1/nothing", 404),
@@ -66,7 +67,7 @@ async def test_health_tells_what_could_serve(serve: Serve) -> None:
             "instances": 2,
             "available": 2,
             "adapters": 0,
-            "coordinator": "ok",
+            "coordinator": "none",
         }
     for upstream in served.router.directory.live():
         upstream.failed(served.router.directory.clock())

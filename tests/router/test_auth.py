@@ -32,6 +32,17 @@ def test_only_a_bearer_of_a_key_is_admitted() -> None:
     assert "secret" not in repr(keys)
 
 
+async def test_anthropics_header_carries_a_key_too(serve: Serve) -> None:
+    served = await serve(1, keys=Keys(["secret"]))
+    for headers, status in (
+        ({"X-Api-Key": "secret"}, 200),
+        ({"X-Api-Key": "wrong"}, 401),
+        ({"X-Api-Key": "secret", "Authorization": "Bearer wrong"}, 401),
+    ):
+        async with served.client.post("/v1/messages", json={"model": "base"}, headers=headers) as r:
+            assert r.status == status
+
+
 def test_keys_come_from_environment_and_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# ours\none # first\n\ntwo\n")

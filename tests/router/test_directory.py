@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from vllm_loraserve.router.directory import LINGER_S, STALE_S, Directory
@@ -51,6 +52,21 @@ def test_instances_survive_the_first_tables_of_a_restarted_coordinator() -> None
     clock.now += LINGER_S
     directory.sweep()
     assert names(directory) == {"a"}
+
+
+def test_an_unsettled_table_brings_adapters_and_takes_no_instances() -> None:
+    """Fetched from a coordinator that has just restarted: its registry is whole, its instances are not."""
+    directory = Directory(Clock())
+    directory.apply(table([A, B], [routes("one", a=1.0), routes("gone", b=1.0)], version=9))
+    fetched = table([A], [routes("one"), routes("new")], epoch=2)
+    assert directory.apply(msgspec.structs.replace(fetched, settled=False))
+    assert names(directory) == {"a", "b"}
+    assert (directory.resolve("one").routes, directory.resolve("new").routes) == ({"a": 1.0}, {})
+    with pytest.raises(ApiError):
+        directory.resolve("gone")
+    assert directory.epoch == 1
+    assert directory.apply(table([A], [routes("new", a=1.0)], epoch=2))
+    assert directory.epoch == 2
 
 
 def test_an_instance_that_leaves_within_an_epoch_goes_at_once() -> None:

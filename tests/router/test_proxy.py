@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import statistics
 import time
 
 import pytest
+from aiohttp import ClientError
 
 from vllm_loraserve.router.errors import ApiError
 from vllm_loraserve.router.proxy import LARGEST_EVENT, complete_events, request_head
@@ -23,6 +25,16 @@ async def settled(served: Served) -> None:
     async with asyncio.timeout(5):
         while not served.idle():
             await asyncio.sleep(0.005)
+
+
+async def unread(served: Served) -> None:
+    """Waits until all buffers are full: the router has waited for the client at 50 looks in a row."""
+    looks = 0
+    async with asyncio.timeout(60):
+        while looks < 50:
+            await asyncio.sleep(0.005)
+            attempts = [attempt for upstream in served.router.directory.live() for attempt in upstream.attempts]
+            looks = looks + 1 if attempts and all(a.last_byte == math.inf for a in attempts) else 0
 
 
 async def events(answer: object) -> list[bytes]:
@@ -321,14 +333,76 @@ async def test_a_client_that_reads_slowly_keeps_the_stream_of_an_instance_that_l
     served.stubs[0].script = ["headers", "flood:400", "done"]  # more than all buffers in between hold
     async with served.client.post("/v1/completions", json={"model": "one"}) as r:
         size = len(await r.content.readany())
-        await asyncio.sleep(0.3)  # the buffers fill
+        await unread(served)
         monkeypatch.setattr("vllm_loraserve.router.directory.ORPHAN_S", 0.0)
         served.publish([routes("one", b=1.0)], stubs=served.stubs[1:])
-        await asyncio.sleep(0.05)
         rest = await r.content.read()
     assert size + len(rest) == (400 << 16) + len(b"data: [DONE]\n\n")
     assert rest.endswith(b"data: [DONE]\n\n")
     assert served.stubs[1].bodies == []
+
+
+async def test_a_client_that_never_reads_loses_its_place(serve: Serve) -> None:
+    served = await serve(1, client_timeout_s=0.2)
+    served.stubs[0].script = ["headers", "flood:400", "done"]  # more than all buffers in between hold
+    async with asyncio.timeout(60):
+        async with served.client.post("/v1/completions", json={"model": "base"}) as r:
+            await r.content.readany()
+            await served.stubs[0].left.acquire()  # the instance is let go, as after a client that hangs up
+            with pytest.raises(ClientError):
+                await r.content.read()
+        await settled(served)
+    async with served.client.get("/metrics") as r:
+        text = await r.text()
+    assert "loraserve:router_stalled_clients_total 1.0" in text
+    assert 'status="499"} 1.0' in text
+
+
+@pytest.mark.parametrize("script", [["status:503"], ["die"]])
+async def test_what_went_wrong_is_told_when_no_other_instance_comes_free(serve: Serve, script: list[str]) -> None:
+    served = await serve(2, max_concurrency=1, queue_timeout_s=0.1)
+    served.publish([routes("one", a=1.0), routes("two", b=1.0)])
+    served.stubs[0].script, served.stubs[1].script = script, ["hold", "json"]
+    busy = asyncio.ensure_future(served.client.post("/v1/completions", json={"model": "two"}))
+    await served.stubs[1].arrived.acquire()
+    async with served.client.post("/v1/completions", json={"model": "one"}) as r:
+        assert r.status == 503
+        error = (await r.json())["error"]
+    if script == ["die"]:
+        assert "failed once, last with ServerDisconnectedError on a" in error["message"]
+    else:
+        assert error == {"message": "stub a", "type": "Stub", "param": None, "code": 503}
+    served.stubs[1].release()
+    (await busy).release()
+    await settled(served)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v1/responses", {"type": "error", "code": "BadGatewayError", "param": None, "sequence_number": 0}),
+        ("/v1/messages", {"type": "error", "error": {"type": "BadGatewayError"}}),
+    ],
+)
+async def test_typed_streams_end_in_a_typed_error(serve: Serve, path: str, expected: dict[str, object]) -> None:
+    served = await serve(1)
+    served.stubs[0].script = ["headers", "event", "die"]
+    async with served.client.post(path, data=BODY) as r:
+        text = await r.content.read()
+    event, data = text.split(b"\n\n")[-2].split(b"\n")
+    error = json.loads(data.removeprefix(b"data: "))
+    assert event == b"event: error"
+    message = error.get("error", error).pop("message")
+    assert message == "The instance that served this stream failed; the answer is incomplete."
+    assert error == expected
+
+
+async def test_errors_on_anthropics_path_are_anthropics(serve: Serve) -> None:
+    served = await serve(1)
+    async with served.client.post("/v1/messages", json={"model": "nobody"}) as r:
+        assert r.status == 404
+        error = {"type": "NotFoundError", "message": "The model `nobody` does not exist."}
+        assert await r.json() == {"type": "error", "error": error}
 
 
 async def test_nothing_known_yet_is_a_503_and_no_404(serve: Serve) -> None:

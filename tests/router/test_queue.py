@@ -6,10 +6,11 @@ import asyncio
 import random
 from collections import Counter
 
+import msgspec
 import pytest
 
 from vllm_loraserve.cluster.operating_points import StepCost
-from vllm_loraserve.coordinator.messages import Load
+from vllm_loraserve.coordinator.messages import Capacity, Load
 from vllm_loraserve.router.directory import Directory, Target
 from vllm_loraserve.router.errors import ApiError
 from vllm_loraserve.router.prediction import Predictor
@@ -93,18 +94,41 @@ async def test_a_retry_goes_to_the_head_and_is_never_refused() -> None:
     assert idle(made)
 
 
-async def test_who_gives_up_at_the_head_lets_those_behind_go_where_there_is_room() -> None:
+async def test_who_can_not_use_a_place_keeps_nobody_from_it() -> None:
     made, _ = admission(2)
-    first = await made.acquire(Target("on-b", {"b": 1.0}, 8))
-    picky = asyncio.ensure_future(made.acquire(BASE, ["a"], again=True))  # "a" refused it, "b" is full
-    await asyncio.sleep(0)
+    on_a, on_b = await made.acquire(Target("on-a", {"a": 1.0}, 8)), await made.acquire(Target("on-b", {"b": 1.0}, 8))
+    picky = asyncio.ensure_future(made.acquire(BASE, ["a"], again=True))  # "a" has failed it
     behind = asyncio.ensure_future(made.acquire(BASE))
     await asyncio.sleep(0)
     assert made.waiting == 2
-    picky.cancel()
-    async with asyncio.timeout(1):
-        made.release(await behind)
+    made.release(on_a)
+    second = await behind
+    assert second.name == "a"
+    made.release(second)
+    assert (await made.acquire(BASE)) is second  # also one that comes while only the picky one waits
+    assert not picky.done()
+    made.release(on_b)
+    assert (await picky).name == "b"
+    made.release(second)
+    made.release(picky.result())
+    assert idle(made)
+
+
+async def test_an_instance_too_small_for_an_adapter_never_gets_its_requests() -> None:
+    made, _ = admission(2)
+    small = msgspec.structs.replace(entry("a", "http://x:0"), capacity=Capacity(slots=8, rank_rows=64, max_rank=64))
+    made.directory.apply(table([small, entry("b", "http://x:1")], version=2))
+    large = Target("large", {}, 128)  # no route: anywhere, but not on "a"
+    first = await made.acquire(large)
+    waiting = asyncio.ensure_future(made.acquire(large))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    other = await made.acquire(BASE)
+    assert (first.name, other.name) == ("b", "a")
+    made.release(other)
+    assert not waiting.done()
     made.release(first)
+    made.release(await waiting)
     assert idle(made)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from aiohttp import ClientSession
 
 from vllm_loraserve.router.directory import Directory
@@ -32,6 +33,41 @@ async def test_static_instances_are_in_while_they_answer_and_adapters_where_they
         assert len(directory.live()) == 2
     await one.stop()
     await two.stop()
+
+
+async def test_what_does_not_belong_is_left_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    one, other = await Stub("one").start(), await Stub("other").start()
+    directory = Directory()
+    async with ClientSession() as session:
+        source = StaticSource(directory, [one.url, other.url, one.url + "/"], session)
+        await source.refresh()
+        other.base, other.models = "another-model", ["another-model"]
+        for _ in range(3):
+            await source.refresh()
+            assert [upstream.url for upstream in directory.live()] == [one.url]
+        assert caplog.text.count("it serves 'another-model', and the first one 'base'") == 1
+        await one.stop()  # what the cluster serves does not change because one is away
+        await source.refresh()
+        assert directory.live() == []
+        assert directory.base_model == "base"
+    await other.stop()
+
+
+async def test_an_instance_slow_to_answer_stays_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = await Stub("one").start()
+    directory = Directory()
+    async with ClientSession() as session:
+        source = StaticSource(directory, [stub.url], session)
+        await source.refresh()
+
+        def late(*_: object, **__: object) -> None:
+            raise TimeoutError
+
+        monkeypatch.setattr(session, "get", late)
+        for left in (1, 1, 0):
+            await source.refresh()
+            assert len(directory.live()) == left
+    await stub.stop()
 
 
 async def test_static_instances_that_want_a_key_are_asked_with_it() -> None:

@@ -24,7 +24,6 @@ STATUS: dict[str, tuple[int, str]] = {
 }
 REFRESH_EVERY_S = 0.25
 """Unknown names make the router ask for a newer table at most this often."""
-LOAD_TIMEOUT_S = 60.0
 BodyT = TypeVar("BodyT", bound=msgspec.Struct)
 
 
@@ -76,7 +75,7 @@ class Adapters:
                 "and at most one '/', up to 160 characters.",
                 "lora_name",
             ) from None
-        await self._ask(message, LOAD_TIMEOUT_S)
+        await self._ask(message)
         await self._refresh()
         return f"Success: LoRA adapter '{ask.lora_name}' added successfully."
 
@@ -91,11 +90,32 @@ class Adapters:
         except msgspec.ValidationError:
             raise missing from None
         try:
-            await self._ask(message, None)  # the client knows how long a drain may take
+            await self._remove(message)
         except ApiError as error:
             raise (missing if error.status == 404 else error) from None
         await self._refresh()
         return f"Success: LoRA adapter '{ask.lora_name}' removed successfully."
+
+    async def _remove(self, message: RemoveAdapter) -> None:
+        """Asks for a removal until it is done: a coordinator that is restarted meanwhile goes on with the drain, but
+        has forgotten who waits for it."""
+        restarted = False
+        while True:
+            epoch = self._directory.epoch
+            asked = asyncio.create_task(self._ask(message))
+            try:
+                while not asked.done() and self._directory.epoch == epoch:
+                    await asyncio.wait([asked], timeout=REFRESH_EVERY_S)
+                if asked.done():
+                    await asked
+                    return
+            except ApiError as error:
+                if error.status == 404 and restarted:
+                    return  # it was done before we could ask again
+                raise
+            finally:
+                asked.cancel()
+            restarted = True
 
     async def discover(self) -> bool:
         """Fetches the table because a request names a model that is not in it; True if one came.
@@ -139,7 +159,8 @@ class Adapters:
             return False
         return isinstance(reply, RoutingTable) and self._directory.apply(reply)
 
-    async def _ask(self, message: Message, timeout_s: float | None) -> Message:
+    async def _ask(self, message: Message, timeout_s: float | None = None) -> Message:
+        """None: as long as the message may take by its nature, which the client knows."""
         if self._registry is None:
             raise ApiError(
                 501, "NotImplementedError", "This router runs without a coordinator; load adapters on the instances."

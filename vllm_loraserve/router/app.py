@@ -20,31 +20,13 @@ from vllm_loraserve.router.auth import Keys
 from vllm_loraserve.router.directory import Directory
 from vllm_loraserve.router.errors import ApiError
 from vllm_loraserve.router.metrics import RouterMetrics
+from vllm_loraserve.router.paths import FORWARDED_PATHS, why_not_forwarded
 from vllm_loraserve.router.prediction import Predictor
 from vllm_loraserve.router.proxy import Call, ClientLeft, Proxy
 from vllm_loraserve.router.queue import Admission
 from vllm_loraserve.router.sources import CoordinatorSource, Source, StaticSource
 
 logger = logging.getLogger(__name__)
-
-FORWARDED_PATHS = (
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/v1/embeddings",
-    "/v1/score",
-    "/v1/rerank",
-    "/v2/rerank",
-    "/pooling",
-    "/classify",
-    "/score",
-    "/rerank",
-    "/tokenize",
-    "/detokenize",
-)
-"""POST, a JSON body with `model`, and nothing that a later request would have to find on the same instance."""
 
 KEEPALIVE_S = 3.0
 """Idle connections to instances are closed before uvicorn does it (5 s), so that none is lost in between."""
@@ -69,6 +51,7 @@ class RouterConfig:
     max_attempts: int = 3
     max_body_bytes: int = 32 << 20
     idle_timeout_s: float = 600.0
+    client_timeout_s: float = 60.0
     connect_timeout_s: float = 2.0
     unload_drain_s: float = 30.0
     step_cost: StepCost | None = None
@@ -114,8 +97,8 @@ class Router:
         add("GET", "/v1/models/{model:.+}", self._guarded("/v1/models/{model}", keys, self._model))
         add("POST", "/v1/load_lora_adapter", self._guarded("/v1/load_lora_adapter", admin, self._load))
         add("POST", "/v1/unload_lora_adapter", self._guarded("/v1/unload_lora_adapter", admin, self._unload))
-        for path in ("/health", "/ping"):
-            add("GET", path, self._guarded(path, open_to_all, self._health))
+        for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
+            add(method, path, self._guarded(path, open_to_all, self._health))
         add("GET", "/metrics", self._guarded("/metrics", open_to_all, self._metrics))
         add("*", "/{path:.*}", self._guarded("other", keys, self._no_such_path))
         return app
@@ -142,6 +125,7 @@ class Router:
             upstream_key=config.upstream_key,
             forward_authorization=not config.keys,
             idle_timeout_s=config.idle_timeout_s,
+            client_timeout_s=config.client_timeout_s,
             connect_timeout_s=config.connect_timeout_s,
         )
         if config.coordinator is not None:
@@ -168,26 +152,30 @@ class Router:
             call = Call(endpoint, request_id, time.monotonic())
             status = 499
             try:
-                keys.require(request.headers.get("Authorization"))
+                keys.require(request.headers.get("Authorization"), request.headers.get("X-Api-Key"))
                 response = await handler(request, call)
                 status = response.status
             except ApiError as error:
-                response = _error_response(error)
+                response = _error_response(error, endpoint)
                 status = error.status
             except web.HTTPRequestEntityTooLarge:
                 limit = self.config.max_body_bytes
                 response = _error_response(
-                    ApiError(413, "BadRequestError", f"The request body is larger than {limit} bytes.")
+                    ApiError(413, "BadRequestError", f"The request body is larger than {limit} bytes."), endpoint
                 )
                 status = 413
             except web.RequestPayloadError as error:
-                response = _error_response(ApiError(400, "BadRequestError", f"The request body is broken: {error}."))
+                response = _error_response(
+                    ApiError(400, "BadRequestError", f"The request body is broken: {error}."), endpoint
+                )
                 status = 400
             except (ClientLeft, ConnectionError):
                 raise asyncio.CancelledError("client left") from None  # aiohttp then closes without a word
             except Exception:
                 logger.exception("Request %s to %s failed", request_id, endpoint)
-                response = _error_response(ApiError(500, "InternalServerError", "The router failed; see its log."))
+                response = _error_response(
+                    ApiError(500, "InternalServerError", "The router failed; see its log."), endpoint
+                )
                 status = 500
             finally:
                 self.metrics.answered(endpoint, call.rank, status)
@@ -218,14 +206,17 @@ class Router:
         now = self.directory.clock()
         instances = self.directory.live()
         available = sum(upstream.available(now) for upstream in instances)
-        silence = self.source.silence_s if self.source is not None else 0.0
+        if self.config.coordinator is None:
+            coordinator = "none"
+        else:
+            coordinator = "ok" if self.source is not None and self.source.silence_s < 3.0 else "silent"
         return _json(
             {
                 "status": "ok" if available else "no instance",
                 "instances": len(instances),
                 "available": available,
                 "adapters": len(self.directory.adapters),
-                "coordinator": "ok" if silence < 3.0 else "silent",
+                "coordinator": coordinator,
             },
             200 if available else 503,
         )
@@ -240,6 +231,9 @@ class Router:
         known = {resource.canonical for resource in request.app.router.resources()}
         if path in known:
             raise ApiError(405, "BadRequestError", f"{request.method} is not a method of {path}.")
+        why = why_not_forwarded(path)
+        if why is not None:
+            raise ApiError(404, "NotFoundError", f"The router does not forward {path}: {why}.")
         raise ApiError(404, "NotFoundError", f"The router has no path {path}.")
 
 
@@ -247,7 +241,7 @@ def _json(content: object, status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(content), status=status, content_type="application/json")
 
 
-def _error_response(error: ApiError) -> web.Response:
+def _error_response(error: ApiError, endpoint: str) -> web.Response:
     return web.Response(
-        body=error.body(), status=error.status, content_type="application/json", headers=error.headers or None
+        body=error.body(endpoint), status=error.status, content_type="application/json", headers=error.headers or None
     )

@@ -41,8 +41,10 @@ class Keys:
             found |= hmac.compare_digest(given, digest)
         return found and scheme.lower() == "bearer"
 
-    def require(self, authorization: str | None) -> None:
-        """Raises ApiError 401 unless `admits`."""
+    def require(self, authorization: str | None, x_api_key: str | None = None) -> None:
+        """Raises ApiError 401 unless one of the headers is admitted; Anthropic's clients send `X-Api-Key`."""
+        if authorization is None and x_api_key is not None:
+            authorization = f"Bearer {x_api_key}"
         if not self.admits(authorization):
             raise ApiError(
                 401,

@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("max-attempts", int, 1, "tries", "instances tried for one request before it fails with 503"),
         ("max-body-bytes", int, 1, "bytes", "largest request body; larger ones get 413"),
         ("idle-timeout-s", float, 0.001, "seconds", "longest silence of an instance in an answer, then 504"),
+        ("client-timeout-s", float, 0.001, "seconds", "longest time that a client may leave a stream unread"),
         ("connect-timeout-s", float, 0.001, "seconds", "longest time to connect to an instance"),
         ("unload-drain-s", float, 0, "seconds", "time that running requests get when their adapter is unloaded"),
     ):
@@ -103,15 +104,16 @@ def config_from(args: argparse.Namespace) -> RouterConfig:
     """The configuration that parsed arguments and the environment describe. Raises ValueError for addresses, and
     for files of keys or operating points, that can't be used."""
     _check_addresses(args.coordinator, args.instances or ())
-    names = ("max_concurrency", "max_queue", "queue_timeout_s", "max_attempts", "max_body_bytes", "idle_timeout_s")
+    names = (
+        *("max_concurrency", "max_queue", "queue_timeout_s", "max_attempts", "max_body_bytes"),
+        *("idle_timeout_s", "client_timeout_s", "connect_timeout_s", "unload_drain_s"),
+    )
     return RouterConfig(
         coordinator=args.coordinator,
         instances=tuple(args.instances or ()),
         keys=load_keys(os.environ, API_KEY_ENV, args.api_key_file),
         admin_keys=load_keys(os.environ, ADMIN_KEY_ENV, args.admin_api_key_file),
         upstream_key=os.environ.get(UPSTREAM_KEY_ENV, ""),
-        connect_timeout_s=args.connect_timeout_s,
-        unload_drain_s=args.unload_drain_s,
         step_cost=_step_cost(args.operating_points),
         **{name: getattr(args, name) for name in names},
     )

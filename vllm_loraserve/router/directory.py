@@ -12,6 +12,8 @@ import logging
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from vllm_loraserve.coordinator.client import STALE_S
 from vllm_loraserve.coordinator.messages import AdapterRoutes, RoutingTable
 from vllm_loraserve.router.errors import ApiError, unavailable, unknown_model
@@ -46,6 +48,8 @@ class Directory:
         self.received = 0.0
         self.upstreams: dict[str, Upstream] = {}
         self.adapters: dict[str, AdapterRoutes] = {}
+        self.smallest_max_rank = 0
+        """Adapters up to this rank can go to every instance."""
         self.on_change: Callable[[], None] = lambda: None
         self.on_removed: Callable[[Upstream], None] = lambda upstream: None
         self._targets: dict[str, Target] = {}
@@ -56,6 +60,11 @@ class Directory:
     def base_model(self) -> str:
         """Name of the base model; empty until an instance has been seen."""
         return self.table.base_model if self.table else ""
+
+    @property
+    def epoch(self) -> int:
+        """Of the coordinator whose table is in force; rises with each of its starts."""
+        return self.table.epoch if self.table else 0
 
     def age_s(self) -> float:
         """Seconds since a table came in; infinite before the first."""
@@ -68,15 +77,17 @@ class Directory:
         """
         now = self.clock()
         old = self.table
-        if old is not None and (table.epoch, table.version) < (old.epoch, old.version):
+        if old is not None and table.settled and (table.epoch, table.version) < (old.epoch, old.version):
             if now - self.received < STALE_S:
                 return False
             logger.warning("Took a routing table of epoch %d in place of %d", table.epoch, old.epoch)
+        if old is not None and not table.settled:
+            table = _completed(table, old)
+        if not table.base_model and old is not None and old.base_model:
+            table = msgspec.structs.replace(table, base_model=old.base_model)
         if old is None or table.epoch != old.epoch:
             self._epoch_since = now
         self.received = now
-        if not table.base_model and old is not None and old.base_model:
-            table = _with_base_model(table, old.base_model)
         self.table = table
         self.adapters = {routes.adapter.name: routes for routes in table.adapters}
         for entry in table.instances:
@@ -90,6 +101,7 @@ class Directory:
                 known.entry = entry
                 known.epoch = table.epoch
         self.sweep()
+        self.smallest_max_rank = min((u.entry.capacity.max_rank for u in self.upstreams.values()), default=0)
         self._targets = {}
         self.on_change()
         return True
@@ -151,13 +163,14 @@ class Directory:
         return target
 
 
-def _with_base_model(table: RoutingTable, name: str) -> RoutingTable:
-    """A restarted coordinator knows no base model until the first instance is back; its name does not change."""
-    return RoutingTable(
-        epoch=table.epoch,
-        version=table.version,
-        base_model=name,
-        instances=table.instances,
-        adapters=table.adapters,
-        made_at=table.made_at,
+def _completed(table: RoutingTable, old: RoutingTable) -> RoutingTable:
+    """The adapters of a table that a coordinator made just after its restart, with the instances and routes of before.
+
+    Its registry is whole; instances are still registering. The old version is kept: what is published next is newer.
+    """
+    routes = {known.adapter.name: known.routes for known in old.adapters}
+    adapters = tuple(
+        AdapterRoutes(adapter=new.adapter, routes=new.routes or routes.get(new.adapter.name, ()))
+        for new in table.adapters
     )
+    return msgspec.structs.replace(old, adapters=adapters)

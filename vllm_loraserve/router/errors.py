@@ -23,14 +23,34 @@ class ApiError(Exception):
         self.param = param
         self.headers = headers or {}
 
-    def body(self) -> bytes:
-        """The JSON body, as vLLM and OpenAI write it."""
+    def body(self, endpoint: str = "") -> bytes:
+        """The JSON body, as vLLM and OpenAI write it; on Anthropic's paths as vLLM and Anthropic do."""
+        if endpoint.startswith("/v1/messages"):
+            return anthropic_error_body(self.kind, self.message)
         return error_body(self.status, self.kind, self.message, self.param)
 
 
 def error_body(status: int, kind: str, message: str, param: str | None = None) -> bytes:
     """`{"error": {message, type, param, code}}` as JSON."""
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": status}})
+
+
+def stream_error(endpoint: str, status: int, kind: str, message: str) -> bytes:
+    """The events that end a stream which can't go on, as vLLM ends it: clients raise on the error, none waits for more.
+
+    Responses and Messages have typed events and no `[DONE]`.
+    """
+    if endpoint == "/v1/responses":
+        event = {"type": "error", "code": kind, "message": message, "param": None, "sequence_number": 0}
+        return b"event: error\ndata: " + msgspec.json.encode(event) + b"\n\n"
+    if endpoint == "/v1/messages":
+        return b"event: error\ndata: " + anthropic_error_body(kind, message) + b"\n\n"
+    return b"data: " + error_body(status, kind, message) + b"\n\ndata: [DONE]\n\n"
+
+
+def anthropic_error_body(kind: str, message: str) -> bytes:
+    """`{"type": "error", "error": {type, message}}`: how vLLM answers on `/v1/messages`."""
+    return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}})
 
 
 def invalid(message: str, param: str | None = None) -> ApiError:

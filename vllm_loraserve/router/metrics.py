@@ -73,6 +73,11 @@ class RouterMetrics:
             "Streams that ended with an error event because their instance died.",
             registry=self.registry,
         )
+        self.stalled_clients = Counter(
+            "loraserve:router_stalled_clients",
+            "Streams ended because their client did not read.",
+            registry=self.registry,
+        )
         self._observe_queue = self._queue_wait.observe
         self._request_children: dict[tuple[str, int, int], Counter] = {}
         self._first_children: dict[int, Histogram] = {}

@@ -6,15 +6,18 @@ connection or a dying instance means another instance, `max_attempts` in all; af
 event. Complete events only are passed on, each as soon as it is there, so that the error event is always well formed.
 
 A client that leaves cancels the handler; leaving the `async with` around the instance's answer closes that connection,
-which makes vLLM abort the request. Places are released in `finally`.
+which makes vLLM abort the request. One that stays and does not read is treated so after `client_timeout_s`. Places are
+released in `finally`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 import msgspec
@@ -24,7 +27,7 @@ from yarl import URL
 
 from vllm_loraserve.router.adapters import Adapters
 from vllm_loraserve.router.directory import Directory, Target
-from vllm_loraserve.router.errors import ApiError, error_body, invalid, unavailable
+from vllm_loraserve.router.errors import ApiError, invalid, stream_error, unavailable
 from vllm_loraserve.router.ledger import Work
 from vllm_loraserve.router.metrics import RouterMetrics
 from vllm_loraserve.router.queue import Admission
@@ -137,6 +140,7 @@ class Proxy:
         upstream_key: str = "",
         forward_authorization: bool = True,
         idle_timeout_s: float = 600.0,
+        client_timeout_s: float = 60.0,
         connect_timeout_s: float = 2.0,
     ) -> None:
         self._directory = directory
@@ -150,6 +154,7 @@ class Proxy:
         self._forward_authorization = forward_authorization
         self._timeout = ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=idle_timeout_s)
         self._idle_timeout_s = idle_timeout_s
+        self._client_timeout_s = client_timeout_s
 
     async def forward(self, request: web.Request, call: Call) -> web.StreamResponse:
         """Answers `request` from an instance. Raises ApiError."""
@@ -162,10 +167,18 @@ class Proxy:
         if self._predictor is not None:
             call.work = self._predictor.work(target, len(body), head.most_tokens(), bool(head.stream))
         tried: list[str] = []
+        reason = ""
         refusal: web.Response | None = None
         while len(tried) < self._max_attempts:
             waiting_since = time.monotonic()
-            upstream = await self._admission.acquire(target, tried, affinity, again=bool(tried), work=call.work)
+            try:
+                upstream = await self._admission.acquire(target, tried, affinity, again=bool(tried), work=call.work)
+            except ApiError:
+                if refusal is not None:
+                    return refusal
+                if tried:  # what went wrong is not that no other instance came free
+                    break
+                raise
             self._metrics.queued(time.monotonic() - waiting_since)
             try:
                 return await self._attempt(request, upstream, body, headers, call)
@@ -187,7 +200,8 @@ class Proxy:
                 self._metrics.retries.labels(reason).inc()
                 if only:
                     await asyncio.sleep(PAUSE_S * len(tried))
-        raise unavailable(f"The request failed on {len(tried)} tries, instances are dying; try again shortly.", 1.0)
+        times = "once" if len(tried) == 1 else f"{len(tried)} times"
+        raise unavailable(f"The request failed {times}, last with {reason} on {tried[-1]}; try again shortly.", 1.0)
 
     async def _resolve(self, model: str | None) -> Target:
         try:
@@ -272,7 +286,7 @@ class Proxy:
             # An unfinished event at the end, or an empty stream, is the instance's own doing: passed on as it came.
             data, tail = (tail, b"") if ended else complete_events(tail + data)
             if data or ended:
-                try:
+                async with self._to_client(request):
                     if not begun:
                         begun = True
                         upstream.succeeded()
@@ -288,22 +302,33 @@ class Proxy:
                             self._predictor.saw_output(events)
                         await stream.write_eof()
                         return stream
-                except OSError as error:
-                    raise ClientLeft from error
             attempt.last_byte = time.monotonic()
         if isinstance(fault, _Died):
             upstream.failed(time.monotonic())
         self._metrics.broken_streams.inc()
         logger.warning("Instance %s broke off stream %s: %s", upstream.name, call.id, fault)
         message = "The instance that served this stream failed; the answer is incomplete."
-        event = error_body(502, "BadGatewayError", message)
-        # As vLLM ends a stream whose engine fails: clients raise on the error, and none waits for more.
-        try:
-            await stream.write(b"data: " + event + b"\n\ndata: [DONE]\n\n")
+        async with self._to_client(request):
+            await stream.write(stream_error(call.endpoint, 502, "BadGatewayError", message))
             await stream.write_eof()
-        except OSError as error:
-            raise ClientLeft from error
         return stream
+
+    @contextlib.asynccontextmanager
+    async def _to_client(self, request: web.Request) -> AsyncIterator[None]:
+        """Around writes to the client; raises ClientLeft when it has gone, or takes nothing for `client_timeout_s`.
+
+        Meanwhile its request holds a place on the instance, which others could use.
+        """
+        try:
+            async with asyncio.timeout(self._client_timeout_s) as patience:
+                yield
+        except OSError as error:  # TimeoutError is one
+            if patience.expired():
+                self._metrics.stalled_clients.inc()
+                logger.warning("A client read nothing for %g s and was cut off", self._client_timeout_s)
+                if request.transport is not None:
+                    request.transport.abort()  # what is buffered for it would be held for as long as it stays
+            raise ClientLeft from error
 
     def _fault(self, error: BaseException) -> _Died | ApiError:
         """What an exception of the HTTP client means: _Died can be tried elsewhere, ApiError can't."""

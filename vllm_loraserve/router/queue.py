@@ -1,8 +1,9 @@
 """Admission: how many requests run on each instance, how many may wait, and when to tell a client to come back.
 
 A request takes a place on an instance: one of its adapter's by phi and live load (`cluster.routing.choose`), else, when
-those are full or failing, any live one (its resolver loads the adapter). With every instance full it waits in one
-first-come queue of bounded length; a place that comes free goes to the head of the queue, so nobody overtakes. A full
+those are full or failing, any live one that can take its rank (its resolver loads the adapter). With every instance
+full it waits in one first-come queue of bounded length; a place that comes free goes to the head of the queue, so
+nobody overtakes but past a request that can't use the place: its instance has failed that request, or is too small. A full
 queue is an ApiError 429 whose Retry-After comes from the rate at which requests have been finishing. With measured
 operating points the instance is chosen by predicted finish time instead (`prediction`).
 """
@@ -10,6 +11,7 @@ operating points the instance is chosen by predicted finish time instead (`predi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import deque
@@ -129,6 +131,7 @@ class Admission:
         waiter = _Waiter(target, exclude, affinity, work)
         place = waiter.place
         (self._queue.appendleft if again else self._queue.append)(waiter)
+        self.grant()  # all that wait before it may be held up by what is no hindrance to it
         try:
             async with asyncio.timeout(self.queue_timeout_s):
                 return await place
@@ -154,20 +157,22 @@ class Admission:
 
     def grant(self) -> None:
         """Serves the queue while there are places; also called when the table changes."""
+        held: list[_Waiter] = []
         while self._queue:
-            waiter = self._queue[0]
+            waiter = self._queue.popleft()
             if waiter.place.done():  # given up; its task has not run yet to leave the queue
-                self._queue.popleft()
                 continue
             if not self.directory.upstreams:
-                self._queue.popleft()
                 waiter.place.set_exception(unavailable("No instance is alive; try again shortly.", NO_INSTANCE_RETRY_S))
                 continue
             upstream = self._take(waiter.target, waiter.exclude, waiter.affinity, waiter.work)
-            if upstream is None:
-                return
-            self._queue.popleft()
-            waiter.place.set_result(upstream)
+            if upstream is not None:
+                waiter.place.set_result(upstream)
+                continue
+            held.append(waiter)
+            if not waiter.exclude and waiter.target.rank <= self.directory.smallest_max_rank:
+                break  # it could go anywhere: there is no place for those behind it either
+        self._queue.extendleft(reversed(held))
 
     def retry_after_s(self) -> float:
         """When the queue of now will have drained, at the rate of the last seconds."""
@@ -175,11 +180,8 @@ class Admission:
         return min(LONGEST_RETRY_S, (len(self._queue) + 1) / rate) if rate > 0 else LONGEST_RETRY_S
 
     def _forget(self, waiter: _Waiter) -> None:
-        try:
+        with contextlib.suppress(ValueError):
             self._queue.remove(waiter)
-        except ValueError:
-            return
-        self.grant()  # at the head it may have waited for what those behind it do not need
 
     def _take(
         self, target: Target, exclude: Collection[str], affinity: str | None, work: Work | None
@@ -204,6 +206,9 @@ class Admission:
         now = self._clock()
         limit = self.max_concurrency
         known = self.directory.upstreams
+        if target.rank > self.directory.smallest_max_rank:
+            able = {name: u for name, u in known.items() if u.entry.capacity.max_rank >= target.rank}
+            known = able or known  # none: any one of them says what is wrong better than we can
         if self.predictor is not None and work is not None:
             free = {
                 name: u for name, u in known.items() if u.in_flight < limit and name not in exclude and u.available(now)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
+import sys
 from collections.abc import Sequence
 
 import msgspec
@@ -25,6 +27,8 @@ from vllm_loraserve.router.directory import Directory
 logger = logging.getLogger(__name__)
 
 SWEEP_EVERY_S = 1.0
+MISSES = 3
+"""An instance that is only slow to say what it serves stays in use until it was so often in a row."""
 
 
 class CoordinatorSource:
@@ -76,10 +80,12 @@ class StaticSource:
         self, directory: Directory, urls: Sequence[str], session: ClientSession, every_s: float = 2.0, key: str = ""
     ) -> None:
         self._directory = directory
-        self._urls = [url.rstrip("/") for url in urls]
+        self._urls = list(dict.fromkeys(url.rstrip("/") for url in urls))
         self._session = session
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._refusing: set[str] = set()
+        self._warned: dict[str, str] = {}
+        self._last: dict[str, list[_Card]] = {}
+        self._missed: dict[str, int] = {}
         self._every_s = every_s
         self._version = 0
         self._task: asyncio.Task[None] | None = None
@@ -101,17 +107,21 @@ class StaticSource:
         instances: list[InstanceEntry] = []
         holders: dict[str, list[str]] = {}
         cards: dict[str, _Card] = {}
-        base = ""
+        # What clients know the model by does not change because one instance is away.
+        served = [name for answer in answers if answer is not None and (name := _base_of(answer))]
+        base = self._directory.base_model or next(iter(served), "")
         for url, answer in zip(self._urls, answers, strict=True):
             if answer is None:
                 continue
-            name = url.partition("://")[2].replace(":", "-").replace("/", "-")
-            capacity = Capacity(slots=0, rank_rows=0)
+            if (own := _base_of(answer)) != base:
+                self._warn(url, f"it serves '{own}', and the first one '{base}'")
+                continue
+            self._warned.pop(url, None)
+            name = re.sub(r"[^\w.\-]+", "-", url.partition("://")[2]).strip("-")
+            capacity = Capacity(slots=0, rank_rows=0, max_rank=sys.maxsize)
             instances.append(InstanceEntry(name=name, incarnation="", url=url, load=Load(), capacity=capacity))
             for card in answer:
-                if card.parent is None:
-                    base = base or card.id
-                else:
+                if card.parent is not None:
                     cards[card.id] = card
                     holders.setdefault(card.id, []).append(name)
         adapters = tuple(
@@ -141,20 +151,37 @@ class StaticSource:
             async with self._session.get(url + "/v1/models", timeout=timeout, headers=self._headers) as answer:
                 body = await answer.read()
                 if answer.status != 200:
-                    if url not in self._refusing:
-                        logger.warning("Instance %s gets no requests: %d to /v1/models", url, answer.status)
-                    self._refusing.add(url)
+                    self._warn(url, f"it answers {answer.status} to /v1/models")
                     return None
-                self._refusing.discard(url)
-                return msgspec.json.decode(body, type=_Cards).data
-        except (ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            self._missed[url], self._last[url] = 0, msgspec.json.decode(body, type=_Cards).data
+            return self._last[url]
+        except TimeoutError:
+            self._missed[url] = self._missed.get(url, 0) + 1
+            if url in self._last and self._missed[url] < MISSES:
+                return self._last[url]
+            self._warn(url, "it does not say within 2 s what it serves")
+            return None
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            self._warn(url, "its /v1/models is not that of an OpenAI server")
+            return None
+        except (ClientError, OSError) as error:
             logger.debug("Instance %s does not answer: %s", url, error)
             return None
+
+    def _warn(self, url: str, why: str) -> None:
+        """Once for each reason, not at every look."""
+        if self._warned.get(url) != why:
+            self._warned[url] = why
+            logger.warning("Instance %s gets no requests: %s", url, why)
 
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._every_s)
             await self.refresh()
+
+
+def _base_of(cards: Sequence[_Card]) -> str:
+    return next((card.id for card in cards if card.parent is None), "")
 
 
 Source = CoordinatorSource | StaticSource
