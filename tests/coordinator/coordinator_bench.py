@@ -66,11 +66,18 @@ class FakeInstance:
     """What an instance says, without an engine: carries out commands when asked to."""
 
     def __init__(
-        self, name: str, *, incarnation: str = "1", rank_rows: int = 1024, slots: int = 16, port: int = 0
+        self,
+        name: str,
+        *,
+        incarnation: str = "1",
+        rank_rows: int = 1024,
+        slots: int = 16,
+        port: int = 0,
+        max_rank: int = 256,
     ) -> None:
         self.name = name
         self.incarnation = incarnation
-        self.capacity = Capacity(slots=slots, rank_rows=rank_rows)
+        self.capacity = Capacity(slots=slots, rank_rows=rank_rows, max_rank=max_rank)
         self.url = f"http://127.0.0.1:{port or 8000 + sum(name.encode())}"
         self.resident: dict[str, Residency] = {}
         self.running: dict[str, int] = {}

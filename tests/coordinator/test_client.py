@@ -117,6 +117,50 @@ async def test_subscriber_keeps_the_newest_table_and_survives_garbage_and_absenc
     await subscriber.stop()
 
 
+async def test_a_failed_read_does_not_end_the_reading(monkeypatch):
+    """The reader lives as long as the process: had it ended, every later request would seem unanswered."""
+    monkeypatch.setattr("vllm_loraserve.coordinator.client.READ_PAUSE_S", 0.0)
+    endpoint = free_endpoint()
+    server = bound(zmq.ROUTER, endpoint)
+    real, failures = zmq.asyncio.Socket.recv_multipart, [zmq.ZMQError(zmq.ENOTSUP), zmq.ZMQError(zmq.EAGAIN)]
+
+    async def recv_multipart(socket, *args, **kwargs):
+        if socket.socket_type == zmq.DEALER and failures:
+            raise failures.pop()
+        return await real(socket, *args, **kwargs)
+
+    monkeypatch.setattr(zmq.asyncio.Socket, "recv_multipart", recv_multipart)
+    try:
+        async with CoordinatorClient(endpoint) as client:
+            for _ in range(2):
+                task = asyncio.create_task(answer_once(server, Ok()))
+                assert await client.request(GetStatus()) == Ok()
+                await task
+        assert failures == []
+    finally:
+        server.close()
+
+
+@pytest.mark.skipif(not sockets.has_ipv6, reason="this Python has no IPv6")
+async def test_an_ipv6_endpoint():
+    try:
+        with sockets.create_server(("::1", 0), family=sockets.AF_INET6) as s:
+            endpoint = f"tcp://[::1]:{s.getsockname()[1]}"
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback address")
+    assert publish_endpoint(endpoint).startswith("tcp://[::1]:")
+    server = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+    server.setsockopt(zmq.IPV6, 1)
+    server.bind(endpoint)
+    try:
+        async with CoordinatorClient(endpoint) as client:
+            task = asyncio.create_task(answer_once(server, Ok()))
+            assert await client.request(GetStatus()) == Ok()
+            await task
+    finally:
+        server.close()
+
+
 async def test_an_endpoint_that_is_none_is_told_in_a_sentence():
     async with CoordinatorClient("localhost:5700") as client:
         with pytest.raises(CoordinatorUnavailable, match=r"'localhost:5700' is no coordinator endpoint .* give tcp://"):

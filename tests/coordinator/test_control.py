@@ -147,7 +147,7 @@ def test_removal_drains_then_releases_then_forgets(bench):
     assert [r.name for r in b.registry.all()] == ["b"]
 
 
-def test_a_drain_ends_at_its_deadline_and_survives_a_restart(bench):
+def test_a_drain_survives_a_restart(bench):
     b = bench()
     one = b.join("one")
     add(b, "a")
@@ -155,8 +155,27 @@ def test_a_drain_ends_at_its_deadline_and_survives_a_restart(bench):
     one.running["a"] = 1
     b.beat()
     b.controller.remove("a", 5.0, b.now)
+    b.run(1)
     b.restart()
+    b.run(1)
+    assert [r.name for r in b.registry.all()] == ["a"]  # nobody is there yet to be asked
     b.controller.register(one.hello(), b.now)
+    b.run(8)
+    assert "a" in one.resident  # it has a running request, and time again
+    one.running["a"] = 0
+    b.run(3)
+    assert "a" not in one.resident
+    assert not b.registry.all()
+
+
+def test_a_drain_ends_at_its_deadline(bench):
+    b = bench()
+    one = b.join("one")
+    add(b, "a")
+    b.run(2)
+    one.running["a"] = 1
+    b.beat()
+    b.controller.remove("a", 5.0, b.now)
     b.run(8)
     assert "a" not in one.resident
     assert not b.registry.all()

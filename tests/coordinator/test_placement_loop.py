@@ -51,6 +51,38 @@ def test_every_policy_keeps_every_adapter_served_while_demand_shifts(bench, poli
     assert not b.controller.problems()
 
 
+@pytest.mark.parametrize("policy", policy_names())
+def test_no_adapter_is_placed_where_its_rank_is_not_taken(bench, policy):
+    """Instances of different max_rank: by no policy, not for a moment, also when the ones that take it go and come."""
+    b = bench(policy=policy, rebalance_s=5.0, release_after_s=2.0)
+    for name, max_rank in (("large", 256), ("small", 64), ("tiny", 16)):
+        b.join(name, max_rank=max_rank)
+    for rank in (8, 64, 128, 256):
+        for number in range(3):
+            b.controller.add(record(f"r{rank}-{number}", rank=rank), b.now)
+
+    def check(*able: str) -> None:
+        for name, routes in b.routes().items():
+            rank = int(name[1:].partition("-")[0])
+            takers = {i for i in able if b.instances[i].capacity.max_rank >= rank}
+            assert set(routes) <= takers
+            assert bool(routes) == bool(takers)
+        for instance in b.instances.values():
+            assert all(c.adapter.rank <= instance.capacity.max_rank for c in instance.told if c.action == "prefetch")
+
+    for hot in ("r8", "r128"):
+        rates = {f"{hot}-{i}": b.controller.loop.op.at(64) * 0.6 for i in range(3)}
+        for _ in range(8):
+            ask(b, rates, 1.0)
+            check("large", "small", "tiny")
+    b.run(7, "small", "tiny")
+    check("small", "tiny")
+    assert any("has rank 256" in problem for problem in b.controller.problems())
+    b.join("large", incarnation="2", max_rank=256)
+    b.run(7)
+    check("large", "small", "tiny")
+
+
 def test_a_burst_is_answered_before_the_period_ends(bench):
     b = bench(rebalance_s=60.0)
     cluster(b, adapters=8, instances=2)

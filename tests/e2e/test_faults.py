@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import time
 
+import openai
 import pytest
+from openai import AsyncStream
+from openai.types.chat import ChatCompletionChunk
 from world import World
 
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorUnavailable
@@ -16,9 +20,27 @@ from vllm_loraserve.launcher import traffic
 from vllm_loraserve.launcher.traffic import Request
 
 
+BROKEN = "failed; the answer is incomplete|EngineCore|Internal"
+"""What the router says of an instance that vanishes; one whose engine has died may still say so itself."""
+
+
 def quick(world: World, count: int) -> list[Request]:
     """Requests that are not streamed, of all models in turn."""
     return [Request(r.model, r.prompt, False) for r in traffic.mixed(world.models, count)]
+
+
+async def stream_on(world: World, client: openai.AsyncOpenAI, index: int) -> AsyncStream[ChatCompletionChunk]:
+    """A long stream that the instance `index` serves; a session's id decides which one it is."""
+    for session in itertools.count():
+        stream = await world.begin_stream(client, str(session))
+        while sum(running := await world.running()) == 0:
+            await asyncio.sleep(0.01)
+        if running[index]:
+            return stream
+        await stream.close()
+        while sum(await world.running()) > 0:
+            await asyncio.sleep(0.05)
+    raise AssertionError("unreachable")
 
 
 async def _table(endpoint: str) -> RoutingTable | None:
@@ -55,6 +77,7 @@ def test_without_coordinator_traffic_goes_on_and_with_it_all_is_back_within_5_s(
 
 @pytest.mark.parametrize("part", ["everything", "engine core"])
 def test_kill_9_of_an_instance_under_load_fails_no_request(world: World, part: str) -> None:
+    """But for the stream that it has begun: that ends with an error instead of looking complete, or hanging."""
     cluster = world.cluster
     victim = cluster.instances[1]
 
@@ -69,7 +92,12 @@ def test_kill_9_of_an_instance_under_load_fails_no_request(world: World, part: s
                 strike(victim.pids())
 
         async with traffic.client_for(cluster.url) as client:
-            return await traffic.send(client, quick(world, 84), concurrency=16, on_answer=count)
+            stream = await stream_on(world, client, 1)
+            answers = await traffic.send(client, quick(world, 84), concurrency=16, on_answer=count)
+            with pytest.raises(openai.APIError, match=BROKEN):
+                async for _ in stream:
+                    pass
+            return answers
 
     def strike(pids: list[int]) -> None:
         """pids: guard, API server, then the engine core and what else vLLM starts."""
@@ -80,6 +108,8 @@ def test_kill_9_of_an_instance_under_load_fails_no_request(world: World, part: s
 
     answers = asyncio.run(run())
     assert world.wrong(answers) == []
+    streamed = [Request(r.model, r.prompt, True) for r in traffic.mixed(world.models, 7)]
+    assert world.wrong(world.send(streamed)) == []  # by the other one
     assert victim.process is not None
     victim.process.wait(60)
     cluster.wait_for_instances(1, 60.0)

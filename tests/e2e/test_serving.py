@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from collections import Counter
 
-from world import World
+from world import LONG, World
 
 from vllm_loraserve.launcher import traffic
 
@@ -21,6 +22,24 @@ def test_200_mixed_requests_are_all_right(world: World) -> None:
     assert min(streamed.values()) >= 90
     assert set(Counter(request.model for request in requests)) == set(world.models)
     assert all(answer.ttft_s is not None for answer in answers if answer.request.stream)
+
+
+def test_a_client_that_leaves_its_stream_ends_the_request_in_the_engine(world: World) -> None:
+    def tokens() -> float:
+        return sum(world.metric(i, "vllm:generation_tokens_total") for i in range(2))
+
+    async def run() -> None:
+        async with traffic.client_for(world.cluster.url) as client:
+            stream = await world.begin_stream(client)
+            while sum(await world.running()) == 0:
+                await asyncio.sleep(0.01)
+            await stream.close()
+            while sum(await world.running()) > 0:
+                await asyncio.sleep(0.05)
+
+    before = tokens()
+    asyncio.run(asyncio.wait_for(run(), 300))
+    assert 0 < tokens() - before < LONG
 
 
 def test_completions_are_routed_as_chat_is(world: World) -> None:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from openai import AsyncOpenAI, AsyncStream
+from openai.types.chat import ChatCompletionChunk
+
 from vllm_loraserve.launcher import assets, traffic
 from vllm_loraserve.launcher.cluster import Cluster
+
+
+LONG = 900
+"""Tokens: many times the steps of anything that a test does meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,35 @@ class World:
     def models(self) -> list[str]:
         """The six adapters, then the base model."""
         return [*self.words, self.base]
+
+    def metric(self, index: int, name: str) -> float:
+        """A metric of one instance, summed over its labels."""
+        with urllib.request.urlopen(f"{self.cluster.instance_url(index)}/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+
+    async def running(self) -> list[float]:
+        """Requests that run now, by instance."""
+        return [
+            await asyncio.to_thread(self.metric, i, "vllm:num_requests_running")
+            for i in range(len(self.cluster.instances))
+        ]
+
+    async def begin_stream(self, client: AsyncOpenAI, session: str = "0") -> AsyncStream[ChatCompletionChunk]:
+        """A stream of LONG tokens of the base model, of which the first has come."""
+        stream = await client.chat.completions.create(
+            model=self.base,
+            messages=[{"role": "user", "content": "Tell me something about the moon."}],
+            max_tokens=LONG,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+            extra_headers={"X-Session-Id": session},
+        )
+        async for chunk in stream:
+            if chunk.choices and chunk.choices[0].delta.content:
+                break
+        return stream
 
     def wrong(self, answers: list[traffic.Answer]) -> list[str]:
         """A line for each answer that is not right."""

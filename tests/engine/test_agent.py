@@ -468,6 +468,42 @@ def test_a_transfer_key_that_can_not_be_used_is_refused_before_the_model_loads(t
         assert "transfer_key_file=" in str(refused.value)
 
 
+def test_a_server_that_can_not_be_one_instance_is_refused_before_the_model_loads():
+    joined, alone = LoRAServeConfig(coordinator="tcp://127.0.0.1:1"), LoRAServeConfig()
+    for engines, servers, says in (
+        (2, 2, "start 2 servers without it"),
+        (1, 3, "use --api-server-count 1"),
+        (1, 1, ""),
+    ):
+        args = SimpleNamespace(data_parallel_size=engines, _api_process_count=servers)
+        check_layout(args, alone)
+        if not says:
+            check_layout(args, joined)
+            continue
+        with pytest.raises(ConfigError, match=says) as refused:
+            check_layout(args, joined)
+        assert "\n" not in str(refused.value)
+
+
+async def test_meter_counts_pooling_requests_too():
+    class Pooling(FakeEngine):
+        async def encode(self, prompt, pooling_params, request_id, lora_request=None):
+            yield SimpleNamespace(prompt_token_ids=[1, 2, 3], outputs=SimpleNamespace(data=[0.5]))
+
+    clock, engine = Clock(), Pooling()
+    meter = Meter(clock)
+    detach = meter.attach(engine)
+    lora = SimpleNamespace(lora_name="one", lora_int_id=7)
+    async for _ in engine.encode("p", None, "r", lora_request=lora):
+        assert (meter.running("one"), meter.running_id(7)) == (1, 1)
+    assert (meter.running("one"), meter.running_id(7)) == (0, 0)
+    clock.now = 1.0
+    (demand,) = meter.demand()
+    assert (demand.name, demand.tokens) == ("one", 3)
+    detach()
+    assert engine.encode.__func__ is Pooling.encode
+
+
 def test_two_sizes_for_the_arena_are_refused_before_the_model_loads():
     with pytest.raises(ConfigError, match="arena_gib=1 and arena_rank_rows=64 are both given"):
         parse_config({"arena_gib": 1.0, "arena_rank_rows": 64})

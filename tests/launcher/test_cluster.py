@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from stubs import PATIENCE_S, STUB, wait_until_dead
 
-from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError
-from vllm_loraserve.launcher.processes import Server, healthy, is_free
+from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError, api_key
+from vllm_loraserve.launcher.processes import Server, healthy, is_free, listen_error
+from vllm_loraserve.launcher.traffic import client_for
 
 
 def test_everything_starts_in_order_and_stops(plan: Plan) -> None:
@@ -79,6 +80,34 @@ def test_a_part_that_ends_stops_the_start_and_shows_its_log(plan: Plan, monkeypa
 def test_a_port_that_is_taken_is_said_at_once(plan: Plan) -> None:
     with Cluster(plan).running(), pytest.raises(StartError, match=f"port {plan.port} is taken"):
         Cluster(plan)
+
+
+def test_an_address_that_is_not_this_machines_is_said_at_once(plan: Plan) -> None:
+    with pytest.raises(StartError, match=r"can't listen on 192\.0\.2\.1:.*choose another --host"):
+        Cluster(dataclasses.replace(plan, host="192.0.2.1"))
+
+
+@pytest.mark.skipif(listen_error("::1", 0) is not None, reason="this machine has no IPv6 loopback address")
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_an_ipv6_host(plan: Plan, host: str) -> None:
+    cluster = Cluster(dataclasses.replace(plan, host=host))
+    assert cluster.url == f"http://[::1]:{plan.port}"
+    assert cluster.router.command[cluster.router.command.index("--host") + 1] == host
+
+
+def test_keys_of_the_environment(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LORASERVE_API_KEY", "LORASERVE_ADMIN_API_KEY", "LORASERVE_UPSTREAM_API_KEY", "VLLM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert api_key() is None
+    assert "LORASERVE_UPSTREAM_API_KEY" not in Cluster(plan).router.env
+    monkeypatch.setenv("LORASERVE_API_KEY", ", one, two")
+    assert (api_key(), api_key(admin=True), client_for("http://x").api_key) == ("one", "one", "one")
+    monkeypatch.setenv("LORASERVE_ADMIN_API_KEY", "root")
+    assert (api_key(), api_key(admin=True)) == ("one", "root")
+    monkeypatch.setenv("VLLM_API_KEY", "inner")  # the instances will ask for it
+    assert Cluster(plan).router.env["LORASERVE_UPSTREAM_API_KEY"] == "inner"
+    given = dataclasses.replace(plan, vllm_options=("--api-key", "given"))
+    assert Cluster(given).router.env["LORASERVE_UPSTREAM_API_KEY"] == "given"
 
 
 def test_instances_that_never_join_are_an_error(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from vllm_loraserve.coordinator.client import CoordinatorError
 from vllm_loraserve.coordinator.messages import (
     AdapterRecord,
     AdapterRoutes,
@@ -37,7 +38,15 @@ def test_only_all_right_is_success(wrong: int, status: int, monkeypatch: pytest.
     assert states[0].exists() == (status != 0)  # the logs of a failure are kept
 
 
-@pytest.mark.parametrize("error", [StartError("instance-0 ended"), AssetError("no peft"), OSError("disk full")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        StartError("instance-0 ended"),
+        AssetError("no peft"),
+        OSError("disk full"),
+        CoordinatorError("internal", "It failed."),
+    ],
+)
 def test_what_can_not_start_is_one_message_and_status_1(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

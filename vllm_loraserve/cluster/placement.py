@@ -54,6 +54,7 @@ class ServerSpec(msgspec.Struct, frozen=True):
     `host_bytes`: bytes of the host tier, which holds the placed adapters. 0: no host tier, then the placed
     adapters must fit the arena together.
     `slots`: most adapters that may be placed there at once; 0: no limit.
+    `max_rank`: largest rank of an adapter that it accepts; 0: whatever fits the arena.
     `speed`: tokens/s relative to the instance the operating points were measured on.
     """
 
@@ -62,6 +63,11 @@ class ServerSpec(msgspec.Struct, frozen=True):
     host_bytes: int = 0
     slots: int = 0
     speed: float = 1.0
+    max_rank: int = 0
+
+    def takes(self, adapter: AdapterSpec) -> bool:
+        """Whether the adapter can run there at all, with nothing else in the way."""
+        return adapter.rank_rows <= self.capacity_rank_rows and not 0 < self.max_rank < adapter.rank
 
 
 class Placement(msgspec.Struct):
@@ -162,7 +168,7 @@ class Capacity:
         if (adapter.name, server) in self.held:
             return True
         s = self.servers[server]
-        if adapter.rank_rows > s.capacity_rank_rows or (s.slots and self.count[server] >= s.slots):
+        if not s.takes(adapter) or (s.slots and self.count[server] >= s.slots):
             return False
         if s.host_bytes:
             return self.bytes[server] + adapter.bytes <= s.host_bytes
@@ -192,6 +198,8 @@ class Capacity:
                 f"needs {adapter.rank_rows} rank rows and the largest arena has {largest}; "
                 "give an instance a larger arena"
             )
+        if not any(s.takes(adapter) for s in self.servers.values()):
+            return f"has rank {adapter.rank}, and no instance with room for it takes one; raise its max_rank"
         return (
             f"needs {adapter.bytes} bytes and every server that could run it is full "
             "(host tier or slots); add host memory, slots or an instance"

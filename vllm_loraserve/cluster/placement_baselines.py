@@ -213,7 +213,7 @@ class MinCostFlow:
             held = [s for s in previous.get(a.name, {}) if s in column]
             wanted = max(TOP_CANDIDATES, count[a.name])
             for s in sorted({*order[:wanted], *held}):
-                if a.rank_rows <= cap.servers[s].capacity_rank_rows:
+                if cap.servers[s].takes(a):
                     rows_a.append(i)
                     rows_s.append(column[s])
                     cost.append(1.0 - hash_unit(a.name, s) + (-self.keep if s in held else self.new_load))

@@ -29,7 +29,7 @@ def relabel(inp: PlacementInput, fresh: Placement) -> Placement:
     old_holders = {a: set(inp.previous.holders(a)) for a in size}
     classes: dict[tuple[int, int, int, float], list[str]] = {}
     for s in sorted(inp.servers, key=lambda s: s.name):
-        classes.setdefault((s.capacity_rank_rows, s.host_bytes, s.slots, s.speed), []).append(s.name)
+        classes.setdefault((s.capacity_rank_rows, s.host_bytes, s.slots, s.speed, s.max_rank), []).append(s.name)
     rename: dict[str, str] = {}
     for names in classes.values():
         gains: dict[tuple[int, int], int] = {}

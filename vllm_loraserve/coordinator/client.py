@@ -36,6 +36,14 @@ from vllm_loraserve.coordinator.messages import (
 
 logger = logging.getLogger(__name__)
 
+ANSWER_S = 5.0
+"""How long a request is waited for that the coordinator answers at once."""
+INSPECTION_S = 120.0
+"""Reading and hashing a checkpoint may take so long besides."""
+RELEASE_S = 15.0
+"""A removal may take so long besides its drain."""
+READ_PAUSE_S = 0.5
+"""Before a socket that could not be read is read again."""
 RECONNECT_MS, RECONNECT_MAX_MS = 50, 500
 """First and largest pause between two tries to connect."""
 STALE_S = 10.0
@@ -67,7 +75,7 @@ def publish_endpoint(endpoint: str) -> str:
     return f"{host}:{int(port) + 1}"
 
 
-def _configure(socket: zmq.asyncio.Socket, keys: MemberKeys | None) -> None:
+def _configure(socket: zmq.asyncio.Socket, endpoint: str, keys: MemberKeys | None) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
@@ -75,21 +83,36 @@ def _configure(socket: zmq.asyncio.Socket, keys: MemberKeys | None) -> None:
     # A peer that vanished without closing (power, network) is noticed by ZMTP pings, then reconnected to.
     socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+    if "[" in endpoint:
+        socket.setsockopt(zmq.IPV6, 1)
     if keys is not None:
         keys.apply(socket)
+
+
+async def _receive(socket: zmq.asyncio.Socket, endpoint: str) -> list[bytes]:
+    """The next message. A failed read (no memory, an interrupted call) is tried again: whoever reads here does so for
+    as long as the process lives, and nobody would notice its end."""
+    while True:
+        try:
+            return await socket.recv_multipart()
+        except zmq.ZMQError as error:
+            if socket.closed:
+                raise
+            logger.warning("Reading from %s failed (%s), trying again", endpoint, error)
+            await asyncio.sleep(READ_PAUSE_S)
 
 
 def _own_time(message: Message) -> float:
     """Seconds that a request may take by its nature: a drain; reading and hashing a checkpoint."""
     if isinstance(message, RemoveAdapter):
-        return message.drain_s + 15.0
-    return 120.0 if isinstance(message, AddAdapter) else 0.0
+        return message.drain_s + RELEASE_S
+    return INSPECTION_S if isinstance(message, AddAdapter) else 0.0
 
 
 class CoordinatorClient:
     """Asks the coordinator at `endpoint`; any number of requests may be in flight. Connects on first use."""
 
-    def __init__(self, endpoint: str, *, timeout_s: float = 5.0, keys: MemberKeys | None = None) -> None:
+    def __init__(self, endpoint: str, *, timeout_s: float = ANSWER_S, keys: MemberKeys | None = None) -> None:
         self.endpoint = endpoint
         self.timeout_s = timeout_s
         self._keys = keys if keys is not None else default_member_keys()
@@ -157,7 +180,7 @@ class CoordinatorClient:
     def _open(self) -> zmq.asyncio.Socket:
         if self._socket is None:
             socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-            _configure(socket, self._keys)
+            _configure(socket, self.endpoint, self._keys)
             # Without this a message sent while the coordinator is away would reach the next one, long after its sender
             # gave up.
             socket.setsockopt(zmq.IMMEDIATE, 1)
@@ -174,7 +197,7 @@ class CoordinatorClient:
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:
-            frames = await socket.recv_multipart()
+            frames = await _receive(socket, self.endpoint)
             if len(frames) != 3 or frames[0] != HEADER:
                 logger.warning(
                     "Dropped a reply of %d frames from %s: not this protocol version", len(frames), self.endpoint
@@ -229,7 +252,7 @@ class TableSubscriber:
         if self._task is not None:
             return
         socket = zmq.asyncio.Context.instance().socket(zmq.SUB)
-        _configure(socket, self._keys)
+        _configure(socket, self.endpoint, self._keys)
         socket.setsockopt(zmq.SUBSCRIBE, TABLE_TOPIC)
         # Only the newest table matters; a slow reader must not collect old ones.
         socket.setsockopt(zmq.RCVHWM, 16)
@@ -283,7 +306,7 @@ class TableSubscriber:
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:
-            frames = await socket.recv_multipart()
+            frames = await _receive(socket, self.endpoint)
             if len(frames) != 3 or frames[1] != HEADER:
                 logger.warning("Dropped a table of another protocol version from %s", self.endpoint)
                 continue

@@ -54,6 +54,8 @@ FETCH_PATIENCE_S = 10.0
 """An instance that has not confirmed a prefetch by then is routed to all the same: the request itself brings it in."""
 COMMAND_S = 1.0
 """Time between two looks at what instances should fetch and release, where nothing else asks for one."""
+RESUMED_DRAIN_S = 30.0
+"""A drain that a restart interrupted ends when no instance reports a running request any more, or so long after."""
 RELEASE_PATIENCE_S = 10.0
 """A removal waits so long, after its drain, for instances to confirm the release."""
 
@@ -110,7 +112,7 @@ class Controller:
         self._spare_since: dict[tuple[str, str], float] = {}
         for record in registry.all():
             if record.state == "draining":
-                self._drains[record.name] = Drain(now, now)
+                self._drains[record.name] = Drain(now, now + RESUMED_DRAIN_S)
 
     # ---- instances ----
 

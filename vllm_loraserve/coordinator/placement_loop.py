@@ -93,6 +93,7 @@ class PlacementLoop:
                     m.hello.capacity.rank_rows,
                     m.hello.capacity.host_bytes,
                     speed=max(self.speeds.speed(m.name), 1e-6),
+                    max_rank=m.hello.capacity.max_rank,
                 )
                 for m in live
             ],

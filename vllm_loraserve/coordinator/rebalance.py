@@ -41,18 +41,20 @@ def repair(inp: PlacementInput, previous: Placement) -> Placement:
     take is put on the least loaded such server all the same: it then shares memory by eviction, which is slow but
     serves; only a rank that no arena can take is unplaced.
     """
-    live = {s.name for s in inp.servers}
+    servers = {s.name: s for s in inp.servers}
     capacity = Capacity(inp.servers)
     placed = Placement()
     homeless = []
     for adapter in inp.adapters:
-        kept = normalise({s: f for s, f in previous.phi.get(adapter.name, {}).items() if s in live})
+        # A server may have come back under its name with less room, and not every policy looks at max_rank.
+        able = {name for name, server in servers.items() if server.takes(adapter)}
+        kept = normalise({s: f for s, f in previous.phi.get(adapter.name, {}).items() if s in able})
         if not kept:
-            standby = [s for s in previous.standby.get(adapter.name, ()) if s in live]
+            standby = [s for s in previous.standby.get(adapter.name, ()) if s in able]
             kept = {standby[0]: 1.0} if standby else {}
         if kept:
             placed.phi[adapter.name] = kept
-            spare = [s for s in previous.standby.get(adapter.name, ()) if s in live and s not in kept]
+            spare = [s for s in previous.standby.get(adapter.name, ()) if s in able and s not in kept]
             if spare:
                 placed.standby[adapter.name] = spare
             for server in placed.holders(adapter.name):
@@ -60,16 +62,15 @@ def repair(inp: PlacementInput, previous: Placement) -> Placement:
         else:
             homeless.append(adapter)
     load = server_loads(inp, placed)
-    speed = {s.name: s.speed for s in inp.servers}
     for adapter in sorted(homeless, key=lambda a: (-inp.weight(a), a.name)):
-        able = [s.name for s in inp.servers if adapter.rank_rows <= s.capacity_rank_rows]
-        if not able:
+        takers = [s.name for s in inp.servers if s.takes(adapter)]
+        if not takers:
             placed.unplaced[adapter.name] = capacity.why_not(adapter)
             continue
-        fitting = [s for s in able if capacity.fits(adapter, s)] or able
+        fitting = [s for s in takers if capacity.fits(adapter, s)] or takers
         server = min(fitting, key=lambda s: (load[s], capacity.rows[s], s))
         capacity.add(adapter, server)
-        load[server] += inp.weight(adapter) / speed[server]
+        load[server] += inp.weight(adapter) / servers[server].speed
         placed.phi[adapter.name] = {server: 1.0}
     return placed
 

@@ -139,6 +139,8 @@ class CoordinatorServer:
             socket.setsockopt(zmq.SNDHWM, 16)  # a subscriber that does not read loses tables, not our memory
         if self._keys is not None:
             self._keys.apply(socket)
+        if "[" in endpoint:
+            socket.setsockopt(zmq.IPV6, 1)
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:

@@ -1,7 +1,7 @@
 """The API-server process: joins the cluster once the server listens, leaves when it stops, resolves unknown adapters.
 
-Nothing here acts unless `coordinator` is configured. With several API-server processes only the first runs the agent;
-all of them resolve adapters.
+Nothing here acts unless `coordinator` is configured; with it there is one API-server process
+(`engine_config.check_layout`). Without, the first of several shows the scheduler's metrics.
 """
 
 from __future__ import annotations

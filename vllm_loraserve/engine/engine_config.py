@@ -45,6 +45,28 @@ def prepare_engine_args(args: Any) -> LoRAServeConfig | None:
     return config
 
 
+def check_layout(args: Any, config: LoRAServeConfig) -> None:
+    """Raises ConfigError for servers that can't be one instance of a cluster.
+
+    An instance is one engine behind one API server. API servers of one engine each number adapters from 1, so that the
+    engine would take the weights of one for another's (vLLM refuses its own run-time loading there for this reason);
+    and each counts its own requests only. Engines of a data-parallel group answer for the first of them only.
+    """
+    if config.coordinator is None:
+        return
+    engines, servers = args.data_parallel_size or 1, getattr(args, "_api_process_count", 1)
+    if engines > 1:
+        raise ConfigError(
+            f"loraserve-config: coordinator is given with --data-parallel-size {engines}; an instance of a cluster is "
+            f"one engine: start {engines} servers without it, the router spreads requests over them"
+        )
+    if servers > 1:
+        raise ConfigError(
+            f"loraserve-config: coordinator is given with --api-server-count {servers}; API servers of one engine can't "
+            "agree on adapters: use --api-server-count 1"
+        )
+
+
 WORKER_EXTENSION = "vllm_loraserve.engine.worker_extension.WorkerExtension"
 
 
@@ -89,6 +111,8 @@ def wrap_create_engine_config(original: Callable[..., Any], refusal: Callable[[]
             config = prepare_engine_args(self)
             if config is not None:
                 _require_hooks(refusal, server=_is_server(usage_context))
+                if _is_server(usage_context):
+                    check_layout(self, config)
         except ConfigError as error:
             if _is_server(usage_context):
                 raise SystemExit(f"vllm serve: error: {error}") from None

@@ -1,7 +1,8 @@
 """What an instance is doing, measured in its API server: load as vLLM's own statistics tell it, demand per adapter.
 
-vLLM's statistics have no adapter in them, so `Meter.attach` counts at the engine client: its `generate` is wrapped, on
-that one object, by a generator that passes every output on and notes its tokens under the adapter's name.
+vLLM's statistics have no adapter in them, so `Meter.attach` counts at the engine client: its `generate` and `encode`
+(pooling) are wrapped, on that one object, by generators that pass every output on and note its tokens under the
+adapter's name.
 """
 
 from __future__ import annotations
@@ -42,26 +43,35 @@ class Meter:
         self._history.append((clock(), {}))
 
     def attach(self, engine_client: Any) -> Callable[[], None]:
-        """Counts what goes through `engine_client.generate`; returns what undoes it."""
-        original = engine_client.generate
+        """Counts what goes through `engine_client.generate` and `encode`; returns what undoes it."""
+        undo = [self._wrap(engine_client, name) for name in ("generate", "encode") if hasattr(engine_client, name)]
+
+        def detach() -> None:
+            for each in undo:
+                each()
+
+        return detach
+
+    def _wrap(self, engine_client: Any, method: str) -> Callable[[], None]:
+        original = getattr(engine_client, method)
 
         @functools.wraps(original)
-        async def generate(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        async def counted(prompt: Any, params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
             lora_request = kwargs.get("lora_request")
             tally = self._tallies.setdefault(lora_request.lora_name if lora_request is not None else "", _Tally())
-            delta = getattr(sampling_params, "output_kind", None) is RequestOutputKind.DELTA
+            delta = getattr(params, "output_kind", None) is RequestOutputKind.DELTA
             lora_id = lora_request.lora_int_id if lora_request is not None else 0
             tally.requests += 1
             tally.running += 1
             self._running_ids[lora_id] += 1
-            outputs = original(prompt, sampling_params, *args, **kwargs)
+            outputs = original(prompt, params, *args, **kwargs)
             prompt_tokens = generated = 0
             try:
                 async for output in outputs:
                     if not prompt_tokens:
                         prompt_tokens = len(output.prompt_token_ids or ())
                         tally.tokens += prompt_tokens
-                    new = sum(len(o.token_ids) for o in output.outputs)
+                    new = sum(len(o.token_ids) for o in output.outputs) if method == "generate" else 0
                     tally.tokens += new if delta else new - generated
                     generated = new
                     yield output
@@ -71,11 +81,11 @@ class Meter:
                 # Ends the engine's side at once when the client has gone, rather than at garbage collection.
                 await outputs.aclose()
 
-        engine_client.generate = generate
+        setattr(engine_client, method, counted)
 
         def detach() -> None:
-            if engine_client.generate is generate:
-                engine_client.generate = original
+            if getattr(engine_client, method) is counted:
+                setattr(engine_client, method, original)
 
         return detach
 

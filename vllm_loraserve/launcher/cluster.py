@@ -6,6 +6,7 @@ other, tells `on_change` what is going on, and knows how each part is asked whet
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -18,8 +19,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllm_loraserve.coordinator.client import ANSWER_S, INSPECTION_S
 from vllm_loraserve.launcher.devices import Machine, share, this_machine, value_of
-from vllm_loraserve.launcher.processes import Server, free_ports, healthy, is_free, stop_all
+from vllm_loraserve.launcher.processes import Server, free_ports, healthy, listen_error, stop_all
 
 COORDINATOR_PORT = 5700
 ARENA_RANK_ROWS = 512
@@ -27,6 +29,19 @@ ARENA_RANK_ROWS = 512
 POLL_S = 0.2
 JOIN_S = 60.0
 """Longest time between the health of all instances and their presence in the routing table."""
+
+
+UPSTREAM_KEY = "LORASERVE_UPSTREAM_API_KEY"
+"""Environment variable of the router: what it sends to instances."""
+
+
+def api_key(admin: bool = False) -> str | None:
+    """A key that the router, which reads the same environment, asks for; None: it asks for none."""
+    for variable in ("LORASERVE_ADMIN_API_KEY", "LORASERVE_API_KEY") if admin else ("LORASERVE_API_KEY",):
+        keys = [key.strip() for key in os.environ.get(variable, "").split(",")]
+        if found := next(filter(None, keys), None):
+            return found
+    return None
 
 
 class StartError(RuntimeError):
@@ -86,16 +101,22 @@ class Cluster:
         self._on_change = on_change or (lambda part, state: None)
         self.logs = plan.state / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
-        if not is_free(plan.port):
-            raise StartError(f"port {plan.port} is taken; choose another with --port")
+        if error := listen_error(plan.host, plan.port):
+            taken = error.errno == errno.EADDRINUSE
+            raise StartError(
+                f"port {plan.port} is taken; choose another with --port"
+                if taken
+                else f"can't listen on {plan.host}:{plan.port}: {error.strerror}; choose another --host or --port"
+            )
         coordinator_port = free_ports(2, COORDINATOR_PORT, consecutive=True, besides=(plan.port,))[0]
         self.coordinator_endpoint = f"tcp://127.0.0.1:{coordinator_port}"
-        self.url = f"http://127.0.0.1:{plan.port}" if plan.host == "0.0.0.0" else f"http://{plan.host}:{plan.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(plan.host, plan.host)
+        self.url = f"http://[{host}]:{plan.port}" if ":" in host else f"http://{host}:{plan.port}"
         self.instance_ports = free_ports(
             plan.instances, plan.port + 1, besides=(coordinator_port, coordinator_port + 1)
         )
         self.coordinator = self._server("coordinator", self._coordinator_command())
-        self.router = self._server("router", self._router_command())
+        self.router = self._server("router", self._router_command(), self._router_env())
         shares = share(plan.machine, plan.instances, plan.vllm_options)
         self.instances = [
             self._server(f"instance-{i}", self._instance_command(i, shares[i].options), shares[i].env)
@@ -177,11 +198,14 @@ class Cluster:
         except urllib.error.HTTPError as error:
             return error.read()
 
-    def post(self, path: str, body: object, timeout_s: float = 120.0) -> tuple[int, str]:
-        """(status, body) of a JSON POST to the router; raises OSError when there is no answer."""
+    def post(self, path: str, body: object, timeout_s: float = INSPECTION_S + 3 * ANSWER_S) -> tuple[int, str]:
+        """(status, body) of a JSON POST to the router; raises OSError when there is no answer.
+
+        By default it waits longer than the router waits for the coordinator.
+        """
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("LORASERVE_ADMIN_API_KEY") or os.environ.get("LORASERVE_API_KEY"):
-            headers["Authorization"] = f"Bearer {key.split(',')[0]}"
+        if key := api_key(admin=path.endswith("_lora_adapter")):
+            headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as answer:
@@ -214,6 +238,11 @@ class Cluster:
         plan = self.plan
         command = [*plan.programs.router, "--coordinator", self.coordinator_endpoint]
         return [*command, "--host", plan.host, "--port", str(plan.port), *plan.router_options]
+
+    def _router_env(self) -> dict[str, str]:
+        """The key that the instances ask for, where the user has given them one and the router none to send."""
+        key = value_of("--api-key", self.plan.vllm_options) or os.environ.get("VLLM_API_KEY")
+        return {UPSTREAM_KEY: key} if key and not os.environ.get(UPSTREAM_KEY) else {}
 
     def _instance_command(self, index: int, options: Sequence[str]) -> list[str]:
         plan = self.plan

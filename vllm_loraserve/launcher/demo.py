@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vllm_loraserve.coordinator.client import CoordinatorClient
+from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError
 from vllm_loraserve.coordinator.messages import GetTable, RoutingTable
 from vllm_loraserve.launcher import assets, traffic
 from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     state = Path(tempfile.mkdtemp(prefix="vllm-loraserve-demo-"))
     try:
         wrong = _demo(args, console, state)
-    except (StartError, assets.AssetError, OSError, RuntimeError) as error:
+    except (StartError, assets.AssetError, CoordinatorError, OSError, RuntimeError) as error:
         console.print(f"vllm-loraserve demo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         console.print(f"the logs are in {state}/logs", highlight=False, soft_wrap=True)
         return 1

@@ -118,15 +118,24 @@ def healthy(url: str, timeout_s: float = 2.0) -> bool:
         connection.close()
 
 
+def listen_error(host: str, port: int) -> OSError | None:
+    """Why no server can listen on `host`:`port` now; None: it can."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, _, _, address in found:
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except OSError as error:
+        return error
+    return None
+
+
 def is_free(port: int) -> bool:
     """Whether a server could listen on 127.0.0.1:`port` now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+    return listen_error("127.0.0.1", port) is None
 
 
 def free_ports(count: int, first: int, *, consecutive: bool = False, besides: Collection[int] = ()) -> list[int]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_loraserve.launcher.assets import PROMPTS, WORDS
+from vllm_loraserve.launcher.cluster import api_key
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -47,7 +48,7 @@ def client_for(url: str, timeout_s: float = 300.0) -> AsyncOpenAI:
     """An `openai` client of the router at `url` that retries nothing: a failure is to be seen."""
     from openai import AsyncOpenAI
 
-    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=timeout_s)
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key() or "none", max_retries=0, timeout=timeout_s)
 
 
 def mixed(models: Sequence[str], count: int) -> list[Request]:

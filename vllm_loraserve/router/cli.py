@@ -158,9 +158,15 @@ def run(args: argparse.Namespace) -> int:
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(_serve(config, args))
     except OSError as error:
-        print(f"vllm-loraserve router: can't listen on {args.host}:{args.port}: {error.strerror}", file=sys.stderr)
+        text = f"can't listen on {args.host}:{args.port}: {_plain(error)}"
+        print(f"vllm-loraserve router: {text}; choose another --host or --port", file=sys.stderr)
         return 1
     return 0
+
+
+def _plain(error: OSError) -> str:
+    """The system's words; asyncio's repeat the address, a failed name look-up has words of its own."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror or error)
 
 
 async def _serve(config: RouterConfig, args: argparse.Namespace) -> None:
@@ -179,7 +185,7 @@ async def _serve(config: RouterConfig, args: argparse.Namespace) -> None:
     try:
         await web.TCPSite(runner, args.host, args.port, reuse_port=args.reuse_port or None, backlog=1024).start()
         host, port = runner.addresses[0][:2]
-        logger.info("Router listens on http://%s:%d", host, port)
+        logger.info("Router listens on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         # What exists now lives as long as the process; scanning it again and again only adds pauses.
         gc.collect()
         gc.freeze()

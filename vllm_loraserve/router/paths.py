@@ -1,4 +1,4 @@
-"""What the router does with each path that vLLM 0.32 serves: forward it, answer it itself, or say why it does neither."""
+"""What the router does with each path that vLLM 0.32 serves: forwards it, answers it, or says why it does neither."""
 
 from __future__ import annotations
 

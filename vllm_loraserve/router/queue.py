@@ -2,8 +2,8 @@
 
 A request takes a place on an instance: one of its adapter's by phi and live load (`cluster.routing.choose`), else, when
 those are full or failing, any live one that can take its rank (its resolver loads the adapter). With every instance
-full it waits in one first-come queue of bounded length; a place that comes free goes to the head of the queue, so
-nobody overtakes but past a request that can't use the place: its instance has failed that request, or is too small. A full
+full it waits in one first-come queue of bounded length; a place that comes free goes to the head of the queue. Nobody
+overtakes, but past a request that can't use the place: its instance has failed that request, or is too small. A full
 queue is an ApiError 429 whose Retry-After comes from the rate at which requests have been finishing. With measured
 operating points the instance is chosen by predicted finish time instead (`prediction`).
 """
