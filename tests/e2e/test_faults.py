@@ -19,7 +19,6 @@ from vllm_loraserve.coordinator.messages import GetTable, RoutingTable
 from vllm_loraserve.launcher import traffic
 from vllm_loraserve.launcher.traffic import Request
 
-
 BROKEN = "failed; the answer is incomplete|EngineCore|Internal"
 """What the router says of an instance that vanishes; one whose engine has died may still say so itself."""
 

@@ -13,7 +13,6 @@ from openai.types.chat import ChatCompletionChunk
 from vllm_loraserve.launcher import assets, traffic
 from vllm_loraserve.launcher.cluster import Cluster
 
-
 LONG = 900
 """Tokens: many times the steps of anything that a test does meanwhile."""
 

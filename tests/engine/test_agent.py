@@ -35,7 +35,7 @@ from vllm_loraserve.coordinator.registry import Registry  # noqa: E402
 from vllm_loraserve.coordinator.server import CoordinatorServer, ServerOptions  # noqa: E402
 from vllm_loraserve.engine.agent import RESOLVER_NAME, instance_name, start_agent  # noqa: E402
 from vllm_loraserve.engine.capacity import capacity_of, module_shapes, rank_row_bytes  # noqa: E402
-from vllm_loraserve.engine.engine_config import WORKER_EXTENSION, prepare_engine_args  # noqa: E402
+from vllm_loraserve.engine.engine_config import WORKER_EXTENSION, check_layout, prepare_engine_args  # noqa: E402
 from vllm_loraserve.engine.meter import LoadLogger, Meter  # noqa: E402
 from vllm_loraserve.engine.resolver import LoRAServeResolver  # noqa: E402
 

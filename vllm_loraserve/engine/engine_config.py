@@ -62,7 +62,7 @@ def check_layout(args: Any, config: LoRAServeConfig) -> None:
         )
     if servers > 1:
         raise ConfigError(
-            f"loraserve-config: coordinator is given with --api-server-count {servers}; API servers of one engine can't "
+            f"loraserve-config: coordinator is given with --api-server-count {servers}; API servers of an engine can't "
             "agree on adapters: use --api-server-count 1"
         )
 
