@@ -249,6 +249,22 @@ def test_names_urls_and_models_that_do_not_fit_are_refused(bench):
     assert refused.value.code == "not_found"
 
 
+def test_a_refused_instance_is_a_problem_until_it_is_taken_or_stops_asking(bench):
+    b = bench()
+    b.join("one")
+    other = FakeInstance("two")
+    with pytest.raises(Refused):
+        b.controller.register(other.hello("another-model"), b.now)
+    (problem,) = b.controller.problems()
+    assert problem.startswith(f"Refused {other.url}: Instance 'two' serves 'another-model', but this cluster 'toy'")
+    b.controller.register(other.hello(), b.now)
+    assert b.controller.problems() == []
+    with pytest.raises(Refused):
+        b.controller.register(FakeInstance("three").hello("another-model"), b.now)
+    b.run(31, "one")
+    assert b.controller.problems() == []
+
+
 def test_leaving_is_at_once(bench):
     b = bench()
     one = b.join("one")

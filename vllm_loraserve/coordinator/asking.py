@@ -19,10 +19,12 @@ Answer = TypeVar("Answer", bound=Message)
 def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every tool asking the coordinator has."""
     parser.add_argument(
-        "--coordinator", default="tcp://127.0.0.1:5700", metavar="ENDPOINT", help="(default tcp://127.0.0.1:5700)"
+        "--coordinator", default="tcp://127.0.0.1:5700", metavar="ENDPOINT", help="whom to ask (default: %(default)s)"
     )
     parser.add_argument("--keys", metavar="DIR", help="member keys (or $LORASERVE_KEYS)")
-    parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds to wait for an answer")
+    parser.add_argument(
+        "--timeout", type=float, default=5.0, metavar="S", help="seconds to wait for an answer (default: %(default)g)"
+    )
 
 
 def ask(args: argparse.Namespace, command: str, question: Request, answer: type[Answer]) -> Answer | None:

@@ -21,7 +21,22 @@ from vllm_loraserve.coordinator.metrics import serve_metrics
 from vllm_loraserve.coordinator.registry import Registry, RegistryError
 from vllm_loraserve.coordinator.server import CoordinatorServer, ServerError, ServerOptions
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_POLICY = "loraserve+"
+
+
+def _positive(kind: type[int] | type[float]):  # type: ignore[no-untyped-def]
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+        return value
+
+    return parse
 
 
 def default_database() -> Path:
@@ -46,7 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--allow-download", action="store_true", help="let hub ids be downloaded for inspection")
     add("--base-model", default="", metavar="NAME", help="model of the cluster (default: the first instance's)")
-    add("--max-rank", type=int, default=control.max_rank, metavar="ROWS", help="largest adapter rank accepted")
+    add(
+        "--max-rank",
+        type=_positive(int),
+        default=control.max_rank,
+        metavar="ROWS",
+        help="largest adapter rank accepted",
+    )
     add(
         "--policy",
         default=DEFAULT_POLICY,
@@ -59,7 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what `vllm-loraserve profile` measured (default: shipped values, good only to compare ranks)",
     )
     add(
-        "--expiry", type=float, default=control.expiry_s, metavar="S", help="silence that ends an instance's membership"
+        "--expiry",
+        type=_positive(float),
+        default=control.expiry_s,
+        metavar="S",
+        help="silence that ends an instance's membership",
     )
     add(
         "--settle",
@@ -70,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--rebalance",
-        type=float,
+        type=_positive(float),
         default=control.rebalance_s,
         metavar="S",
         help="seconds between looks at the placement",
@@ -94,6 +119,9 @@ def run(args: argparse.Namespace) -> int:
     except (PlacementError, OperatingPointsError, KeysError, RegistryError, OSError) as error:
         print(f"vllm-loraserve coordinator: {error}", file=sys.stderr)
         return 1
+    for root in args.adapter_root:
+        if not os.path.isdir(os.path.expanduser(root)):
+            logger.warning("--adapter-root %s: there is no such directory (yet)", root)
     control = ControlOptions(
         base_model=args.base_model,
         max_rank=args.max_rank,

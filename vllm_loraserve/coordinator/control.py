@@ -54,6 +54,8 @@ FETCH_PATIENCE_S = 10.0
 """An instance that has not confirmed a prefetch by then is routed to all the same: the request itself brings it in."""
 COMMAND_S = 1.0
 """Time between two looks at what instances should fetch and release, where nothing else asks for one."""
+REFUSED_S = 30.0
+"""A refused instance asks again every few seconds; so long after its last try it is no longer mentioned."""
 RESUMED_DRAIN_S = 30.0
 """A drain that a restart interrupted ends when no instance reports a running request any more, or so long after."""
 RELEASE_PATIENCE_S = 10.0
@@ -110,6 +112,8 @@ class Controller:
         self._settled_at = now + options.settle_s
         self._commanded_at = now
         self._spare_since: dict[tuple[str, str], float] = {}
+        self._refused: dict[str, tuple[float, str]] = {}
+        """URL of an instance that was not taken -> when, why."""
         for record in registry.all():
             if record.state == "draining":
                 self._drains[record.name] = Drain(now, now + RESUMED_DRAIN_S)
@@ -118,9 +122,15 @@ class Controller:
 
     def register(self, hello: Register, now: float) -> Registered:
         """An instance joins; Refused when it serves another model or takes a live one's name."""
-        self._check_base_model(hello)
         known = self.members.get(hello.instance)
-        member = self.members.join(hello, now)
+        try:
+            self._check_base_model(hello)
+            member = self.members.join(hello, now)
+        except Refused as refused:
+            # Its own log has this too; who looks at `status` for a missing instance should not have to know that.
+            self._refused[hello.url] = (now, str(refused))
+            raise
+        self._refused.pop(hello.url, None)
         if known is None or known.hello.incarnation != hello.incarnation:
             self.commands.forget_instance(hello.instance)
             logger.info(
@@ -359,6 +369,7 @@ class Controller:
                 self.registry.forget_instance(instance)
             self._awaited.clear()
             self._place(now)
+        self._refused = {url: seen for url, seen in self._refused.items() if now - seen[0] < REFUSED_S}
         expired = self.members.expire(now)
         if expired:
             logger.warning("Instances silent for %.1f s, now out: %s", self.options.expiry_s, ", ".join(expired))
@@ -428,6 +439,7 @@ class Controller:
             for (instance, adapter), f in sorted(self.commands.failures().items())
         ]
         out += self.loop.speeds.warnings()
+        out += [f"Refused {url}: {why}" for url, (_, why) in sorted(self._refused.items())]
         out += [f"Waiting for '{name}' to register again after the restart." for name in sorted(self._awaited)]
         return out
 

@@ -23,11 +23,12 @@ from rich.table import Table
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError
 from vllm_loraserve.coordinator.messages import GetTable, RoutingTable
 from vllm_loraserve.launcher import assets, traffic
+from vllm_loraserve.launcher.checks import check_vllm
 from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError
 from vllm_loraserve.launcher.devices import this_machine
 from vllm_loraserve.launcher.processes import free_ports
 from vllm_loraserve.launcher.progress import StartProgress
-from vllm_loraserve.launcher.up import port_number
+from vllm_loraserve.launcher.up import at_least_one, port_number
 
 SMALL = ("--max-model-len", "1024", "--max-num-seqs", "32")
 """Options that make a small model start fast; what the demo asks for is short."""
@@ -36,9 +37,13 @@ SMALL_CPU = (*SMALL, "--kv-cache-memory-bytes", str(256 << 20), "--enforce-eager
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-loraserve demo`."""
-    parser.add_argument("--instances", type=int, default=2, metavar="N", help="vLLM instances (default: 2)")
-    parser.add_argument("--requests", type=int, default=210, metavar="N", help="requests in all (default: 210)")
-    parser.add_argument("--concurrency", type=int, default=16, metavar="N", help="requests at a time (default: 16)")
+    parser.add_argument("--instances", type=at_least_one, default=2, metavar="N", help="vLLM instances (default: 2)")
+    parser.add_argument(
+        "--requests", type=at_least_one, default=210, metavar="N", help="requests in all (default: 210)"
+    )
+    parser.add_argument(
+        "--concurrency", type=at_least_one, default=16, metavar="N", help="requests at a time (default: 16)"
+    )
     parser.add_argument("--model", metavar="DIR", help="a model directory in place of SmolLM2-135M-Instruct")
     parser.add_argument("--port", type=port_number, help="port of the router (default: a free one)")
 
@@ -82,6 +87,7 @@ def plan_for(model: Path, words: Sequence[assets.WordAdapter], state: Path, inst
 def _demo(args: argparse.Namespace, console: Console, state: Path) -> int:
     """Runs it all and prints the table; returns how many answers were wrong."""
     console.print("model and adapters: taken from the cache, or made now (a few minutes, once)", highlight=False)
+    check_vllm()
     model = assets.model_path(args.model)
     words = assets.adapters(model)
     plan = plan_for(model, words, state, args.instances, args.port)

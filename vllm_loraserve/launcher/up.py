@@ -16,6 +16,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from vllm_loraserve.launcher.assets import AssetError
+from vllm_loraserve.launcher.checks import check_model, check_vllm
 from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError
 from vllm_loraserve.launcher.progress import StartProgress
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-loraserve up`."""
     parser.usage = "%(prog)s MODEL [options] [-- options of vllm serve]"
     parser.add_argument("model", metavar="MODEL", help="model directory or hub id")
-    parser.add_argument("--instances", type=_at_least_one, default=2, metavar="N", help="vLLM instances (default: 2)")
+    parser.add_argument("--instances", type=at_least_one, default=2, metavar="N", help="vLLM instances (default: 2)")
     parser.add_argument(
         "--adapters", type=Path, metavar="DIR", help="register every adapter found in this directory's subdirectories"
     )
@@ -39,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address of the router (default: %(default)s)")
     parser.add_argument("--port", type=port_number, default=8000, help="port of the router (default: %(default)s)")
-    parser.add_argument("--max-rank", type=int, metavar="ROWS", help="largest adapter rank accepted (default: 256)")
+    parser.add_argument(
+        "--max-rank", type=at_least_one, metavar="ROWS", help="largest adapter rank accepted (default: 256)"
+    )
     parser.add_argument(
         "--state", type=Path, metavar="DIR", help="adapter registry and logs (default: one directory per model)"
     )
@@ -51,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console(stderr=True)
     try:
+        check_vllm()
+        check_model(args.model)
         found = adapters_in(args.adapters) if args.adapters else {}
         plan = Plan(
             model=args.model,
@@ -122,16 +127,24 @@ def _until_it_ends(cluster: Cluster) -> int:
         time.sleep(0.5)
 
 
-def _at_least_one(text: str) -> int:
-    number = int(text)
+def at_least_one(text: str) -> int:
+    """A count; for argparse."""
+    number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return number
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
 def port_number(text: str) -> int:
     """A port that a server can be told to listen on; for argparse."""
-    number = int(text)
+    number = _whole(text)
     if not 1 <= number <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is no port from 1 to 65535")
     return number
