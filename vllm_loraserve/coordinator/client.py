@@ -148,7 +148,7 @@ class CoordinatorClient:
                 reply = await answer
         except TimeoutError:
             raise CoordinatorUnavailable(
-                f"The coordinator at {self.endpoint} did not answer within {timeout:g} s; is it running, and are its keys ours?"
+                f"The coordinator at {self.endpoint} did not answer within {timeout:g} s; is it running, with our keys?"
             ) from None
         finally:
             self._waiting.pop(correlation, None)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Literal
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vllm_loraserve.coordinator.asking import add_coordinator_arguments, ask, print_json
-from vllm_loraserve.coordinator.messages import AdapterDemand, GetStatus, Status
+from vllm_loraserve.coordinator.messages import AdapterDemand, AdapterRoutes, GetStatus, Status
+
+WIDE = 120
+"""Columns of a terminal that also shows where instances are and what they run on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(status)
     else:
-        render(status, Console())
+        console = Console()
+        # A file or a pipe has no width of its own, and 80 columns would cut the tables.
+        render(status, console if console.is_terminal else Console(width=160))
     return 0
 
 
@@ -39,57 +47,85 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+def format_seconds(seconds: float) -> str:
+    """A duration for people, in its two largest units."""
+    for unit, size, smaller, rest in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit} {seconds % size // rest:.0f} {smaller}"
+    return f"{seconds:.0f} s"
+
+
 def render(status: Status, console: Console) -> None:
     """Prints the tables."""
     table = status.table
     console.print(
-        f"[bold]{table.base_model or 'no model yet'}[/]  policy {status.policy}, epoch {table.epoch}, "
-        f"table {table.version}, up {status.uptime_s:.0f} s"
+        f"[bold]{escape(table.base_model or 'no model yet')}[/]: {len(table.instances)} instances, "
+        f"{len(table.adapters)} adapters; policy {status.policy}, coordinator up {format_seconds(status.uptime_s)}",
+        highlight=False,
     )
-    console.print(_instances(status))
+    console.print(_instances(status, with_place=console.width >= WIDE))
     console.print(_adapters(status))
     for problem in status.problems:
-        console.print(f"[yellow]! {problem}[/]")
+        console.print(f"! {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def _instances(status: Status) -> Table:
-    out = Table(title="Instances", title_justify="left")
-    for column, justify in (
-        ("instance", "left"), ("URL", "left"), ("device", "left"), ("running", "right"), ("waiting", "right"),
-        ("KV", "right"), ("tokens/s", "right"), ("adapters", "right"), ("rank rows", "right"), ("seen", "right"),
-    ):  # fmt: skip
-        out.add_column(column, justify=justify)  # type: ignore[arg-type]
+def _table(title: str, *columns: tuple[str, Literal["left", "right"]]) -> Table:
+    """Names are never cut or broken: people copy them."""
+    out = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column, justify in columns:
+        out.add_column(column, justify=justify, no_wrap=column != "served by")
+    return out
+
+
+def _instances(status: Status, with_place: bool) -> Table:
+    place: list[tuple[str, Literal["left", "right"]]] = [("URL", "left"), ("device", "left")]
+    out = _table(
+        "Instances",
+        ("instance", "left"), ("running", "right"), ("waiting", "right"), ("KV", "right"),
+        ("tokens/s", "right"), ("adapters", "right"), ("arena rows", "right"), ("seen", "right"),
+        *(place if with_place else ()),
+    )  # fmt: skip
     ranks = {r.adapter.name: r.adapter.rank for r in status.table.adapters}
     now = time.time()
     for i in status.table.instances:
-        rows = sum(ranks.get(r.name, 0) for r in i.resident)
+        rows = sum(ranks.get(r.name, 0) for r in i.resident if r.tier == "arena")
         out.add_row(
-            i.name, i.url, i.capacity.device, str(i.load.running), str(i.load.waiting), f"{i.load.kv_usage:.0%}",
+            escape(i.name), str(i.load.running), str(i.load.waiting), f"{i.load.kv_usage:.0%}",
             f"{i.load.tokens_per_s:.1f}", f"{len(i.resident)}", f"{rows}/{i.capacity.rank_rows}",
             f"{max(0.0, now - i.last_seen):.1f} s ago",
+            *((escape(i.url), escape(i.capacity.device)) if with_place else ()),
         )  # fmt: skip
     return out
 
 
 def _adapters(status: Status) -> Table:
-    out = Table(title="Adapters", title_justify="left")
-    for column, justify in (
-        ("adapter", "left"), ("rank", "right"), ("size", "right"), ("state", "left"), ("tokens/s", "right"),
-        ("placed on", "left"), ("resident on", "left"),
-    ):  # fmt: skip
-        out.add_column(column, justify=justify)  # type: ignore[arg-type]
+    out = _table(
+        "Adapters",
+        ("adapter", "left"), ("rank", "right"), ("size", "right"), ("state", "left"), ("running", "right"),
+        ("tokens/s", "right"), ("served by", "left"),
+    )  # fmt: skip
     demand: dict[str, AdapterDemand] = {d.name: d for d in status.demand}
+    idle = AdapterDemand(name="", tokens_per_s=0.0)
     for routes in status.table.adapters:
         adapter = routes.adapter
-        placed = ", ".join(f"{r.instance} {r.phi:.0%}" for r in routes.routes) or "-"
-        held = [
-            i.name
-            for i in status.table.instances
-            if any(c.name == adapter.name and c.sha256 == adapter.sha256 for c in i.resident)
-        ]
-        rate = demand[adapter.name].tokens_per_s if adapter.name in demand else 0.0
+        asked = demand.get(adapter.name, idle)
         out.add_row(
-            adapter.name, str(adapter.rank), format_bytes(adapter.size_bytes), adapter.state, f"{rate:.1f}", placed,
-            ", ".join(held) or "-",
+            escape(adapter.name), str(adapter.rank), format_bytes(adapter.size_bytes), adapter.state,
+            str(asked.running), f"{asked.tokens_per_s:.1f}", escape(_served_by(status, routes)),
         )  # fmt: skip
+    base = demand.get("", idle)
+    out.add_row("(base model)", "", "", "", str(base.running), f"{base.tokens_per_s:.1f}", "all")
     return out
+
+
+def _served_by(status: Status, routes: AdapterRoutes) -> str:
+    """Instances with their fractions; what is not loaded there yet, and copies that get no requests, are marked."""
+    adapter = routes.adapter
+    held = {
+        i.name
+        for i in status.table.instances
+        if any(c.name == adapter.name and c.sha256 == adapter.sha256 for c in i.resident)
+    }
+    out = [f"{r.instance} {r.phi:.0%}" + ("" if r.instance in held else " (not loaded)") for r in routes.routes]
+    out += [f"{name} (spare copy)" for name in sorted(held - {r.instance for r in routes.routes})]
+    return ", ".join(out) or "-"
