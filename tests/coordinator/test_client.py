@@ -125,7 +125,7 @@ async def test_a_failed_read_does_not_end_the_reading(monkeypatch):
     real, failures = zmq.asyncio.Socket.recv_multipart, [zmq.ZMQError(zmq.ENOTSUP), zmq.ZMQError(zmq.EAGAIN)]
 
     async def recv_multipart(socket, *args, **kwargs):
-        if socket.socket_type == zmq.DEALER and failures:
+        if socket.type == zmq.DEALER and failures:
             raise failures.pop()
         return await real(socket, *args, **kwargs)
 

@@ -157,7 +157,8 @@ def test_a_drain_survives_a_restart(bench):
     b.controller.remove("a", 5.0, b.now)
     b.run(1)
     b.restart()
-    b.run(1)
+    b.now += 1.0
+    b.controller.tick(b.now)
     assert [r.name for r in b.registry.all()] == ["a"]  # nobody is there yet to be asked
     b.controller.register(one.hello(), b.now)
     b.run(8)
