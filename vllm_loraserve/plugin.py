@@ -202,6 +202,19 @@ def hooks() -> tuple[Hook, ...]:
             patch="0006-resolve-registered-adapters.patch",
         ),
         Hook(
+            name="resolve unknown adapters of pooling requests",
+            target="vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model",
+            kind="hook",
+            wrap=api_server.wrap_check_pooling_model,
+            parameters=("self", "request"),
+            used_by=(
+                "vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model",
+                "await self.models.resolve_lora(request.model)",
+            ),
+            when="server",
+            patch="0006-resolve-registered-adapters.patch",
+        ),
+        Hook(
             # The agent wraps this method on the one engine client of its server (engine/meter.py), not on the class.
             name="demand per adapter",
             target="vllm.v1.engine.async_llm:AsyncLLM.generate",

@@ -52,6 +52,49 @@ async def test_metrics_live_as_long_as_the_server(tmp_path: Path, monkeypatch: p
     assert (await serve({"loraserve": {}}, rank=1))[1] == set()
 
 
+@pytest.mark.parametrize("pooling", [False, True])
+async def test_registered_adapters_are_resolved_without_vllms_runtime_loading(
+    pooling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    from vllm_loraserve.engine.api_server import RESOLVER_NAME, wrap_check_model, wrap_check_pooling_model
+
+    def failed(code: int) -> Any:
+        return SimpleNamespace(error=SimpleNamespace(code=code, message="found but could not be loaded"))
+
+    answers = {"new": LoRARequest("new", 1, "/new"), "broken": failed(400), "nobody": failed(404)}
+    asked: list[str] = []
+
+    async def resolve_lora(name: str) -> Any:
+        asked.append(name)
+        return answers[name]
+
+    async def original(self: Any, request: Any) -> str:
+        return "vLLM's own answer"
+
+    models = SimpleNamespace(resolve_lora=resolve_lora, lora_requests={"loaded": None})
+    serving = SimpleNamespace(models=models, _is_model_supported=lambda name: name == "base")
+    check = (wrap_check_pooling_model if pooling else wrap_check_model)(original)
+
+    async def answer(name: str | None) -> Any:
+        return await check(serving, SimpleNamespace(model=name))
+
+    monkeypatch.setattr(LoRAResolverRegistry, "resolvers", {RESOLVER_NAME: object()})
+    assert await answer("new") is None
+    if pooling:
+        with pytest.raises(ValueError, match="could not be loaded"):
+            await answer("broken")
+    else:
+        assert await answer("broken") is answers["broken"]
+    for name in ("nobody", "base", "loaded", None):
+        assert await answer(name) == "vLLM's own answer"
+    assert asked == ["new", "broken", "nobody"]
+    monkeypatch.setattr(LoRAResolverRegistry, "resolvers", {})
+    assert await answer("new") == "vLLM's own answer"
+
+
 def test_addresses_are_private_to_the_user_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_loraserve.engine import channel
 

@@ -27,7 +27,7 @@ def relabel(inp: PlacementInput, fresh: Placement) -> Placement:
     size = {a.name: a.bytes for a in inp.adapters}
     new = fresh.by_server()
     old_holders = {a: set(inp.previous.holders(a)) for a in size}
-    classes: dict[tuple[int, int, int, float], list[str]] = {}
+    classes: dict[tuple[int, int, int, float, int], list[str]] = {}
     for s in sorted(inp.servers, key=lambda s: s.name):
         classes.setdefault((s.capacity_rank_rows, s.host_bytes, s.slots, s.speed, s.max_rank), []).append(s.name)
     rename: dict[str, str] = {}

@@ -134,18 +134,38 @@ def wrap_check_model(original: Callable[..., Awaitable[Any]]) -> Callable[..., A
 
     @functools.wraps(original)
     async def check_model(self: Any, request: Any) -> Any:
-        name = request.model
-        if (
-            RESOLVER_NAME in LoRAResolverRegistry.get_supported_resolvers()
-            and name
-            and not self._is_model_supported(name)
-            and name not in self.models.lora_requests
-        ):
-            result = await self.models.resolve_lora(name)
-            if isinstance(result, LoRARequest):
-                return None
-            if result.error.code == HTTPStatus.BAD_REQUEST.value:
-                return result
+        result = await _resolve(self, request.model)
+        if isinstance(result, LoRARequest):
+            return None
+        if result is not None and result.error.code == HTTPStatus.BAD_REQUEST.value:
+            return result
         return await original(self, request)
 
     return check_model
+
+
+def wrap_check_pooling_model(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """The same for PoolingBaseServing, which has a method of its own that raises what the other returns."""
+
+    @functools.wraps(original)
+    async def check_model(self: Any, request: Any) -> Any:
+        result = await _resolve(self, request.model)
+        if isinstance(result, LoRARequest):
+            return None
+        if result is not None and result.error.code == HTTPStatus.BAD_REQUEST.value:
+            raise ValueError(result.error.message)
+        return await original(self, request)
+
+    return check_model
+
+
+async def _resolve(serving: Any, name: str | None) -> Any:
+    """vLLM's answer on a name that it does not serve yet, by our resolver; None where there is nothing to ask."""
+    if (
+        not name
+        or RESOLVER_NAME not in LoRAResolverRegistry.get_supported_resolvers()
+        or serving._is_model_supported(name)
+        or name in serving.models.lora_requests
+    ):
+        return None
+    return await serving.models.resolve_lora(name)
