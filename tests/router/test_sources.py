@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from aiohttp import ClientSession
 
 from vllm_loraserve.router.directory import Directory
-from vllm_loraserve.router.sources import StaticSource
+from vllm_loraserve.router.sources import CoordinatorSource, StaticSource
 
 from .stub import Stub
 
@@ -33,6 +35,27 @@ async def test_static_instances_are_in_while_they_answer_and_adapters_where_they
         assert len(directory.live()) == 2
     await one.stop()
     await two.stop()
+
+
+async def test_a_silent_coordinator_is_said_once_and_its_return_too(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_loraserve.router.sources.SWEEP_EVERY_S", 0.005)
+    monkeypatch.setattr("vllm_loraserve.router.sources.SILENT_S", 0.0)
+    caplog.set_level("INFO")
+    source = CoordinatorSource(Directory(), "tcp://127.0.0.1:9")
+    await source.start()
+    try:
+        async with asyncio.timeout(60):
+            while "silent" not in caplog.text:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.05)
+            assert caplog.text.count("is silent; is it there, with our keys?") == 1
+            monkeypatch.setattr("vllm_loraserve.router.sources.SILENT_S", float("inf"))
+            while "heard again" not in caplog.text:
+                await asyncio.sleep(0.005)
+    finally:
+        await source.stop()
 
 
 async def test_what_does_not_belong_is_left_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -24,7 +24,7 @@ from vllm_loraserve.router.paths import FORWARDED_PATHS, why_not_forwarded
 from vllm_loraserve.router.prediction import Predictor
 from vllm_loraserve.router.proxy import Call, ClientLeft, Proxy
 from vllm_loraserve.router.queue import Admission
-from vllm_loraserve.router.sources import CoordinatorSource, Source, StaticSource
+from vllm_loraserve.router.sources import SILENT_S, CoordinatorSource, Source, StaticSource
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class Router:
         if self.config.coordinator is None:
             coordinator = "none"
         else:
-            coordinator = "ok" if self.source is not None and self.source.silence_s < 3.0 else "silent"
+            coordinator = "ok" if self.source is not None and self.source.silence_s < SILENT_S else "silent"
         return _json(
             {
                 "status": "ok" if available else "no instance",

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import re
 import sys
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -27,6 +28,8 @@ from vllm_loraserve.router.directory import Directory
 logger = logging.getLogger(__name__)
 
 SWEEP_EVERY_S = 1.0
+SILENT_S = 3.0
+"""A coordinator publishes every second; not heard for so long, it is away, or cannot be reached."""
 MISSES = 3
 """An instance that is only slow to say what it serves stays in use until it was so often in a row."""
 
@@ -47,7 +50,7 @@ class CoordinatorSource:
     async def start(self) -> None:
         """Subscribes."""
         self._subscriber.start()
-        self._sweeper = asyncio.create_task(_sweep(self._directory), name="router-sweep")
+        self._sweeper = asyncio.create_task(self._sweep(), name="router-sweep")
 
     async def stop(self) -> None:
         """Unsubscribes."""
@@ -56,6 +59,21 @@ class CoordinatorSource:
 
     def _take(self, table: RoutingTable) -> None:
         self._directory.apply(table)
+
+    async def _sweep(self) -> None:
+        started, silent = time.monotonic(), False
+        while True:
+            await asyncio.sleep(SWEEP_EVERY_S)
+            self._directory.sweep()
+            silence = min(self.silence_s, time.monotonic() - started)
+            if not silent and silence >= SILENT_S:
+                what = (
+                    "the last routing table stays in force" if self._directory.table else "is it there, with our keys?"
+                )
+                logger.warning("The coordinator at %s is silent; %s", self._subscriber.endpoint, what)
+            elif silent and silence < SILENT_S:
+                logger.info("The coordinator at %s is heard again", self._subscriber.endpoint)
+            silent = silence >= SILENT_S
 
 
 class _Card(msgspec.Struct):
@@ -185,12 +203,6 @@ def _base_of(cards: Sequence[_Card]) -> str:
 
 
 Source = CoordinatorSource | StaticSource
-
-
-async def _sweep(directory: Directory) -> None:
-    while True:
-        await asyncio.sleep(SWEEP_EVERY_S)
-        directory.sweep()
 
 
 async def _cancel(task: asyncio.Task[None] | None) -> None:
