@@ -189,7 +189,7 @@ class CoordinatorClient:
             except zmq.ZMQError as error:
                 socket.close()
                 raise CoordinatorUnavailable(
-                    f"'{self.endpoint}' is no coordinator endpoint ({error.strerror}); give tcp://HOST:PORT."
+                    f"'{self.endpoint}' is no coordinator endpoint ({zmq.strerror(error.errno or 0)}); give tcp://HOST:PORT."
                 ) from None
             self._socket = socket
             self._reader = asyncio.create_task(self._read(socket), name="coordinator-client")

@@ -145,7 +145,9 @@ class CoordinatorServer:
             socket.bind(endpoint)
         except zmq.ZMQError as error:
             socket.close()
-            raise ServerError(f"Can't listen at {endpoint} ({error.strerror}); choose another --bind.") from None
+            raise ServerError(
+                f"Can't listen at {endpoint} ({zmq.strerror(error.errno or 0)}); choose another --bind."
+            ) from None
         return socket
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -63,6 +63,13 @@ def render(status: Status, console: Console) -> None:
         f"{len(table.adapters)} adapters; policy {status.policy}, coordinator up {format_seconds(status.uptime_s)}",
         highlight=False,
     )
+    if not table.instances:
+        console.print(
+            "No instance has joined yet: vllm serve MODEL --enable-loraserve --loraserve-config.coordinator ENDPOINT",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(_instances(status, with_place=console.width >= WIDE))
     console.print(_adapters(status))
     for problem in status.problems:
@@ -114,7 +121,15 @@ def _adapters(status: Status) -> Table:
             str(asked.running), f"{asked.tokens_per_s:.1f}", escape(_served_by(status, routes)),
         )  # fmt: skip
     base = demand.get("", idle)
-    out.add_row("(base model)", "", "", "", str(base.running), f"{base.tokens_per_s:.1f}", "all")
+    out.add_row(
+        "(base model)",
+        "",
+        "",
+        "",
+        str(base.running),
+        f"{base.tokens_per_s:.1f}",
+        "all" if status.table.instances else "-",
+    )
     return out
 
 
