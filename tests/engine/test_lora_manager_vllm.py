@@ -178,3 +178,8 @@ def test_any_order_of_operations(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_embedding_and_lm_head_keep_working_beside_pages(tmp_path: Path) -> None:
     assert "EMBEDDING PASSED" in run_program("offline_embedding.py", str(tmp_path / "here"))
+
+
+@pytest.mark.timeout(600)
+def test_a_classification_head_keeps_working_beside_pages(tmp_path: Path) -> None:
+    assert "CLASSIFIER PASSED" in run_program("offline_classifier.py", str(tmp_path))
