@@ -112,6 +112,22 @@ async def test_unloading_what_is_not_there_is_vllms_404(serve: Serve) -> None:
             assert (await r.json())["error"]["message"] == f"The lora adapter '{name}' cannot be found."
 
 
+async def test_loading_is_asked_for_again_when_the_coordinator_is_restarted_meanwhile(serve: Serve) -> None:
+    registry = FakeRegistry()
+    served = await serve(1, registry=registry)
+    registry.silent = True
+    load = asyncio.ensure_future(
+        served.client.post("/v1/load_lora_adapter", json={"lora_name": "one", "lora_path": "/p"})
+    )
+    while not registry.asked:
+        await asyncio.sleep(0.005)
+    registry.silent, registry.answer = False, CoordinatorError("not_found", "There is no such path.")
+    served.router.directory.apply(table([entry("a", served.stubs[0].url)], epoch=2))
+    async with await load as r:
+        assert r.status == 404
+        assert (await r.json())["error"]["message"] == "There is no such path."
+
+
 async def test_unloading_goes_on_when_the_coordinator_is_restarted_meanwhile(serve: Serve) -> None:
     registry = FakeRegistry()
     served = await serve(1, registry=registry)

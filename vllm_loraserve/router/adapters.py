@@ -75,7 +75,7 @@ class Adapters:
                 "and at most one '/', up to 160 characters.",
                 "lora_name",
             ) from None
-        await self._ask(message)
+        await self._change(message)
         await self._refresh()
         return f"Success: LoRA adapter '{ask.lora_name}' added successfully."
 
@@ -90,15 +90,17 @@ class Adapters:
         except msgspec.ValidationError:
             raise missing from None
         try:
-            await self._remove(message)
+            await self._change(message)
         except ApiError as error:
             raise (missing if error.status == 404 else error) from None
         await self._refresh()
         return f"Success: LoRA adapter '{ask.lora_name}' removed successfully."
 
-    async def _remove(self, message: RemoveAdapter) -> None:
-        """Asks for a removal until it is done: a coordinator that is restarted meanwhile goes on with the drain, but
-        has forgotten who waits for it."""
+    async def _change(self, message: AddAdapter | RemoveAdapter) -> None:
+        """Asks for a change until it is done: a coordinator that is restarted meanwhile has forgotten who waits for it.
+
+        Asking twice is safe: a drain goes on, and the same content is the same adapter.
+        """
         restarted = False
         while True:
             epoch = self._directory.epoch
@@ -110,7 +112,7 @@ class Adapters:
                     await asked
                     return
             except ApiError as error:
-                if error.status == 404 and restarted:
+                if error.status == 404 and restarted and isinstance(message, RemoveAdapter):
                     return  # it was done before we could ask again
                 raise
             finally:
