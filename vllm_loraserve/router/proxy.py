@@ -59,6 +59,9 @@ SESSION_HEADER = "X-Session-Id"
 RETRIED_STATUSES = frozenset((500, 502, 503, 504))
 """An instance whose engine has died answers 500 before its server goes; one that is starting or full answers 503."""
 LARGEST_EVENT: Final = 1 << 20
+SMALL_WRITE = 16 << 10
+_NO_WAIT = contextlib.nullcontext()
+"""In place of a timer that would cost more than the write."""
 PAUSE_S = 0.05
 """Before an instance that just failed a request is asked again because there is no other."""
 
@@ -286,22 +289,28 @@ class Proxy:
             # An unfinished event at the end, or an empty stream, is the instance's own doing: passed on as it came.
             data, tail = (tail, b"") if ended else complete_events(tail + data)
             if data or ended:
-                async with self._to_client(request):
-                    if not begun:
-                        begun = True
-                        upstream.succeeded()
-                        if call.work is not None:
-                            call.work.first_token()
-                        self._metrics.first_byte(call.rank, came - call.came)
-                        await stream.prepare(request)
-                    if data:
-                        events += data.count(b"\n\n")
-                        await stream.write(data)
-                    if ended:
-                        if self._predictor is not None:
-                            self._predictor.saw_output(events)
-                        await stream.write_eof()
-                        return stream
+                at_once = begun and not ended and _goes_at_once(request.transport, data)
+                writing: contextlib.AbstractAsyncContextManager[None]
+                writing = _NO_WAIT if at_once else self._to_client(request)
+                try:
+                    async with writing:
+                        if not begun:
+                            begun = True
+                            upstream.succeeded()
+                            if call.work is not None:
+                                call.work.first_token()
+                            self._metrics.first_byte(call.rank, came - call.came)
+                            await stream.prepare(request)
+                        if data:
+                            events += data.count(b"\n\n")
+                            await stream.write(data)
+                        if ended:
+                            if self._predictor is not None:
+                                self._predictor.saw_output(events)
+                            await stream.write_eof()
+                            return stream
+                except OSError as error:
+                    raise ClientLeft from error
             attempt.last_byte = time.monotonic()
         if isinstance(fault, _Died):
             upstream.failed(time.monotonic())
@@ -342,6 +351,11 @@ def _taken_back(attempt: Attempt) -> _Died | asyncio.CancelledError:
     if attempt.called_back and attempt.task.uncancel() == 0:
         return _Died("gone", "left the routing table without an answer")
     return asyncio.CancelledError()
+
+
+def _goes_at_once(transport: asyncio.Transport | None, data: bytes) -> bool:
+    """Whether a write can't wait: nothing is before it, and it is far below what makes a transport ask for a pause."""
+    return transport is not None and len(data) <= SMALL_WRITE and transport.get_write_buffer_size() == 0
 
 
 def complete_events(data: bytes) -> tuple[bytes, bytes]:
