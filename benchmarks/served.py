@@ -26,8 +26,8 @@ import aiohttp
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> Path:
-    """A PEFT checkpoint over all linear modules of the model, random weights in bfloat16."""
+def make_adapter(model: Path, folder: Path, rank: int, seed: int, dtype: str = "bfloat16") -> Path:
+    """A PEFT checkpoint over all linear modules of the model, random weights."""
     import torch
     from safetensors.torch import save_file
 
@@ -37,14 +37,14 @@ def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> Path:
     sizes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
     sizes += [(hidden, inner), (hidden, inner), (inner, hidden)]
     shapes = dict(zip(MODULES, sizes, strict=True))
-    generator = torch.Generator().manual_seed(seed)
+    generator, stored = torch.Generator().manual_seed(seed), getattr(torch, dtype)
     tensors = {}
     for layer in range(config["num_hidden_layers"]):
         for module, (inputs, outputs) in shapes.items():
             part = "mlp" if module in MODULES[4:] else "self_attn"
             key = f"base_model.model.model.layers.{layer}.{part}.{module}"
-            tensors[f"{key}.lora_A.weight"] = (torch.randn(rank, inputs, generator=generator) * 0.01).bfloat16()
-            tensors[f"{key}.lora_B.weight"] = (torch.randn(outputs, rank, generator=generator) * 0.01).bfloat16()
+            tensors[f"{key}.lora_A.weight"] = (torch.randn(rank, inputs, generator=generator) * 0.01).to(stored)
+            tensors[f"{key}.lora_B.weight"] = (torch.randn(outputs, rank, generator=generator) * 0.01).to(stored)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     settings = {

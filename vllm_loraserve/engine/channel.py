@@ -129,7 +129,7 @@ def address_of(vllm_config: Any, purpose: str = "loads") -> str | None:
 
 
 class SchedulerEnd:
-    """The scheduler's end. Not thread-safe; everything but `wait_for_workers` returns at once."""
+    """The scheduler's end. Not thread-safe; everything but `wait_for_workers` and `wait` returns at once."""
 
     def __init__(self, address: str) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
@@ -157,6 +157,11 @@ class SchedulerEnd:
         payload = _encode(order)
         for peer in self._peers.values():
             self._socket.send_multipart([peer, payload])
+
+    def wait(self, timeout_s: float) -> None:
+        """Returns when a report has come, or after the time."""
+        if not self._pending:
+            self._socket.poll(int(timeout_s * 1000))
 
     def reports(self) -> list[Report]:
         """Everything that has come since the last call."""

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from vllm_loraserve.engine.peer_sources import PeerSources
 
 
+WARM_ADAPTERS = 2
+"""Memory for so many adapters of --max-lora-rank is touched ahead of use."""
+
+
 class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
     """What the model runner uses. Same calls as vLLM's, plus `prepare` for a side thread."""
 
@@ -60,6 +64,9 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
             host_tier_bytes(self.options, manager.layout, self.lora_config),
             max_adapters=self.lora_config.max_cpu_loras,
         )
+        usual = manager.layout.uniform_pages(self.lora_config.max_lora_rank)
+        self.host.warm(WARM_ADAPTERS * manager.layout.size_bytes(usual))
+        manager.arena.warm([WARM_ADAPTERS * count for count in usual])
         cache = self.options.page_cache_dir
         self.loader = AdapterLoader(
             self._facts(manager),

@@ -42,6 +42,8 @@ WORKERS_TIMEOUT_S = 10.0
 WAITS_EVERY_S = 0.25
 LOADS_EVERY_S = 0.05
 """How often loads are looked at when nothing has changed: back-offs and timeouts run out."""
+LOADS_POLL_S = 0.005
+"""Longest pause between two steps while there is nothing to do but wait for loads: a new request waits that long."""
 
 _Base: Any = Scheduler if TYPE_CHECKING else object
 
@@ -88,6 +90,8 @@ class RankAwareMixin(_Base):
         """Requests that were admitted past it in this step."""
         self._loads_looked_at = self._waits_looked_at = 0.0
         self._idle = True
+        self._only_loads = False
+        """The last step had nothing to run, since all that waits waits for its adapter."""
 
     def _meet_workers(self, address: str, count: int, prefetch: int) -> tuple[int, int]:
         """(prefetch, workers): what the workers' managers can do; 0 workers: loads stay in the step."""
@@ -114,6 +118,10 @@ class RankAwareMixin(_Base):
         begin = time.monotonic()
         self.waiting.begin_step()
         if self._end is not None:
+            if self._only_loads:
+                # Else the engine would run empty steps as fast as it can, on cores that the loads need.
+                self._end.wait(LOADS_POLL_S)
+                begin = time.monotonic()
             for report in self._end.reports():
                 if isinstance(report, channel.Transfers):
                     self._transfers[report.rank] = report.families
@@ -332,6 +340,7 @@ class RankAwareMixin(_Base):
 
     def _account(self, output: SchedulerOutput, begin: float) -> None:
         counters = self.counters
+        self._only_loads = not output.total_num_scheduled_tokens and not self.running and self.readiness.loading > 0
         counters.steps += 1
         if self._publisher is not None and self._publisher.due(begin):
             readiness, lanes = self.readiness, len(self.waiting.lanes)

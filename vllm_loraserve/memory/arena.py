@@ -14,6 +14,7 @@ import torch
 from vllm_loraserve.adapters.layout import Layout
 from vllm_loraserve.memory import extension
 from vllm_loraserve.memory.allocator import PageAllocator
+from vllm_loraserve.memory.prefault import Prefault
 from vllm_loraserve.memory.slab import DeviceSlab, HostSlab, Slab
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,20 @@ class Arena:
             self._offsets.append(at)
             at += self.pages_per_group * layout.page_bytes(group)
         self.allocators = [PageAllocator(self.pages_per_group) for _ in layout.groups]
+        self._prefault: Prefault | None = None
+
+    def warm(self, ahead: Sequence[int]) -> None:
+        """From now on `ahead[g]` pages of every group beyond those ever used have their memory before they are needed.
+
+        Only host memory is given page by page; on a device this does nothing.
+        """
+        if self.device.type == "cpu":
+            sizes = [self.layout.page_bytes(group) for group in range(len(self.layout.groups))]
+            zones = [
+                (self.flat.data_ptr() + at, self.pages_per_group * s)
+                for at, s in zip(self._offsets, sizes, strict=True)
+            ]
+            self._prefault = Prefault(zones, [count * size for count, size in zip(ahead, sizes, strict=True)])
 
     @property
     def rank_rows(self) -> int:
@@ -75,9 +90,13 @@ class Arena:
         """`counts[g]` pages of every group g, or None (and no change) when a group has too few."""
         if any(count > allocator.free_pages for count, allocator in zip(counts, self.allocators, strict=True)):
             return None
-        return [
+        pages = [
             allocator.allocate(count, owner) or [] for count, allocator in zip(counts, self.allocators, strict=True)
         ]
+        if self._prefault is not None:
+            for group, owned in enumerate(pages):
+                self._prefault.used(group, (max(owned, default=-1) + 1) * self.layout.page_bytes(group))
+        return pages
 
     def free(self, pages: Sequence[Sequence[int]], owner: Hashable) -> None:
         """Give back what `allocate` returned."""

@@ -22,6 +22,7 @@ from vllm_loraserve.adapters.layout import Layout
 from vllm_loraserve.memory import checksum
 from vllm_loraserve.memory.allocator import ExtentAllocator
 from vllm_loraserve.memory.eviction import Candidate, Demand, eviction_order, load_seconds
+from vllm_loraserve.memory.prefault import Prefault
 from vllm_loraserve.memory.slab import HostSlab
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ _CHECKPOINT_BYTES_PER_SECOND, _CHECKPOINT_FIXED_SECONDS = 0.5e9, 0.05
 
 class HostTierFullError(RuntimeError):
     """No room, and nothing that may be evicted; one sentence with the option to change."""
+
+    http_status = 503
+    """What a request for the adapter deserves: another instance, or a later time, has room."""
 
 
 @dataclass(eq=False)
@@ -80,9 +84,14 @@ class HostTier:
         self._demand: Demand[Hashable] = Demand()
         self._clock = clock
         self._generation = 0
+        self._prefault: Prefault | None = None
         self.lock = threading.RLock()
         self.may_evict: Callable[[Hashable], bool] = lambda key: True
         """Asked before an entry is evicted (a cluster keeps the last copy of an adapter)."""
+
+    def warm(self, ahead: int) -> None:
+        """From now on `ahead` bytes beyond those ever used have their memory before they are needed."""
+        self._prefault = Prefault([(self.slab.address, self._extents.size)], [ahead])
 
     def __contains__(self, key: Hashable) -> bool:
         return self.get(key) is not None
@@ -133,6 +142,8 @@ class HostTier:
                     f"The host tier of {self._extents.size} bytes has no room for {size} more; raise "
                     "--loraserve-config.host_gib or unload adapters."
                 )
+            if self._prefault is not None:
+                self._prefault.used(0, offset + size)
             self._generation += 1
             return HostEntry(key, digest, tuple(ranks), pages, offset, size, self._generation, users=1)
 
