@@ -7,12 +7,13 @@ step costs are modelled, not measured. The SLO is P95 TTFT <= 10 s.
 
 For each world, workload and system, over the seeds: `max_rps_slo` by bisection; at one common load (90 % of
 what toppings can do) `p50_ttft_s`, `p95_ttft_s`, `p50_tbt_s`, `adapters_per_server`, `bytes_moved`;
-`gpus_for_load`: servers needed for 1.5 times what toppings does on 4.
+`gpus_for_load`: servers needed for 1.5 times what toppings does on 4 (first seed). `bound`: the rate of the whole
+cluster as one machine with one queue, which no system can beat (simulator/bound.py).
 
     python benchmarks/cluster_sim.py --trace azure-llm-2023-conv.csv --json FILE [--plots DIR] [--quick]
 
 Parameters were tuned on seeds 0..9; the default seeds are none of these, and a replay's seed also chooses
-the piece of the trace.
+the piece of the trace. A seed means the same requests at every rate and for every system, so the ratios are paired.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from typing import Any
 import msgspec
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 from scipy import stats
 
 from vllm_loraserve.simulator import plots
+from vllm_loraserve.simulator.bound import simulate_bound
 from vllm_loraserve.simulator.catalog import PAPER_SIX, Generate, generator
 from vllm_loraserve.simulator.machine import MACHINES, Kernels, Machine
 from vllm_loraserve.simulator.results import Result, write_json
@@ -51,16 +53,25 @@ WORLDS = {
     "rank-aware": ("h100", Kernels.RANK_AWARE),
     "rank-aware-24gb": ("l4", Kernels.RANK_AWARE),
 }
-WORKLOADS = (*PAPER_SIX, "replay-50", "replay-100", "replay-200", "burst-200")
+WORKLOADS = (*PAPER_SIX, "replay-50", "replay-100", "replay-200", "replay-1000", "replay-10000", "burst-200")
 SYSTEM_NAMES = (*BASELINES, "loraserve", "loraserve+")
-COUNTED = ("poisson-uniform", "replay-100")
-"""Workloads for which servers are counted (`gpus_for_load`; null elsewhere): the searches are the longest
-part."""
+LARGE = ("replay-1000", "replay-10000")
+"""Workloads of which only the first seed is run, and shorter: placing 10,000 adapters every 5 s is the longest part."""
+LARGE_DURATION_S = 60.0
 SLO_S = 10.0
+TOLERANCE = 0.01
 SERVERS = 4
+MOST_SERVERS = 32
 TUNING_SEEDS = tuple(range(10))
 SEEDS = (101, 102, 103)
-DURATION_S = 120.0
+DURATION_S = {"max-in-batch": 600.0, "rank-aware": 120.0, "rank-aware-24gb": 120.0}
+"""Seconds of arrivals. The paper replays hours, in which an overloaded server's queue has time to grow."""
+
+
+Figures = dict[str, dict[str, dict[str, Any]]]
+"""World -> workload -> system -> figures."""
+Bounds = dict[str, dict[str, list[float]]]
+"""World -> workload -> highest rate of the pooled machine, by seed."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -109,23 +120,86 @@ def run_at(job: Job, rate: float, servers: int = SERVERS, abort: Abort | None = 
     )
 
 
-def find_rate(job: Job) -> tuple[Job, float]:
+def find_rate(job: Job, guess: float, step: float) -> float:
     """The highest rate within the SLO."""
+    return max_rate(
+        lambda rate, abort: run_at(job, rate, abort=abort), SLO_S, guess=guess, tolerance=TOLERANCE, step=step
+    )
+
+
+def find_bound(job: Job, guess: float, step: float) -> float:
+    """The highest rate of the pooled machine."""
     machine, _, make = setting(job)
-    guess = guess_rate(machine, make, job.seed)
-    return job, max_rate(lambda rate, abort: run_at(job, rate, abort=abort), SLO_S, guess=guess, tolerance=0.03)
+
+    def probe(rate: float, abort: Abort | None) -> Result:
+        return simulate_bound(make(rate, job.seed), [machine] * SERVERS, abort=abort)
+
+    return max_rate(probe, SLO_S, guess=guess, tolerance=TOLERANCE, step=step)
 
 
-def at_common_load(task: tuple[Job, float, bool]) -> tuple[Job, dict[str, float | int | str], int | None]:
-    """Latency, memory and traffic at the common load; servers for 1.5 times that of toppings where asked
-    for."""
-    job, toppings_rate, count_servers = task
-    row = run_at(job, 0.9 * toppings_rate).summary()
-    needed = None
-    if count_servers:
-        load = 1.5 * toppings_rate
-        needed = fewest_servers(lambda n, abort: run_at(job, load, servers=n, abort=abort), SLO_S, start=4, most=32)
-    return job, row, needed
+class Cell(msgspec.Struct):
+    """What one (world, workload, system) showed, seed by seed."""
+
+    rates: list[float] = []
+    rows: list[dict[str, float | int | str]] = []
+    servers: int | None = None
+
+
+class Task(msgspec.Struct, frozen=True):
+    """One (world, workload) with all systems and seeds: searches start from what the others found."""
+
+    world: str
+    workload: str
+    systems: tuple[str, ...]
+    seeds: tuple[int, ...]
+    duration_s: float
+    trace: str | None
+    count_servers: bool
+
+
+def run_task(task: Task) -> tuple[Task, dict[str, Cell], list[float]]:
+    """All figures of one world and workload: cells by system, and the bound of each seed."""
+    cells = {s: Cell() for s in task.systems}
+    bounds: list[float] = []
+    for seed in task.seeds:
+        jobs = {s: Job(task.world, task.workload, s, seed, task.duration_s, task.trace) for s in task.systems}
+        toppings = jobs["toppings"]
+        if bounds:
+            guess, step = bounds[-1], 1.1
+        else:
+            machine, _, make = setting(toppings)
+            guess, step = guess_rate(machine, make, seed), 1.3
+        bounds.append(find_bound(toppings, guess, step))
+        for system, job in jobs.items():
+            known = cells[system].rates
+            if known and known[-1] > 0.0:  # the same share of the bound as with the seed before
+                guess, step = known[-1] / bounds[-2] * bounds[-1], 1.05
+            else:
+                guess, step = 0.9 * bounds[-1], 1.1
+            known.append(find_rate(job, guess, step))
+        load = cells["toppings"].rates[-1]
+        for system, job in jobs.items():
+            cells[system].rows.append(run_at(job, 0.9 * load).summary())
+            if task.count_servers and seed == task.seeds[0]:
+                cells[system].servers = count_servers(job, 1.5 * load, cells[system].rates[0])
+    return task, cells, bounds
+
+
+def count_servers(job: Job, load: float, rate: float) -> int:
+    """Fewest servers for `load`, from the number that `rate` (what SERVERS do) makes likely; 0: MOST_SERVERS do not."""
+    likely = min(max(math.ceil(SERVERS * load / max(rate, 1e-9)), SERVERS), MOST_SERVERS)
+    abort = Abort(SLO_S)
+
+    def good(n: int) -> bool:
+        return run_at(job, load, servers=n, abort=abort).meets(SLO_S)
+
+    if good(likely):
+        while likely > SERVERS and good(likely - 1):
+            likely -= 1
+        return likely
+    return fewest_servers(
+        lambda n, abort: run_at(job, load, servers=n, abort=abort), SLO_S, start=likely + 1, most=MOST_SERVERS
+    )
 
 
 def ratio_with_interval(ours: list[float], theirs: list[float]) -> dict[str, float]:
@@ -139,56 +213,47 @@ def ratio_with_interval(ours: list[float], theirs: list[float]) -> dict[str, flo
     return {"ratio": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half)}
 
 
-def measure(args: argparse.Namespace, worlds: list[str], workloads: list[str], systems: list[str]) -> dict[str, Any]:
-    """All runs: world -> workload -> system -> figures."""
-    jobs = [
-        Job(world, workload, system, seed, args.duration, args.trace)
-        for world in worlds
-        for workload in workloads
-        for system in systems
-        for seed in args.seeds
-    ]
-    rates: dict[Job, float] = {}
-    figures: dict[str, Any] = {}
-    with multiprocessing.Pool(args.jobs) as pool, Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("highest rate within the SLO", total=len(jobs))
-        for job, rate in pool.imap_unordered(find_rate, jobs):
-            rates[job] = rate
-            progress.advance(task)
-        common = [
-            (
-                job,
-                rates[msgspec.structs.replace(job, system="toppings")],
-                job.seed == args.seeds[0] and (job.workload in COUNTED or len(workloads) <= len(COUNTED)),
-            )
-            for job in jobs
-        ]
-        rows: dict[Job, dict[str, float | int | str]] = {}
-        needed: dict[Job, int | None] = {}
-        task = progress.add_task("at the common load", total=len(jobs))
-        for job, row, n in pool.imap_unordered(at_common_load, common):
-            rows[job] = row
-            needed[job] = n
-            progress.advance(task)
+def measure(
+    args: argparse.Namespace, worlds: list[str], workloads: list[str], systems: list[str]
+) -> tuple[Figures, Bounds]:
+    """All runs: world -> workload -> system -> figures; world -> workload -> bound of each seed."""
+    tasks = []
     for world in worlds:
         for workload in workloads:
-            for system in systems:
-                mine = [j for j in jobs if (j.world, j.workload, j.system) == (world, workload, system)]
-                summaries = [rows[j] for j in mine]
-                figures.setdefault(world, {}).setdefault(workload, {})[system] = {
-                    "max_rps_slo": float(np.mean([rates[j] for j in mine])),
-                    "max_rps_slo_by_seed": [rates[j] for j in mine],
-                    "gpus_for_load": needed[mine[0]],
-                    "adapters_per_server": max(int(r["adapters_per_server"]) for r in summaries),
-                    **{
-                        k: float(np.median([float(r[k]) for r in summaries]))
-                        for k in ("offered_rps", "p50_ttft_s", "p95_ttft_s", "p50_tbt_s", "bytes_moved")
-                    },
-                }
-    return figures
+            seeds, seconds = tuple(args.seeds), args.duration or DURATION_S[world]
+            if workload in LARGE:
+                seeds, seconds = seeds[:1], min(seconds, LARGE_DURATION_S)
+            tasks.append(Task(world, workload, tuple(systems), seeds, seconds, args.trace, workload not in LARGE))
+    figures: Figures = {world: {} for world in worlds}
+    limits: Bounds = {world: {} for world in worlds}
+    bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True))
+    with multiprocessing.Pool(args.jobs) as pool, bar as progress:
+        shown = progress.add_task("worlds x workloads", total=len(tasks))
+        for task, cells, bounds in pool.imap_unordered(run_task, tasks):
+            figures[task.world][task.workload] = {s: _figures(cell) for s, cell in cells.items()}
+            limits[task.world][task.workload] = bounds
+            progress.console.print(f"{task.world}, {task.workload}: done")
+            progress.advance(shown)
+    return (
+        {world: {w: by[w] for w in workloads} for world, by in figures.items()},
+        {world: {w: by[w] for w in workloads} for world, by in limits.items()},
+    )
 
 
-def conclusions(figures: dict[str, Any]) -> dict[str, Any]:
+def _figures(cell: Cell) -> dict[str, Any]:
+    return {
+        "max_rps_slo": float(np.mean(cell.rates)),
+        "max_rps_slo_by_seed": cell.rates,
+        "gpus_for_load": cell.servers,
+        "adapters_per_server": max(int(r["adapters_per_server"]) for r in cell.rows),
+        **{
+            k: float(np.median([float(r[k]) for r in cell.rows]))
+            for k in ("offered_rps", "p50_ttft_s", "p95_ttft_s", "p50_tbt_s", "bytes_moved")
+        },
+    }
+
+
+def conclusions(figures: Figures, bounds: Bounds) -> dict[str, Any]:
     """The figures that the project promises, computed from the table."""
 
     def by_seed(world: str, workload: str, system: str) -> list[float]:
@@ -212,7 +277,7 @@ def conclusions(figures: dict[str, Any]) -> dict[str, Any]:
         def saved(versus: tuple[str, ...]) -> float:
             """Largest share of servers that loraserve saves against the worst of `versus`."""
             return max(
-                1.0 - r["loraserve"]["gpus_for_load"] / max(r[s]["gpus_for_load"] or 33 for s in versus)
+                1.0 - r["loraserve"]["gpus_for_load"] / max(r[s]["gpus_for_load"] or MOST_SERVERS + 1 for s in versus)
                 for r in table.values()
                 if r["loraserve"]["gpus_for_load"]
             )
@@ -241,19 +306,25 @@ def conclusions(figures: dict[str, Any]) -> dict[str, Any]:
             rows[workload] = {
                 "best_other": best,
                 **ratio_with_interval(by_seed(world, workload, "loraserve+"), by_seed(world, workload, best)),
+                "bound_over_best_other": ratio_with_interval(bounds[world][workload], by_seed(world, workload, best))[
+                    "ratio"
+                ],
+                "share_of_bound": ratio_with_interval(by_seed(world, workload, "loraserve+"), bounds[world][workload])[
+                    "ratio"
+                ],
             }
         out[world] = {"loraserve+_over_best_other": rows}
     return out
 
 
-def show(figures: dict[str, Any], found: dict[str, Any]) -> None:
+def show(figures: Figures, bounds: Bounds, found: dict[str, Any]) -> None:
     """Prints the tables."""
     console = Console()
     for world, by_workload in figures.items():
         systems = list(next(iter(by_workload.values())))
         table = Table(title=f"{world}: requests/s within P95 TTFT <= {SLO_S:g} s on {SERVERS} servers")
         table.add_column("workload", no_wrap=True)
-        for s in systems:
+        for s in (*systems, "bound"):
             table.add_column(s, justify="right")
         for workload, by_system in by_workload.items():
             best = max(by_system[s]["max_rps_slo"] for s in systems)
@@ -261,20 +332,22 @@ def show(figures: dict[str, Any], found: dict[str, Any]) -> None:
             for s in systems:
                 value = by_system[s]["max_rps_slo"]
                 cells.append(f"[bold]{value:.1f}[/]" if value >= 0.995 * best else f"{value:.1f}")
-            table.add_row(workload, *cells)
+            table.add_row(workload, *cells, f"{np.mean(bounds[world][workload]):.1f}")
         console.print(table)
     for world, facts in found.items():
         console.print(f"[bold]{world}[/]")
         for key, value in facts.items():
             if isinstance(value, dict):
                 for workload, r in value.items():
-                    note = f" over {r['best_other']}" if "best_other" in r else ""
+                    note = ""
+                    if "best_other" in r:
+                        note = f" over {r['best_other']}; bound {r['bound_over_best_other']:.3f}"
                     console.print(f"  {key}, {workload}: {r['ratio']:.3f} ({r['low']:.3f}..{r['high']:.3f}){note}")
             else:
                 console.print(f"  {key}: {value:.3f}")
 
 
-def draw(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+def draw(args: argparse.Namespace, figures: Figures) -> None:
     """The pictures of docs/simulator.md, from one held-out seed."""
     folder = Path(args.plots)
     folder.mkdir(parents=True, exist_ok=True)
@@ -297,16 +370,17 @@ def draw(args: argparse.Namespace, figures: dict[str, Any]) -> None:
                 f"{world}, {counted}: servers for {1.5 * row['toppings']['max_rps_slo_by_seed'][0]:.0f} requests/s",
                 folder / f"{world}-servers.png",
             )
+        seconds = args.duration or DURATION_S[world]
         by_system = by_workload[chosen]
         top = max(r["max_rps_slo"] for r in by_system.values())
-        jobs = {s: Job(world, chosen, s, args.seeds[0], args.duration, args.trace) for s in by_system}
+        jobs = {s: Job(world, chosen, s, args.seeds[0], seconds, args.trace) for s in by_system}
         curves = {
             s: [(f * top, run_at(job, f * top).ttft_percentile(95)) for f in (0.3, 0.5, 0.65, 0.8, 0.9, 1.0, 1.1)]
             for s, job in jobs.items()
         }
         plots.slo_throughput(curves, SLO_S, f"{world}, {chosen}", folder / f"{world}-slo.png")
         common = 0.9 * by_system["toppings"]["max_rps_slo"]
-        runs = [run_at(job, common, sample_s=args.duration / 60) for job in jobs.values()]
+        runs = [run_at(job, common, sample_s=seconds / 60) for job in jobs.values()]
         plots.ttft_cdf(runs, f"{world}, {chosen} at {common:.1f} requests/s", folder / f"{world}-ttft.png")
         plots.load_over_time(
             [r for r in runs if r.system in ("contiguous", "toppings", "loraserve", "loraserve+")],
@@ -324,21 +398,21 @@ def main() -> int:
     parser.add_argument("--workload", action="append")
     parser.add_argument("--system", action="append", choices=list(SYSTEMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--duration", type=float, default=DURATION_S)
+    parser.add_argument("--duration", type=float, metavar="S", help=f"seconds of arrivals (default: {DURATION_S})")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quick", action="store_true", help="three workloads, short runs, one seed (not for figures)")
     args = parser.parse_args()
     workloads = args.workload or list(WORKLOADS)
     if args.quick:
         workloads = args.workload or ["poisson-uniform", "poisson-shifting-skew", "replay-50"]
-        args.duration, args.seeds = min(args.duration, 60.0), args.seeds[:1]
+        args.duration, args.seeds = args.duration or 40.0, args.seeds[:1]
     systems = list(args.system or SYSTEM_NAMES)
     if "toppings" not in systems:
         systems.insert(0, "toppings")
     start = time.monotonic()
-    figures = measure(args, args.world or list(WORLDS), workloads, systems)
-    found = conclusions(figures) if set(SYSTEM_NAMES) <= set(systems) else {}
-    show(figures, found)
+    figures, bounds = measure(args, args.world or list(WORLDS), workloads, systems)
+    found = conclusions(figures, bounds) if set(SYSTEM_NAMES) <= set(systems) else {}
+    show(figures, bounds, found)
     if args.plots:
         draw(args, figures)
     wall = time.monotonic() - start
@@ -354,11 +428,13 @@ def main() -> int:
                 "adapter_popularity": "synthetic: no public LLM trace names adapters",
                 "tuned_on_seeds": TUNING_SEEDS,
                 "seeds": args.seeds,
-                "duration_s": args.duration,
+                "duration_s": {w: args.duration or DURATION_S[w] for w in figures},
+                "large_workloads": {"names": LARGE, "seeds": args.seeds[:1], "duration_s": LARGE_DURATION_S},
                 "servers": SERVERS,
                 "slo": f"P95 TTFT <= {SLO_S:g} s",
                 "wall_s": round(wall, 1),
                 "conclusions": found,
+                "bounds": bounds,
                 "figures": figures,
             },
             args.json,

@@ -75,10 +75,20 @@ def test_full_host_tiers_still_serve_everything() -> None:
         assert r.finished == r.requests, name
 
 
-def test_adapters_that_fit_nowhere_are_an_error_that_says_so() -> None:
+def test_more_adapters_than_host_memory_are_read_from_their_checkpoints() -> None:
     small = msgspec.structs.replace(L4, host_bytes=2**30)
-    with pytest.raises(ValueError, match="adapters fit nowhere"):
-        simulate(zipf(small, 500, 4.0, 10.0, 0, TRACE), [small] * 2, SYSTEMS["loraserve"])
+    workload = zipf(small, 300, 2.0, 20.0, 0, TRACE)
+    assert sum(a.bytes for a in workload.adapters) > 4 * small.host_bytes
+    for name in ("random", "toppings", "loraserve", "loraserve+"):
+        r = simulate(workload, [small] * 2, SYSTEMS[name])
+        assert r.finished == r.requests, name
+        assert r.fetches > 0
+
+
+def test_adapter_larger_than_every_arena_is_an_error_that_names_it() -> None:
+    small = msgspec.structs.replace(L4, arena_rows=64)
+    with pytest.raises(ValueError, match=r"adapter r128-0 needs 128 rank rows and the largest arena has 64"):
+        simulate(load(2.0, 5.0), [small] * 2, SYSTEMS["loraserve"])
 
 
 @pytest.mark.parametrize("make", [burst, churn])

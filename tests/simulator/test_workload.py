@@ -29,6 +29,28 @@ def test_generators_give_the_rate_and_are_deterministic(name: str) -> None:
     assert not np.array_equal(a.adapter[:400], other.adapter[:400])
 
 
+@pytest.mark.parametrize("name", ["poisson-uniform", "uniform-exponential", "replay-50", "zipf-100", "burst-100"])
+def test_a_higher_rate_is_the_same_requests_and_more(name: str) -> None:
+    make = generator(name, H100, TRACE, 50.0)
+    slow, fast = make(10.0, 3), make(17.0, 3)
+    n = len(slow.prompt)
+    assert len(fast.prompt) > n
+    assert np.array_equal(slow.prompt, fast.prompt[:n])
+    assert np.array_equal(slow.output, fast.output[:n])
+    if name.startswith(("poisson", "uniform", "zipf")):  # in the others popularity depends on the place in the run
+        assert np.array_equal(slow.adapter, fast.adapter[:n])
+
+
+def test_a_trace_goes_on_from_its_beginning() -> None:
+    n = len(TRACE.arrival)
+    part = TRACE.around(n - 3, n + 5)
+    assert len(part.arrival) == n + 5
+    assert part.arrival[0] == 0.0
+    assert (np.diff(part.arrival) >= 0.0).all()
+    assert part.prompt[:4].tolist() == [*TRACE.prompt[-3:], TRACE.prompt[0]]
+    assert np.allclose(np.diff(part.arrival[3 : n + 3]), np.diff(TRACE.arrival))
+
+
 def test_rank_popularity_shapes() -> None:
     progress = np.linspace(0, 0.999, 1000)
     for kind in ("uniform", "shifting-skew", "exponential"):

@@ -60,9 +60,6 @@ def generator(name: str, on: Machine, trace: Trace, duration_s: float) -> Genera
 
 
 def _part(trace: Trace, rate: float, duration_s: float, seed: int) -> Trace:
-    """A contiguous piece of the trace with about rate x duration requests; different seeds start at
-    different places."""
-    n = len(trace.arrival)
-    wanted = min(max(int(rate * duration_s), 1), n)
-    start = (seed * 7919) % (n - wanted + 1)
-    return trace.window(start / n, (start + wanted) / n)
+    """About rate x duration requests of the trace in a row. Different seeds start at different places, the same seed at
+    the same one for every rate."""
+    return trace.around((seed * 7919) % len(trace.arrival), max(int(rate * duration_s), 1))

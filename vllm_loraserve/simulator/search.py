@@ -13,13 +13,20 @@ Probe = Callable[[float, Abort | None], Result]
 
 
 def max_rate(
-    probe: Probe, ttft_s: float, *, guess: float, tolerance: float = 0.02, lowest: float = 0.05, q: float = 95.0
+    probe: Probe,
+    ttft_s: float,
+    *,
+    guess: float,
+    tolerance: float = 0.02,
+    lowest: float = 0.05,
+    q: float = 95.0,
+    step: float = 1.3,
 ) -> float:
     """Highest request rate at which percentile `q` of TTFT stays within `ttft_s` seconds; 0.0 if not even
     `lowest` times `guess` does.
 
-    Brackets from `guess` in steps of 1.3, then bisects (geometrically) to `tolerance`. Runs that fail are
-    cut short.
+    Brackets from `guess` by the factor `step`, squared each time until it is 1.3 or more (a good guess wants a small
+    one), then bisects (geometrically) to `tolerance`. Runs that fail are cut short.
     """
     abort = Abort(ttft_s, 1.0 - q / 100.0)
 
@@ -30,20 +37,22 @@ def max_rate(
     rate = guess
     if good(rate):
         while True:
-            low, rate = rate, rate * 1.3
+            low, rate = rate, rate * step
             if not good(rate):
                 high = rate
                 break
             if rate > 1000.0 * guess:
                 return rate
+            step = step if step >= 1.3 else step**2
     else:
         while True:
-            high, rate = rate, rate / 1.3
+            high, rate = rate, rate / step
             if rate < lowest * guess:
                 return 0.0
             if good(rate):
                 low = rate
                 break
+            step = step if step >= 1.3 else step**2
     while high / low > 1.0 + tolerance:
         middle = (low * high) ** 0.5
         if good(middle):

@@ -16,7 +16,7 @@ import msgspec
 from vllm_loraserve.cluster.demand import DemandHistory
 from vllm_loraserve.cluster.operating_points import OperatingPoints
 from vllm_loraserve.cluster.placement import Placement, PlacementInput, make_policy
-from vllm_loraserve.cluster.routing import draw
+from vllm_loraserve.cluster.routing import draw, rendezvous
 from vllm_loraserve.cluster.routing_plus import (
     ServerView,
     choose_finish_time,
@@ -101,6 +101,8 @@ class Simulation:
         self.placement = Placement()
         self.routes: list[dict[str, float]] = []
         self.standby: list[list[int]] = []
+        self.uncopied: set[int] = set()
+        """Adapters for which no host tier has room: served from their checkpoints."""
         self.expected: dict[str, float] = {}
         self.last_tick = 0.0
         self.bytes_moved = 0
@@ -326,7 +328,10 @@ class Simulation:
                 if server.host_used + size <= limit:
                     break
                 placed = name in self.routes[victim] or server.index in self.standby[victim]
-                if not placed and victim not in server.refs and len(self.holders[victim]) > 1:
+                last = len(self.holders[victim]) < 2
+                if victim in self.uncopied:
+                    placed = last = False  # what lives in its checkpoint is only cached here
+                if not placed and not last and victim not in server.refs:
                     server.drop(victim)
                     self.holders[victim].discard(server.index)
             if server.host_used + size > limit:
@@ -358,10 +363,15 @@ class Simulation:
             previous=None if warm else self.placement,
         )
         self.placement = placed = self.policy.place(inp)
-        if placed.unplaced:
-            name, why = next(iter(placed.unplaced.items()))
-            raise ValueError(f"simulation: {len(placed.unplaced)} adapters fit nowhere; {name} {why}")
-        self.routes = [placed.phi[n] for n in self.names]
+        largest = max(spec.capacity_rank_rows for spec in alive)
+        self.uncopied = {a for a, n in enumerate(self.names) if n in placed.unplaced}
+        for a in self.uncopied:
+            if self.adapters[a].rank_rows > largest:
+                raise ValueError(f"simulation: adapter {self.names[a]} {placed.unplaced[self.names[a]]}")
+        live = [spec.name for spec in alive]
+        self.routes = [
+            {rendezvous(n, live)[0]: 1.0} if a in self.uncopied else placed.phi[n] for a, n in enumerate(self.names)
+        ]
         self.standby = [
             [self.by_name[s].index for s in placed.standby.get(n, ())] if self.system.standby else []
             for n in self.names
@@ -370,7 +380,7 @@ class Simulation:
         self.rebalances += 0 if warm else 1
         if warm:
             for a, routes in enumerate(self.routes):
-                for s in routes:
+                for s in routes if a not in self.uncopied else ():
                     self.by_name[s].hold(a)
                     self.holders[a].add(self.by_name[s].index)
         else:
@@ -445,8 +455,8 @@ def simulate(
 
     `op`: operating points that placement and routing believe in (None: what the first machine would be
     profiled at); give the machines' `step_cost` and `op` from a measured file to replay a real cluster.
-    `sample_s`: interval of load samples (0: none); `window_s`: demand window. Raises ValueError when an
-    adapter fits nowhere.
+    `sample_s`: interval of load samples (0: none); `window_s`: demand window. Adapters beyond the host tiers' memory
+    are read from their checkpoints when asked for; one that is larger than every arena raises ValueError.
     """
     if len(workload.arrival):
         longest, kv = int((workload.prompt + workload.output).max()), min(m.kv_tokens for m in machines)

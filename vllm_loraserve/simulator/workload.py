@@ -30,15 +30,14 @@ class Trace(msgspec.Struct, frozen=True):
     output: Ints
     adapters: tuple[str, ...] | None = None
 
-    def window(self, start: float, stop: float) -> Trace:
-        """The requests of the fraction [start, stop) of the trace, times from 0."""
+    def around(self, start: int, count: int) -> Trace:
+        """`count` requests from number `start` on, times from 0; after the last one it goes on with the first."""
         n = len(self.arrival)
-        part = slice(int(n * start), int(n * stop))
-        arrival = self.arrival[part]
-        names = self.adapters[part] if self.adapters is not None else None
-        return Trace(
-            self.name, arrival - (arrival[0] if len(arrival) else 0.0), self.prompt[part], self.output[part], names
-        )
+        index = start + np.arange(count)
+        lap = float(self.arrival[-1]) * (1.0 + 1.0 / max(n - 1, 1))  # the first comes a mean gap after the last
+        arrival = self.arrival[index % n] + lap * (index // n)
+        names = tuple(self.adapters[i % n] for i in index) if self.adapters is not None else None
+        return Trace(self.name, arrival - arrival[0], self.prompt[index % n], self.output[index % n], names)
 
 
 class Workload(msgspec.Struct, frozen=True):
@@ -76,6 +75,12 @@ def synthetic_trace(n: int = 20_000, rate: float = 5.5, seed: int = 0) -> Trace:
     rng = np.random.default_rng([seed, 77])
     prompt, output = synthetic_lengths(n, rng)
     return Trace("synthetic", np.cumsum(rng.exponential(1.0 / rate, n)), prompt, output)
+
+
+def _stream(*what: int) -> np.random.Generator:
+    """Random numbers of one purpose. Each has its own, so that a higher rate of the same seed means the same requests
+    and more of them: two rates, or two systems, are compared on common random numbers."""
+    return np.random.default_rng(what)
 
 
 def _lengths(trace: Trace, n: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
@@ -127,17 +132,16 @@ def paper_workload(
     popularity, 25 adapters of ranks 8..128 (uniform inside a rank), lengths drawn from `trace`."""
     if arrivals not in ARRIVALS:
         raise ValueError(f"unknown arrivals {arrivals!r}; known: {', '.join(ARRIVALS)}")
-    rng = np.random.default_rng([seed, 1])
     n = max(int(rate * duration_s), 1)
-    gaps = np.full(n, 1.0) if arrivals == "uniform" else rng.exponential(1.0, n)
+    gaps = np.full(n, 1.0) if arrivals == "uniform" else _stream(seed, 1, 1).exponential(1.0, n)
     arrival = np.cumsum(gaps) * (duration_s / gaps.sum())
-    rank = _pick(rank_popularity(popularity, arrival / duration_s, len(PAPER_RANKS)), rng)
-    prompt, output = _lengths(trace, n, rng)
+    rank = _pick(rank_popularity(popularity, arrival / duration_s, len(PAPER_RANKS)), _stream(seed, 1, 2))
+    prompt, output = _lengths(trace, n, _stream(seed, 1, 3))
     return Workload(
         f"{arrivals}-{popularity}",
         adapters_of_ranks(machine, per_rank),
         arrival,
-        rank * per_rank + rng.integers(0, per_rank, n),
+        rank * per_rank + _stream(seed, 1, 4).integers(0, per_rank, n),
         prompt,
         output,
     )
@@ -157,7 +161,7 @@ def replay(machine: Machine, trace: Trace, rate: float, n_adapters: int, seed: i
     Rank popularity is a log random walk over 8 pieces of the run, the in-rank order a random permutation
     per seed.
     """
-    rng = np.random.default_rng([seed, 2, n_adapters])
+    rng = _stream(seed, 2, n_adapters, 0)
     ranks = len(PAPER_RANKS)
     per_rank = max(n_adapters // ranks, 1)
     n = len(trace.arrival)
@@ -169,9 +173,9 @@ def replay(machine: Machine, trace: Trace, rate: float, n_adapters: int, seed: i
     logits = np.clip(logits, -1.6, 1.6)
     piece = np.minimum((np.arange(n) * pieces) // max(n, 1), pieces - 1)
     weights = np.exp(logits)[piece]
-    rank = _pick(weights / weights.sum(axis=1, keepdims=True), rng)
     order = np.stack([rng.permutation(per_rank) for _ in range(ranks)])
-    inside = rng.choice(per_rank, n, p=power_law(per_rank))
+    rank = _pick(weights / weights.sum(axis=1, keepdims=True), _stream(seed, 2, n_adapters, 1))
+    inside = _stream(seed, 2, n_adapters, 2).choice(per_rank, n, p=power_law(per_rank))
     span = float(trace.arrival[-1]) if n else 1.0
     return Workload(
         f"replay-{n_adapters}",
@@ -208,16 +212,15 @@ def zipf(
 ) -> Workload:
     """Poisson arrivals, Zipf popularity over `n_adapters` whose ranks are drawn 40/25/15/12/8 % from
     8..128."""
-    rng = np.random.default_rng([seed, 4, n_adapters])
     n = max(int(rate * duration_s), 1)
-    ranks = rng.choice(PAPER_RANKS, n_adapters, p=(0.4, 0.25, 0.15, 0.12, 0.08))
-    arrival = np.cumsum(rng.exponential(1.0, n))
-    prompt, output = _lengths(trace, n, rng)
+    ranks = _stream(seed, 4, n_adapters, 0).choice(PAPER_RANKS, n_adapters, p=(0.4, 0.25, 0.15, 0.12, 0.08))
+    arrival = np.cumsum(_stream(seed, 4, n_adapters, 1).exponential(1.0, n))
+    prompt, output = _lengths(trace, n, _stream(seed, 4, n_adapters, 2))
     return Workload(
         f"zipf-{n_adapters}",
         [machine.adapter(f"z{i}", int(r)) for i, r in enumerate(ranks)],
         arrival * (duration_s / arrival[-1]),
-        rng.choice(n_adapters, n, p=power_law(n_adapters, alpha)),
+        _stream(seed, 4, n_adapters, 3).choice(n_adapters, n, p=power_law(n_adapters, alpha)),
         prompt,
         output,
     )
@@ -229,19 +232,21 @@ def burst(
     """Bursts over a long tail: adapters of the paper's five ranks (equal numbers), Zipf popularity inside
     each rank; ten bursts back to back, in each of which one random adapter makes `share` of all
     requests."""
-    rng = np.random.default_rng([seed, 5, n_adapters])
+    rng = _stream(seed, 5, n_adapters, 0)
     per_rank = max(n_adapters // len(PAPER_RANKS), 1)
     adapters = adapters_of_ranks(machine, per_rank)
     n = max(int(rate * duration_s), 1)
-    arrival = np.cumsum(rng.exponential(1.0, n))
+    arrival = np.cumsum(_stream(seed, 5, n_adapters, 1).exponential(1.0, n))
     arrival *= duration_s / arrival[-1]
-    prompt, output = _lengths(trace, n, rng)
+    prompt, output = _lengths(trace, n, _stream(seed, 5, n_adapters, 2))
     order = np.stack([rng.permutation(per_rank) for _ in PAPER_RANKS])
-    rank = rng.integers(0, len(PAPER_RANKS), n)
-    adapter = rank * per_rank + order[rank, rng.choice(per_rank, n, p=power_law(per_rank))]
+    rank = _stream(seed, 5, n_adapters, 3).integers(0, len(PAPER_RANKS), n)
+    inside = _stream(seed, 5, n_adapters, 4).choice(per_rank, n, p=power_law(per_rank))
+    adapter = rank * per_rank + order[rank, inside]
+    joins = _stream(seed, 5, n_adapters, 5).random(n) < share
     for k in range(10):
-        inside = (arrival >= k * duration_s / 10) & (arrival < (k + 1) * duration_s / 10)
-        adapter[inside & (rng.random(n) < share)] = int(rng.integers(0, len(adapters)))
+        now = (arrival >= k * duration_s / 10) & (arrival < (k + 1) * duration_s / 10)
+        adapter[now & joins] = int(rng.integers(0, len(adapters)))
     return Workload(f"burst-{n_adapters}", adapters, arrival, adapter, prompt, output)
 
 
@@ -249,13 +254,13 @@ def churn(machine: Machine, n_adapters: int, rate: float, duration_s: float, see
     """Adapters come and go: at any time a tenth of them is active (Zipf among them), and the active set
     slides over all of them during the run."""
     base = zipf(machine, n_adapters, rate, duration_s, seed, trace)
-    rng = np.random.default_rng([seed, 6, n_adapters])
+    rng = _stream(seed, 6, n_adapters, 0)
     active = max(n_adapters // 10, 1)
     n = len(base.arrival)
     first = (base.arrival / duration_s * (n_adapters - active)).astype(np.int64)
     # Popularity inside the active set belongs to the adapter, not to its place in the sliding window.
     score = rng.permutation(n_adapters)
-    inside = rng.choice(active, n, p=power_law(active))
+    inside = _stream(seed, 6, n_adapters, 1).choice(active, n, p=power_law(active))
     adapter = np.empty(n, dtype=np.int64)
     for start in np.unique(first):
         here = first == start
