@@ -55,9 +55,9 @@ WORLDS = {
 }
 WORKLOADS = (*PAPER_SIX, "replay-50", "replay-100", "replay-200", "replay-1000", "replay-10000", "burst-200")
 SYSTEM_NAMES = (*BASELINES, "loraserve", "loraserve+")
-LARGE = ("replay-1000", "replay-10000")
-"""Workloads of which only the first seed is run, and shorter: placing 10,000 adapters every 5 s is the longest part."""
-LARGE_DURATION_S = 60.0
+LARGE = {"replay-1000": 60.0, "replay-10000": 30.0}
+"""Workloads of which only the first seed is run, for so many seconds, and servers are not counted: placing 10,000
+adapters every 5 s takes longer than serving them."""
 SLO_S = 10.0
 TOLERANCE = 0.01
 SERVERS = 4
@@ -145,8 +145,16 @@ class Cell(msgspec.Struct):
     servers: int | None = None
 
 
+class Done(msgspec.Struct):
+    """What a task found: cells by system, and the bound of each seed."""
+
+    cells: dict[str, Cell]
+    bounds: list[float]
+
+
 class Task(msgspec.Struct, frozen=True):
-    """One (world, workload) with all systems and seeds: searches start from what the others found."""
+    """One (world, workload) with all systems and seeds: searches start from what the others found. `parts`: folder
+    where what is done is kept."""
 
     world: str
     workload: str
@@ -155,10 +163,23 @@ class Task(msgspec.Struct, frozen=True):
     duration_s: float
     trace: str | None
     count_servers: bool
+    parts: str | None
 
 
-def run_task(task: Task) -> tuple[Task, dict[str, Cell], list[float]]:
-    """All figures of one world and workload: cells by system, and the bound of each seed."""
+def kept_or_run(task: Task) -> tuple[Task, Done]:
+    """The task's figures from an earlier run that was cut short, or new ones."""
+    part = Path(task.parts) / f"{task.world}-{task.workload}.json" if task.parts else None
+    if part is not None and part.exists():
+        return task, msgspec.json.decode(part.read_bytes(), type=Done)
+    done = run_task(task)
+    if part is not None:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(msgspec.json.encode(done))
+    return task, done
+
+
+def run_task(task: Task) -> Done:
+    """All figures of one world and workload."""
     cells = {s: Cell() for s in task.systems}
     bounds: list[float] = []
     for seed in task.seeds:
@@ -182,7 +203,7 @@ def run_task(task: Task) -> tuple[Task, dict[str, Cell], list[float]]:
             cells[system].rows.append(run_at(job, 0.9 * load).summary())
             if task.count_servers and seed == task.seeds[0]:
                 cells[system].servers = count_servers(job, 1.5 * load, cells[system].rates[0])
-    return task, cells, bounds
+    return Done(cells, bounds)
 
 
 def count_servers(job: Job, load: float, rate: float) -> int:
@@ -222,16 +243,18 @@ def measure(
         for workload in workloads:
             seeds, seconds = tuple(args.seeds), args.duration or DURATION_S[world]
             if workload in LARGE:
-                seeds, seconds = seeds[:1], min(seconds, LARGE_DURATION_S)
-            tasks.append(Task(world, workload, tuple(systems), seeds, seconds, args.trace, workload not in LARGE))
+                seeds, seconds = seeds[:1], min(seconds, LARGE[workload])
+            tasks.append(
+                Task(world, workload, tuple(systems), seeds, seconds, args.trace, workload not in LARGE, args.parts)
+            )
     figures: Figures = {world: {} for world in worlds}
     limits: Bounds = {world: {} for world in worlds}
     bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True))
     with multiprocessing.Pool(args.jobs) as pool, bar as progress:
         shown = progress.add_task("worlds x workloads", total=len(tasks))
-        for task, cells, bounds in pool.imap_unordered(run_task, tasks):
-            figures[task.world][task.workload] = {s: _figures(cell) for s, cell in cells.items()}
-            limits[task.world][task.workload] = bounds
+        for task, done in pool.imap_unordered(kept_or_run, tasks):
+            figures[task.world][task.workload] = {s: _figures(cell) for s, cell in done.cells.items()}
+            limits[task.world][task.workload] = done.bounds
             progress.console.print(f"{task.world}, {task.workload}: done")
             progress.advance(shown)
     return (
@@ -320,6 +343,8 @@ def conclusions(figures: Figures, bounds: Bounds) -> dict[str, Any]:
 def show(figures: Figures, bounds: Bounds, found: dict[str, Any]) -> None:
     """Prints the tables."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a file or a pipe has no width of its own
     for world, by_workload in figures.items():
         systems = list(next(iter(by_workload.values())))
         table = Table(title=f"{world}: requests/s within P95 TTFT <= {SLO_S:g} s on {SERVERS} servers")
@@ -400,6 +425,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--duration", type=float, metavar="S", help=f"seconds of arrivals (default: {DURATION_S})")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--parts", metavar="DIR", help="keep what is done there; a run that was cut short goes on")
     parser.add_argument("--quick", action="store_true", help="three workloads, short runs, one seed (not for figures)")
     args = parser.parse_args()
     workloads = args.workload or list(WORKLOADS)
@@ -421,7 +447,12 @@ def main() -> int:
         write_json(
             {
                 "date": date.today().isoformat(),
-                "command": "python benchmarks/cluster_sim.py " + " ".join(sys.argv[1:]),
+                "command": " ".join(
+                    [
+                        "python benchmarks/cluster_sim.py",
+                        *(Path(a).name if a == args.trace else a for a in sys.argv[1:]),
+                    ]
+                ),
                 "device": f"simulated; {platform.machine()}, Python {platform.python_version()}",
                 "machines": {w: MACHINES[WORLDS[w][0]].name for w in figures},
                 "trace": the_trace(args.trace).name,
@@ -429,7 +460,7 @@ def main() -> int:
                 "tuned_on_seeds": TUNING_SEEDS,
                 "seeds": args.seeds,
                 "duration_s": {w: args.duration or DURATION_S[w] for w in figures},
-                "large_workloads": {"names": LARGE, "seeds": args.seeds[:1], "duration_s": LARGE_DURATION_S},
+                "large_workloads": {"seeds": args.seeds[:1], "duration_s": LARGE},
                 "servers": SERVERS,
                 "slo": f"P95 TTFT <= {SLO_S:g} s",
                 "wall_s": round(wall, 1),

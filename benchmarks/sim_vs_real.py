@@ -1,9 +1,11 @@
 """Is the simulator right? The same trace on two real instances and in the simulator, side by side.
 
 Starts a whole cluster (coordinator, router, two vLLM instances with the plugin) on this machine, measures the step cost
-of both instances at the same time (they share the machine), replays a trace with adapters of several ranks through the
-router at given loads, and runs the simulator with the measured step cost on the very same requests. Reported of both:
-throughput, P50 and P95 time to first token; and the relative errors.
+of one instance while the other is idle, and of both at once (they share the machine's cores: the simulator is told by
+how much a busy neighbour slows a step), replays a trace with adapters of several ranks through the router at given
+loads, and runs the simulator with these measurements on the very same requests. Reported of both: throughput, P50 and
+P95 time to first token; and the relative errors. The placement is the real coordinator's, read before each replay and
+left alone during it: what is compared is the model of the instances and of routing.
 
 Lengths and arrivals are those of an Azure 2023 trace file (`--trace`; else synthetic ones like it), lengths divided by
 `--shrink` so that a small model on a CPU keeps up; who asks for which adapter is drawn (no public trace says). Prompts
@@ -34,8 +36,9 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from vllm_loraserve.cluster.fit import Fit, fit_step_cost
+from vllm_loraserve.cluster.fit import Fit, StepSample, fit_step_cost, predict_step
 from vllm_loraserve.cluster.operating_points import OperatingPoints, points_from_step_cost
+from vllm_loraserve.cluster.placement import Placement
 from vllm_loraserve.coordinator.client import CoordinatorClient
 from vllm_loraserve.coordinator.messages import GetTable, RoutingTable
 from vllm_loraserve.coordinator.profile import make_like
@@ -120,30 +123,60 @@ def make_workload(trace: Trace, machine: Machine, count: int, start: int, seed: 
     )
 
 
-async def profile(urls: list[str], base: str, by_rank: dict[int, list[str]]) -> tuple[Fit, float]:
-    """The step cost of all instances together, and the seconds that a request spends outside of the engine."""
-    shape = ProfileWorkload(prompt_lengths=(16, 96, 256, 448), group_sizes=(1, 2, 4, 8, 12), vocabulary=VOCABULARY)
+class Calibration(msgspec.Struct):
+    """What is measured of the instances before the replays; seconds."""
+
+    fit: Fit
+    contention: float
+    """By how much a step is longer while the other instance is busy."""
+    outside: float
+    """Of a request's time to first token, what is spent outside of the engine, the router included."""
+    fit_error_of_both: float
+    """Mean error of the step cost, times 1 + contention, on the steps measured with both busy."""
+
+
+async def calibrate(urls: list[str], router: str, base: str, by_rank: dict[int, list[str]]) -> Calibration:
+    """Step cost of an instance alone, the slowdown when both are busy, and the time spent outside of the engines."""
+    shape = ProfileWorkload(prompt_lengths=(16, 96, 384), group_sizes=(1, 3, 8), vocabulary=VOCABULARY)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         profilers = [Profiler(session, url, shape, seed) for seed, url in enumerate(urls)]
-        samples = await asyncio.gather(*(p.step_samples(by_rank, base, repeats=5) for p in profilers))
+        for profiler in profilers:  # warms up
+            for length in shape.prompt_lengths:
+                await profiler.first_token_s(base, length)
+        _say("measuring the step cost of one instance alone")
+        alone = await profilers[0].step_samples(by_rank, base, repeats=3)
+        _say("measuring both at once")
+        groups = await asyncio.gather(*(p.step_samples(by_rank, base, repeats=3) for p in profilers))
+        both = [s for group in groups for s in group]
+        through = Profiler(session, router, shape, len(urls))
+        hops: list[list[float]] = [[], []]
+        model = next(iter(by_rank.values()))[0]
+        for _ in range(15):
+            for times, profiler in zip(hops, (profilers[0], through), strict=True):
+                times.append(await profiler.first_token_s(model, 8))
+    hop = max(0.0, statistics.median(hops[1]) - statistics.median(hops[0]))
     # A first token's time has HTTP, tokenising and one handover between processes in it; a gap between two tokens of
     # a stream has not. The difference of the two at one token of work is what a request pays once.
-    fitted = fit_step_cost([s for group in samples for s in group if not s.prefill_tokens])
-    floor = fitted.cost.base + fitted.cost.decode_token
-    prefill = sorted(
-        (s for g in samples for s in g if s.prefill_tokens and not s.adapters), key=lambda s: s.prefill_tokens
-    )
+    floor = fit_step_cost([s for s in alone if not s.prefill_tokens]).cost
+    prefill = [s for s in alone if s.prefill_tokens and not s.adapters]
     x = np.array([s.prefill_tokens for s in prefill])
     y = np.array([s.seconds for s in prefill])
-    _, intercept = np.polyfit(x, y, 1)
-    outside = max(0.0, float(intercept) - floor)
-    steps = [
-        msgspec.structs.replace(s, seconds=max(s.seconds - outside, 1e-4)) if s.prefill_tokens else s
-        for group in samples
-        for s in group
-    ]
-    return fit_step_cost(steps), outside
+    _, intercept = np.polyfit(x, y, 1, w=1.0 / y)
+    outside = max(0.0, float(intercept) - floor.base - floor.decode_token)
+    fit = fit_step_cost([_inside(s, outside) for s in alone])
+    steps = [_inside(s, outside) for s in both]
+    ratios = [s.seconds / predict_step(fit.cost, s) for s in steps]
+    slower = max(1.0, statistics.median(ratios))
+    error = statistics.fmean(abs(r / slower - 1.0) for r in ratios)
+    return Calibration(fit, slower - 1.0, outside + hop, error)
+
+
+def _inside(sample: StepSample, outside: float) -> StepSample:
+    """The sample less what was spent outside of the engine (first tokens only)."""
+    if not sample.prefill_tokens:
+        return sample
+    return msgspec.structs.replace(sample, seconds=max(sample.seconds - outside, 1e-4))
 
 
 async def replay(url: str, workload: Workload, names: list[str], seed: int) -> Replay:
@@ -183,14 +216,34 @@ async def replay(url: str, workload: Workload, names: list[str], seed: int) -> R
     return Replay([ttft for ttft, _ in done], tokens / duration, duration)
 
 
-def at_load(workload: Workload, machine: Machine, system: System, points: OperatingPoints, load: float) -> Workload:
+def at_load(
+    workload: Workload, machine: Machine, system: System, points: OperatingPoints, load: float, placement: Placement
+) -> Workload:
     """The workload stretched in time so that the simulated servers are busy for `load` of it."""
     low, high = 0.01, 100.0
     for _ in range(18):
         rate = (low * high) ** 0.5
-        result = simulate(workload.scaled(rate), [machine] * 2, system, Kernels.RANK_AWARE, op=points)
+        result = simulate(
+            workload.scaled(rate), [machine] * 2, system, Kernels.RANK_AWARE, op=points, placement=placement
+        )
         low, high = (rate, high) if statistics.mean(result.busy) < load else (low, rate)
     return workload.scaled(low)
+
+
+def placement_of(table: RoutingTable) -> Placement:
+    """The coordinator's placement with the simulator's names of the servers."""
+    server = {entry.name: f"s{i:04d}" for i, entry in enumerate(table.instances)}
+    return Placement(phi={a.adapter.name: {server[r.instance]: r.phi for r in a.routes} for a in table.adapters})
+
+
+async def touch(url: str, models: list[str]) -> None:
+    """One short request for each adapter, so that all are resident: the replays measure no first loads."""
+    async with aiohttp.ClientSession() as session:
+        for model in models:
+            body = {"model": model, "prompt": [1000], "max_tokens": 1}
+            async with session.post(url + "/v1/completions", json=body) as answer:
+                answer.raise_for_status()
+                await answer.read()
 
 
 def compare(real: Replay, simulated: Result, outside: float) -> dict[str, float]:
@@ -228,7 +281,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         plan,
         adapter_roots=(str(made),),
         vllm_options=_without(plan.vllm_options, plan_options) + tuple(plan_options),
-        coordinator_options=("--policy", options.policy),
+        # Placed as adapters are registered, and then left alone: a replay must not change what is compared.
+        coordinator_options=("--policy", options.policy, "--rebalance", "3600"),
     )
     _say(f"starting two instances of {plan.model_name}")
     cluster = Cluster(plan)
@@ -236,13 +290,18 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         for group in names.values():
             for name in group:
                 cluster.add_adapter(name, made / name)
-        _say("measuring the step cost")
         urls = [cluster.instance_url(i) for i in range(2)]
         pids = [pid for server in cluster.servers for pid in server.pids()]
         others = Busy(pids)
-        fit, outside = asyncio.run(profile(urls, plan.model_name, {r: names[r] for r in PROFILED}))
+        router = cluster.url
+        found = asyncio.run(calibrate(urls, router, plan.model_name, {r: names[r] for r in PROFILED}))
+        fit = found.fit
         others_profiling = others.share()
-        _say(f"mean error of the fit {fit.relative_error:.1%}; {outside * 1e3:.1f} ms of a request outside the engine")
+        _say(
+            f"mean error of the fit {fit.relative_error:.1%}, of both {found.fit_error_of_both:.1%}; a busy neighbour "
+            f"makes steps {1 + found.contention:.2f} times as long; {found.outside * 1e3:.1f} ms outside the engine"
+        )
+        asyncio.run(touch(router, [name for group in names.values() for name in group]))
         table = asyncio.run(routing_table(cluster.coordinator_endpoint))
         capacity = table.instances[0].capacity
         machine = Machine(
@@ -254,30 +313,37 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             arena_rows=capacity.rank_rows,
             max_rank=max(RANKS),
             row_bytes=max(1, table.adapters[0].adapter.size_bytes // table.adapters[0].adapter.rank),
+            contention=found.contention,
+            schedules_ahead=True,  # vLLM's default
         )
         points = OperatingPoints(points=points_from_step_cost(fit.cost), step_cost=fit.cost, measured=True)
         # The real router compares live loads of the eligible (two instances, so always both), as this mode does.
-        system = System(name=options.policy, policy=options.policy, routing=RoutingMode.LEAST_LOADED, period_s=15.0)
+        system = System(name=options.policy, policy=options.policy, routing=RoutingMode.LEAST_LOADED, period_s=0.0)
         trace = make_trace(options)
         runs = []
         for number, load in enumerate(options.loads):
             base = make_workload(trace, machine, options.requests, number * options.requests, options.seed)
-            workload = at_load(base, machine, system, points, load)
+            placement = placement_of(asyncio.run(routing_table(cluster.coordinator_endpoint)))
+            workload = at_load(base, machine, system, points, load, placement)
             _say(f"load {load:g}: {workload.rate:.2f} requests/s, {workload.arrival[-1]:.0f} s")
             others = Busy(pids)
             real = asyncio.run(replay(cluster.url, workload, [a.name for a in workload.adapters], options.seed))
             others_share = others.share()
-            simulated = simulate(workload, [machine] * 2, system, Kernels.RANK_AWARE, op=points)
+            simulated = simulate(workload, [machine] * 2, system, Kernels.RANK_AWARE, op=points, placement=placement)
             runs.append(
                 {"load": load, "rate": workload.rate, "requests": options.requests, "cpu_of_others": others_share}
-                | compare(real, simulated, outside)
+                | compare(real, simulated, found.outside)
             )
+            if options.requests_too:
+                runs[-1]["ttft_s"] = {"real": real.ttft, "simulated": (simulated.ttft + found.outside).tolist()}
             _show(runs[-1])
     return {
         "policy": options.policy,
         "step_cost": msgspec.structs.asdict(fit.cost),
         "step_cost_fit_error": fit.relative_error,
-        "outside_engine_s": outside,
+        "step_cost_fit_error_of_both": found.fit_error_of_both,
+        "contention": found.contention,
+        "outside_engine_s": found.outside,
         "cpu_of_others_while_profiling": others_profiling,
         "trace": Path(options.trace).name if options.trace else "synthetic",
         "shrink": options.shrink,
@@ -323,6 +389,7 @@ def main() -> None:
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.75], help="shares of the capacity")
     parser.add_argument("--requests", type=int, default=120, help="requests per load")
     parser.add_argument("--shrink", type=int, default=8, help="divisor of the trace's lengths")
+    parser.add_argument("--requests-too", action="store_true", help="write every request's time to first token, too")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sim-vs-real-") as scratch:

@@ -15,7 +15,7 @@ from vllm_loraserve.cluster.placement import (
     server_loads,
 )
 from vllm_loraserve.cluster.placement_baselines import replica_counts
-from vllm_loraserve.cluster.placement_loraserve import rank_budgets
+from vllm_loraserve.cluster.placement_loraserve import WHOLE_BUDGETS, LoRAServe, fill_level, rank_budgets
 from vllm_loraserve.cluster.stability import carry_over, interference_loads
 
 RANKS = (8, 16, 32, 64, 128)
@@ -58,6 +58,37 @@ def test_loraserve_separates_ranks_where_there_are_servers_for_it() -> None:
     own = interference_loads(inp, placement, additive=False)
     random = interference_loads(inp, make_policy("random").place(inp), additive=False)
     assert max(own.values()) < 0.7 * max(random.values())
+
+
+def test_fill_level_is_the_least_at_which_everything_fits() -> None:
+    # One server full of rank 128, one of rank 8: nothing to gain from mixing.
+    assert fill_level([(5_500.0, 5_500.0), (10_000.0, 10_000.0)], [1.0, 1.0]) == pytest.approx(1.0, rel=0.06)
+    # Little of rank 128, much of rank 8: server 1 pays rank 128's price for L x 5,500 tokens, server 2 the rest.
+    level = fill_level([(1_000.0, 5_500.0), (14_500.0, 10_000.0)], [1.0, 1.0])
+    assert level == pytest.approx(1.0, rel=0.06)
+    # Twice the demand, twice the level; a server of twice the speed counts as two.
+    assert fill_level([(2_000.0, 5_500.0), (29_000.0, 10_000.0)], [1.0, 1.0]) == pytest.approx(2 * level, rel=0.01)
+    assert fill_level([(8_000.0, 5_500.0)], [1.0, 1.0]) == pytest.approx(8_000.0 / 11_000.0, rel=0.06)
+    assert fill_level([(8_000.0, 5_500.0)], [2.0]) == pytest.approx(8_000.0 / 11_000.0, rel=0.01)
+    assert fill_level([], [1.0]) == 0.0
+
+
+def test_loraserve_fills_servers_by_rank_where_whole_budgets_overload_the_mixed_one() -> None:
+    inp = given()
+    inp.demand = {a.name: 16_000.0 / a.rank for a in inp.adapters}  # exponential: half of it is rank 8
+    policy = LoRAServe(damped=False)
+
+    def worst(placement: Placement) -> float:
+        return max(interference_loads(inp, placement, additive=False).values())
+
+    whole, chosen = worst(policy._pack(inp, 1.0)), policy.place(inp)
+    assert worst(chosen) * WHOLE_BUDGETS < whole
+    rank = {a.name: a.rank for a in inp.adapters}
+    groups = sorted({rank[a] for a in held} for held in chosen.by_server().values())
+    assert sum(len(g) for g in groups) <= len(RANKS) + len(inp.servers) - 1, "at most one border for each server"
+    assert max(interference_loads(inp, chosen, additive=False).values()) < 1.2 * min(
+        interference_loads(inp, chosen, additive=False).values()
+    )
 
 
 def test_loraserve_follows_a_shift_of_demand_and_moves_only_then() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vllm_loraserve.cluster.operating_points import StepCost
+from vllm_loraserve.cluster.placement import Placement
 from vllm_loraserve.simulator.machine import Kernels, Machine
 from vllm_loraserve.simulator.results import Result
 from vllm_loraserve.simulator.simulation import simulate
@@ -129,3 +130,26 @@ def test_load_blocks_only_its_own_request_except_with_padded_kernels() -> None:
 def test_faster_machine_is_faster() -> None:
     fast = run([(0.0, 0, 50, 11)], machine=msgspec.structs.replace(MACHINE, speed=2.0))
     assert run([(0.0, 0, 50, 11)]).finish[0] / fast.finish[0] == pytest.approx(2.0, rel=0.01)
+
+
+def test_busy_neighbours_on_one_host_slow_each_other() -> None:
+    shared = msgspec.structs.replace(MACHINE, contention=0.5)
+    placement = Placement(phi={"a0": {"s0000": 1.0}, "a1": {"s0001": 1.0}})
+    alone = run([(0.0, 0, 50, 40)], machine=shared, servers=2, placement=placement)
+    assert alone.finish[0] == pytest.approx(run([(0.0, 0, 50, 40)]).finish[0])
+    both = run([(0.0, 0, 50, 40), (0.0, 1, 50, 40)], machine=shared, servers=2, placement=placement)
+    apart = run([(0.0, 0, 50, 40), (0.0, 1, 50, 40)], servers=2, placement=placement)
+    # The first of the two starts its first step beside an idle neighbour.
+    assert both.tbt / apart.tbt == pytest.approx([1.5, 1.5], rel=0.05)
+
+
+def test_scheduling_ahead_makes_an_arrival_wait_for_one_step_more() -> None:
+    ahead = msgspec.structs.replace(MACHINE, schedules_ahead=True)
+    resident = [(0.0, 1, 1, 1), (1.0, 0, 50, 41)]
+    middle = 1.0 + 20 * STEP
+    own = 0.010 + 1e-3 + 20 * (1e-4 + 8e-6) + 8e-5  # its prompt beside one decode
+    for machine, waits in ((MACHINE, 1), (ahead, 2)):
+        r = run([*resident, (middle, 0, 20, 1)], machine=machine)
+        assert (waits - 1) * STEP + own <= r.ttft[2] <= waits * STEP + own + 1e-9
+    idle = run([(0.0, 0, 20, 1)], machine=ahead)
+    assert idle.ttft[0] == pytest.approx(run([(0.0, 0, 20, 1)]).ttft[0])

@@ -30,6 +30,11 @@ from vllm_loraserve.cluster.stability import interference_loads, settle
 TARGET_FACTORS = (1.0, 1.05, 1.1, 1.2, 1.35)
 SEARCH_LIMIT = 64
 """Up to this many servers the soft capacity is searched among TARGET_FACTORS."""
+OVERFLOW = 0.05
+"""Share of a server's capacity by which a rank's last rest may overfill it, rather than spill over."""
+WHOLE_BUDGETS = 1.2
+"""How much better the worst server must be for budgets that are not whole servers: their borders wander with every
+change of demand, which costs moves, and their servers have no slack."""
 SMALLEST_SHARE = 0.02
 """A split that leaves less than this fraction of an adapter, or of a server, on one more server is not
 worth a copy."""
@@ -70,7 +75,8 @@ class LoRAServe:
         server.
 
         The paper's target assumes that every rank runs alone; where leftovers mix ranks the mixed servers
-        end above it. Small clusters, where one mixed server matters, try some higher targets.
+        end above it. Small clusters, where one mixed server matters, try some higher targets, and budgets that
+        are not rounded to whole servers.
         """
         if not inp.adapters:
             return Placement()
@@ -80,7 +86,9 @@ class LoRAServe:
         def worst(placement: Placement) -> float:
             return max(interference_loads(inp, placement, additive=False).values())
 
-        return min((self._pack(inp, f) for f in TARGET_FACTORS), key=worst)
+        whole = min((self._pack(inp, f) for f in TARGET_FACTORS), key=worst)
+        mixed = self._fill(inp)
+        return mixed if worst(mixed) * WHOLE_BUDGETS < worst(whole) else whole
 
     def _pack(self, inp: PlacementInput, factor: float) -> Placement:
         """Steps 1 to 4 with the target utilisation multiplied by `factor`."""
@@ -102,6 +110,51 @@ class LoRAServe:
             leftovers += packer.pack(adapters, groups[rank], rank) if groups[rank] else adapters
         packer.place_leftovers(leftovers)
         return packer.placement()
+
+    def _fill(self, inp: PlacementInput) -> Placement:
+        """Steps 2 to 4 with fractional budgets: servers are filled one after the other, largest ranks first, up to
+        the least level at which everything fits; a server at the border of two ranks pays the larger one."""
+        weight = {a.name: inp.weight(a) for a in inp.adapters}
+        adapters = sorted(inp.adapters, key=lambda a: (-a.rank, -weight[a.name], a.name))
+        servers = sorted(inp.servers, key=lambda s: (-s.speed, s.name))
+        tokens: dict[int, float] = {}
+        for a in adapters:
+            tokens[a.rank] = tokens.get(a.rank, 0.0) + weight[a.name] * inp.op.at(a.rank)
+        level = fill_level([(t, inp.op.at(r)) for r, t in tokens.items()], [s.speed for s in servers])
+        packer = _Packer(inp, weight, level)
+        packer.place_leftovers(packer.fill(adapters, [s.name for s in servers], tokens))
+        return packer.placement()
+
+
+def fill_level(needs: list[tuple[float, float]], speeds: list[float]) -> float:
+    """Least load at which servers of `speeds`, filled in turn with `needs` [(tokens/s, OP)], smallest OP (largest rank)
+    first, take everything; a server's tokens all count against the first OP that it got.
+
+    The rest of a rank that is less than `OVERFLOW` of a server goes on top: alone on the next server it would set the
+    price of everything there.
+    """
+
+    def overload(level: float) -> float:
+        """Load of the last server, which takes what is left, beyond `level`."""
+        i, used, price = 0, 0.0, 0.0
+        for need, op in needs:
+            tokens = need
+            while tokens > 0.0:
+                price = price or op
+                room = level * speeds[i] * price - used
+                if tokens <= room + OVERFLOW * speeds[i] * price or i == len(speeds) - 1:
+                    used += tokens
+                    break
+                tokens -= max(room, 0.0)
+                i, used, price = i + 1, 0.0, 0.0
+        return used / (speeds[i] * price) - level if price and i == len(speeds) - 1 else -level
+
+    low = math.fsum(t / op for t, op in needs) / math.fsum(speeds)
+    high = max(math.fsum(t for t, _ in needs) / (needs[0][1] * min(speeds)), low) if needs else low
+    for _ in range(24):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if overload(middle) > 0.0 else (low, middle)
+    return high
 
 
 class _Packer:
@@ -158,6 +211,36 @@ class _Packer:
                 heapq.heappush(heap, item)
             if self.rest[a.name] > sliver:
                 left.append(a)
+        return left
+
+    def fill(self, adapters: list[AdapterSpec], servers: list[str], tokens: dict[int, float]) -> list[AdapterSpec]:
+        """Fills `servers` in turn with `adapters` (largest ranks first; `tokens`: tokens/s of each rank) up to the
+        target, as `fill_level` counts. Returns what did not fit wholly."""
+        left, i, to_come = [], 0, dict(tokens)
+        for a in adapters:
+            sliver = SMALLEST_SHARE * min(self.weight[a.name], self.target)
+            op = self.op.at(a.rank)
+            while self.rest[a.name] > sliver:
+                s = servers[i]
+                if not self.cap.fits(a, s):
+                    left.append(a)
+                    break
+                price = self.op.at(max(self.max_rank[s], a.rank)) * self.cap.servers[s].speed
+                room = self.target * price - self.tokens[s]
+                rest = self.rest[a.name]
+                if (
+                    i == len(servers) - 1
+                    or to_come[a.rank] <= room + OVERFLOW * price
+                    or rest * op <= room + sliver * op
+                    or (a.name in self.idle and room > 0.0)
+                ):
+                    take = rest
+                else:
+                    take = room / op
+                    i += 1
+                if take > sliver or take == rest:
+                    self._give(a, s, take)
+                    to_come[a.rank] -= take * op
         return left
 
     def place_leftovers(self, adapters: list[AdapterSpec]) -> None:

@@ -101,6 +101,10 @@ class Profiler:
             raise ProfilingError(f"The instance sent no token for '{model}'.")
         return _Stream(chunks[0] - started, chunks, output_tokens)
 
+    async def first_token_s(self, model: str, prompt_tokens: int) -> float:
+        """Seconds to the first token of one request with a random prompt."""
+        return (await self._stream(model, prompt_tokens, 1)).ttft
+
     # ---- steps ----
 
     async def step_samples(

@@ -57,6 +57,11 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     load_latency_s: float = 1e-3
     fetch_latency_s: float = 2e-3
     disk_latency_s: float = 20e-3
+    contention: float = 0.0
+    """Instances that share a host's cores: by how much a step is longer for each other one that is busy (0.6: 1.6
+    times as long)."""
+    schedules_ahead: bool = False
+    """Asynchronous scheduling: the step after the running one is fixed already, so an arrival joins the one after."""
 
     def adapter(self, name: str, rank: int) -> AdapterSpec:
         """The spec of an adapter of `rank` that targets all modules of this machine's model."""

@@ -15,6 +15,7 @@ those behind it, except with padded kernels, where the load happens inside the s
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from itertools import islice
@@ -125,6 +126,9 @@ class Server:
         self.leap_dt = 0.0
         self.step_end = -1.0  # < 0: idle
         self.last_dt = 0.0
+        self.known_until = math.inf
+        self.slowdown = 1.0
+        """Set by the event loop before `start`: what neighbours on the same host cost a step."""
 
     # -- the work of a step
     # ------------------------------------------------------------------------------------
@@ -146,6 +150,9 @@ class Server:
         """Starts a step or a leap; sets `step_end` (idle: -1.0) and returns whether there is one."""
         m = self.machine
         n_decode = len(self.decoding)
+        # What was fixed while the step before ran knows only requests that had come before that one began.
+        seen = m.schedules_ahead and self.step_end == now and (n_decode or self.prefilling)
+        self.known_until = now - self.leap_dt if seen else math.inf
         budget = m.max_batched_tokens - n_decode
         plan: list[tuple[Request, int]] = []
         tokens = token_ranks = 0
@@ -187,13 +194,15 @@ class Server:
             + c.rank_row * rows
             + c.adapter * len(self.refs)
             + c.context_token * self.context
-        ) / m.speed
+        ) * (self.slowdown / m.speed)
         self.last_dt = dt
         if plan:
             self.leap = 1
             dt += stall
         else:
-            self.leap = k = self.decoding[0][0] - self.steps
+            # A neighbour may come and go within a leap, which would change its pace.
+            held = m.contention or (m.schedules_ahead and self.waiting)
+            self.leap = k = 1 if held else self.decoding[0][0] - self.steps
             # The context grows by one token per request and step: charge the mean.
             dt += c.context_token * n_decode * (k - 1) * 0.5 / m.speed
         self.leap_start = now
@@ -297,7 +306,7 @@ class Server:
         wanted: set[int] = set()
         while waiting and budget > 0 and self.running < m.max_seqs and len(skipped) < SCAN:
             r = waiting[0]
-            if self.kv_used + r.prompt + r.output > m.kv_tokens:
+            if self.kv_used + r.prompt + r.output > m.kv_tokens or r.arrival > self.known_until:
                 break
             a = r.adapter
             if a >= 0 and a not in self.arena:

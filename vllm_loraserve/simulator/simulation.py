@@ -77,6 +77,7 @@ class Simulation:
         sample_s: float,
         window_s: float,
         on_progress: Callable[[float], None] | None,
+        placement: Placement | None = None,
     ) -> None:
         self.workload = workload
         self.system = system
@@ -99,6 +100,7 @@ class Simulation:
         self.demand = DemandHistory(window_s=window_s)
         self.mean_output = 128.0
         self.placement = Placement()
+        self.given = placement
         self.routes: list[dict[str, float]] = []
         self.standby: list[list[int]] = []
         self.uncopied: set[int] = set()
@@ -188,6 +190,9 @@ class Simulation:
         self._push(time, _Event.LOAD, server.index, adapter)
 
     def _start(self, server: Server, now: float) -> None:
+        if server.machine.contention:
+            busy = sum(1 for s in self.servers if s.step_end > now and s is not server)
+            server.slowdown = 1.0 + server.machine.contention * busy
         if server.start(now):
             server.version += 1
             self._push(server.step_end, _Event.STEP, server.index, server.version)
@@ -362,7 +367,7 @@ class Simulation:
             op=self.op,
             previous=None if warm else self.placement,
         )
-        self.placement = placed = self.policy.place(inp)
+        self.placement = placed = self.given if warm and self.given is not None else self.policy.place(inp)
         largest = max(spec.capacity_rank_rows for spec in alive)
         self.uncopied = {a for a, n in enumerate(self.names) if n in placed.unplaced}
         for a in self.uncopied:
@@ -450,11 +455,13 @@ def simulate(
     sample_s: float = 0.0,
     window_s: float = 5.0,
     on_progress: Callable[[float], None] | None = None,
+    placement: Placement | None = None,
 ) -> Result:
     """Runs `workload` on `machines` (one instance each) under `system`; see `Result`.
 
     `op`: operating points that placement and routing believe in (None: what the first machine would be
     profiled at); give the machines' `step_cost` and `op` from a measured file to replay a real cluster.
+    `placement`: where adapters are at the start (servers `s0000`, `s0001`...; None: the system's choice).
     `sample_s`: interval of load samples (0: none); `window_s`: demand window. Adapters beyond the host tiers' memory
     are read from their checkpoints when asked for; one that is larger than every arena raises ValueError.
     """
@@ -466,5 +473,5 @@ def simulate(
                 "give the machine more `kv_tokens` or cut the trace"
             )
     return Simulation(
-        workload, machines, system, kernels, op, seed, failures, abort, sample_s, window_s, on_progress
+        workload, machines, system, kernels, op, seed, failures, abort, sample_s, window_s, on_progress, placement
     ).run()
