@@ -394,6 +394,7 @@ def draw(args: argparse.Namespace, figures: Figures) -> None:
                 {s: r["gpus_for_load"] for s, r in row.items()},
                 f"{world}, {counted}: servers for {1.5 * row['toppings']['max_rps_slo_by_seed'][0]:.0f} requests/s",
                 folder / f"{world}-servers.png",
+                MOST_SERVERS,
             )
         seconds = args.duration or DURATION_S[world]
         by_system = by_workload[chosen]

@@ -46,6 +46,18 @@ def test_size_finds_fewer_servers_for_less_load(tmp_path: Path) -> None:
     assert counts[0] == 1 < counts[1]
 
 
+def test_tables_fit_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["simulate", "--rate", "8", "--duration", "5", "--workload", "zipf-1000"]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out, "no cell is cut"
+    assert max(map(len, out.splitlines())) <= 80
+    options = ["--rate", "200", "--duration", "5", "--slo", "0.01", "--most", "2", "--system", "toppings"]
+    assert main(["size", *options, "--plots", str(tmp_path)]) == 0
+    assert "> 2" in capsys.readouterr().out
+    assert (tmp_path / "poisson-shifting-skew-servers.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

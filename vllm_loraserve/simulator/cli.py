@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -171,30 +172,28 @@ def _run(args: argparse.Namespace) -> int:
 
 def table(name: str, runs: list[Result], slo_s: float) -> Table:
     """The printed summary of one workload."""
-    out = Table(title=f"{name}: {runs[0].offered_rps:.1f} requests/s on {runs[0].servers} servers")
-    for column in (
-        "system",
-        "P50 TTFT",
-        "P95 TTFT",
-        "SLO",
-        "P50 TBT",
-        "tokens/s",
-        "adapters/server",
-        "GiB moved",
-        "busy",
-    ):
-        out.add_column(column, justify="left" if column == "system" else "right", no_wrap=column == "system")
+    out = Table(
+        title=f"{name}: {runs[0].offered_rps:.1f} requests/s on {runs[0].servers} servers",
+        caption=f"P50, P95: of TTFT, seconds; SLO: P95 <= {slo_s:g} s; TBT: P50, milliseconds\nheld: most adapters on "
+        "one server; GiB: moved between servers; busy: least..most, %",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    for column in ("system", "P50", "P95", "SLO", "TBT", "tokens/s", "held", "GiB", "busy"):
+        out.add_column(column, justify="left" if column == "system" else "right", no_wrap=True)
     for r in runs:
         s = r.summary()
         out.add_row(
             r.system,
-            f"{s['p50_ttft_s']:.2f} s",
-            f"{s['p95_ttft_s']:.2f} s",
+            f"{s['p50_ttft_s']:.2f}",
+            f"{s['p95_ttft_s']:.2f}",
             "[green]met[/]" if r.meets(slo_s) else "[red]missed[/]",
-            f"{1000 * float(s['p50_tbt_s']):.0f} ms",
+            f"{1000 * float(s['p50_tbt_s']):.0f}",
             f"{r.tokens_per_s:.0f}",
             str(r.adapters_per_server),
             f"{r.bytes_moved / 2**30:.1f}",
-            f"{min(r.busy):.0%}..{max(r.busy):.0%}",
+            f"{100 * min(r.busy):.0f}..{100 * max(r.busy):.0f}",
         )
     return out

@@ -94,14 +94,14 @@ def ttft_cdf(results: Sequence[Result], title: str, path: str | Path) -> Path:
     return _save(plt, figure, path)
 
 
-def servers_needed(needed: Mapping[str, int], title: str, path: str | Path) -> Path:
-    """Bars: fewest instances that carry the load within the SLO; 0 means not even the most that were
+def servers_needed(needed: Mapping[str, int], title: str, path: str | Path, most: int) -> Path:
+    """Bars: fewest instances that carry the load within the SLO; 0 means not even `most`, the most that were
     tried."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 3.8))
     names = list(needed)
     bars = axes.bar(names, [needed[n] for n in names], color=[_style(n)["color"] for n in names])
-    axes.bar_label(bars, labels=[str(needed[n]) if needed[n] else "none" for n in names], fontsize=9)
+    axes.bar_label(bars, labels=[str(needed[n]) if needed[n] else f"more than {most}" for n in names], fontsize=9)
     axes.set_ylabel("instances")
     axes.set_title(title)
     axes.tick_params(axis="x", labelrotation=25, labelsize=8)

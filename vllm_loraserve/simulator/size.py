@@ -51,7 +51,8 @@ def _run(args: argparse.Namespace) -> int:
                 needed.setdefault(name, {})[system.name] = fewest_servers(probe, args.slo, most=args.most)
                 progress.advance(task)
     console = Console()
-    table = Table(title=f"instances for {args.rate:g} requests/s with P95 TTFT <= {args.slo:g} s on {on.name}")
+    console.print(f"instances for {args.rate:g} requests/s with P95 TTFT <= {args.slo:g} s on {on.name}")
+    table = Table()
     table.add_column("system")
     for name in names:
         table.add_column(name, justify="right")
@@ -72,5 +73,6 @@ def _run(args: argparse.Namespace) -> int:
         folder = Path(args.plots)
         folder.mkdir(parents=True, exist_ok=True)
         for name, by_system in needed.items():
-            servers_needed(by_system, f"{name}: instances for {args.rate:g} requests/s", folder / f"{name}-servers.png")
+            title = f"{name}: instances for {args.rate:g} requests/s with P95 TTFT <= {args.slo:g} s"
+            servers_needed(by_system, title, folder / f"{name}-servers.png", args.most)
     return 0
