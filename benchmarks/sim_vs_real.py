@@ -277,6 +277,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     plan_options = ["--no-enable-prefix-caching", "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
     plan_options += ["--max-num-seqs", str(MAX_SEQS), "--max-model-len", str(MAX_MODEL_LEN), "--enable-chunked-prefill"]
     plan_options += ["--max-loras", str(len(RANKS) * PER_RANK)]
+    plan_options += ["--loraserve-config.host_gib", "2"]  # room for all adapters on both: no fetch while measuring
     plan = dataclasses.replace(
         plan,
         adapter_roots=(str(made),),
