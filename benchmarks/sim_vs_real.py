@@ -25,6 +25,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +37,7 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from vllm_loraserve.cluster.fit import Fit, StepSample, fit_step_cost, predict_step
+from vllm_loraserve.cluster.fit import Fit, StepSample, fit_step_cost
 from vllm_loraserve.cluster.operating_points import OperatingPoints, points_from_step_cost
 from vllm_loraserve.cluster.placement import Placement
 from vllm_loraserve.coordinator.client import CoordinatorClient
@@ -127,12 +128,13 @@ class Calibration(msgspec.Struct):
     """What is measured of the instances before the replays; seconds."""
 
     fit: Fit
-    contention: float
-    """By how much a step is longer while the other instance is busy."""
+    beside: Fit
+    """The step cost while the other instance is busy."""
     outside: float
     """Of a request's time to first token, what is spent outside of the engine, the router included."""
-    fit_error_of_both: float
-    """Mean error of the step cost, times 1 + contention, on the steps measured with both busy."""
+    slower: float
+    """How many times as long the same step takes beside a busy neighbour (median)."""
+    samples: dict[str, list[StepSample]]
 
 
 async def calibrate(urls: list[str], router: str, base: str, by_rank: dict[int, list[str]]) -> Calibration:
@@ -166,10 +168,9 @@ async def calibrate(urls: list[str], router: str, base: str, by_rank: dict[int, 
     outside = max(0.0, float(intercept) - floor.base - floor.decode_token)
     fit = fit_step_cost([_inside(s, outside) for s in alone])
     steps = [_inside(s, outside) for s in both]
-    ratios = [s.seconds / predict_step(fit.cost, s) for s in steps]
-    slower = max(1.0, statistics.median(ratios))
-    error = statistics.fmean(abs(r / slower - 1.0) for r in ratios)
-    return Calibration(fit, slower - 1.0, outside + hop, error)
+    # The same steps were measured alone and, on each instance, beside the other.
+    slower = statistics.median(b.seconds / a.seconds for a, b in zip([*alone, *alone], both, strict=True))
+    return Calibration(fit, fit_step_cost(steps), outside + hop, slower, {"alone": alone, "both": both})
 
 
 def _inside(sample: StepSample, outside: float) -> StepSample:
@@ -236,6 +237,16 @@ def placement_of(table: RoutingTable) -> Placement:
     return Placement(phi={a.adapter.name: {server[r.instance]: r.phi for r in a.routes} for a in table.adapters})
 
 
+def write_profile(coordinator: str, like: Path, scratch: Path, out: Path) -> None:
+    """Runs `vllm-loraserve profile` on the first instance, in a form short enough for a small model on a CPU."""
+    _say(f"vllm-loraserve profile, to {out}")
+    command = [sys.executable, "-m", "vllm_loraserve.cli", "profile", "--coordinator", coordinator]
+    command += ["--instance", "instance-0", "--like", str(like), "--scratch", str(scratch), "--out", str(out)]
+    command += ["--ranks", "8,128", "--adapters", "1", "--concurrency", "8", "--trial", "10"]
+    command += ["--prompt-tokens", "96", "--output-tokens", "24", "--slo-ttft", "1"]
+    subprocess.run(command, check=True)
+
+
 async def touch(url: str, models: list[str]) -> None:
     """One short request for each adapter, so that all are resident: the replays measure no first loads."""
     async with aiohttp.ClientSession() as session:
@@ -278,6 +289,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     plan_options += ["--max-num-seqs", str(MAX_SEQS), "--max-model-len", str(MAX_MODEL_LEN), "--enable-chunked-prefill"]
     plan_options += ["--max-loras", str(len(RANKS) * PER_RANK)]
     plan_options += ["--loraserve-config.host_gib", "2"]  # room for all adapters on both: no fetch while measuring
+    # The simulator does not model the bound on prefill of large ranks beside decodes.
+    plan_options += ["--loraserve-config.lora_share", "null"]
     plan = dataclasses.replace(
         plan,
         adapter_roots=(str(made),),
@@ -299,9 +312,11 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         fit = found.fit
         others_profiling = others.share()
         _say(
-            f"mean error of the fit {fit.relative_error:.1%}, of both {found.fit_error_of_both:.1%}; a busy neighbour "
-            f"makes steps {1 + found.contention:.2f} times as long; {found.outside * 1e3:.1f} ms outside the engine"
+            f"mean error of the fit {fit.relative_error:.1%}, beside a neighbour {found.beside.relative_error:.1%}; "
+            f"steps take {found.slower:.2f} times as long there; {found.outside * 1e3:.1f} ms outside the engine"
         )
+        if options.profile is not None:
+            write_profile(cluster.coordinator_endpoint, words[0].path, made, options.profile)
         asyncio.run(touch(router, [name for group in names.values() for name in group]))
         table = asyncio.run(routing_table(cluster.coordinator_endpoint))
         capacity = table.instances[0].capacity
@@ -314,7 +329,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             arena_rows=capacity.rank_rows,
             max_rank=max(RANKS),
             row_bytes=max(1, table.adapters[0].adapter.size_bytes // table.adapters[0].adapter.rank),
-            contention=found.contention,
+            beside=found.beside.cost,
             schedules_ahead=True,  # vLLM's default
         )
         points = OperatingPoints(points=points_from_step_cost(fit.cost), step_cost=fit.cost, measured=True)
@@ -342,8 +357,10 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "policy": options.policy,
         "step_cost": msgspec.structs.asdict(fit.cost),
         "step_cost_fit_error": fit.relative_error,
-        "step_cost_fit_error_of_both": found.fit_error_of_both,
-        "contention": found.contention,
+        "step_cost_beside": msgspec.structs.asdict(found.beside.cost),
+        "step_cost_beside_fit_error": found.beside.relative_error,
+        "times_as_long_beside": found.slower,
+        "step_samples": msgspec.to_builtins(found.samples) if options.requests_too else {},
         "outside_engine_s": found.outside,
         "cpu_of_others_while_profiling": others_profiling,
         "trace": Path(options.trace).name if options.trace else "synthetic",
@@ -390,6 +407,7 @@ def main() -> None:
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.75], help="shares of the capacity")
     parser.add_argument("--requests", type=int, default=120, help="requests per load")
     parser.add_argument("--shrink", type=int, default=8, help="divisor of the trace's lengths")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="also run `vllm-loraserve profile`, writing FILE")
     parser.add_argument("--requests-too", action="store_true", help="write every request's time to first token, too")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

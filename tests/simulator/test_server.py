@@ -133,7 +133,8 @@ def test_faster_machine_is_faster() -> None:
 
 
 def test_busy_neighbours_on_one_host_slow_each_other() -> None:
-    shared = msgspec.structs.replace(MACHINE, contention=0.5)
+    slower = StepCost(**{k: 1.5 * v for k, v in msgspec.structs.asdict(COST).items()})
+    shared = msgspec.structs.replace(MACHINE, beside=slower)
     placement = Placement(phi={"a0": {"s0000": 1.0}, "a1": {"s0001": 1.0}})
     alone = run([(0.0, 0, 50, 40)], machine=shared, servers=2, placement=placement)
     assert alone.finish[0] == pytest.approx(run([(0.0, 0, 50, 40)]).finish[0])

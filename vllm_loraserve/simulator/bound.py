@@ -44,6 +44,7 @@ def pooled(machine: Machine, n: int) -> Machine:
         machine,
         name=f"{n} x {machine.name}, pooled",
         step_cost=msgspec.structs.replace(cost, **{term: getattr(cost, term) / n for term in SHARED}),
+        beside=None,
         max_batched_tokens=machine.max_batched_tokens * n,
         max_seqs=machine.max_seqs * n,
         kv_tokens=machine.kv_tokens * n,

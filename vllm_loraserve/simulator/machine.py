@@ -57,9 +57,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     load_latency_s: float = 1e-3
     fetch_latency_s: float = 2e-3
     disk_latency_s: float = 20e-3
-    contention: float = 0.0
-    """Instances that share a host's cores: by how much a step is longer for each other one that is busy (0.6: 1.6
-    times as long)."""
+    beside: StepCost | None = None
+    """Instances that share a host's cores: what a step costs while another one is busy (None: the same as alone)."""
     schedules_ahead: bool = False
     """Asynchronous scheduling: the step after the running one is fixed already, so an arrival joins the one after."""
 

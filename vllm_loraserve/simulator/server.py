@@ -127,8 +127,8 @@ class Server:
         self.step_end = -1.0  # < 0: idle
         self.last_dt = 0.0
         self.known_until = math.inf
-        self.slowdown = 1.0
-        """Set by the event loop before `start`: what neighbours on the same host cost a step."""
+        self.neighbours = 0
+        """Busy instances on the same host; set by the event loop before `start`."""
 
     # -- the work of a step
     # ------------------------------------------------------------------------------------
@@ -194,14 +194,25 @@ class Server:
             + c.rank_row * rows
             + c.adapter * len(self.refs)
             + c.context_token * self.context
-        ) * (self.slowdown / m.speed)
+        ) / m.speed
+        if self.neighbours and m.beside is not None:
+            beside = m.beside.seconds(
+                prefill_tokens=tokens,
+                prefill_token_ranks=token_ranks,
+                decode_tokens=n_decode,
+                decode_token_ranks=decode_rank_sum,
+                rank_rows=rows,
+                adapters=len(self.refs),
+                context_tokens=self.context,
+            )
+            dt += self.neighbours * (beside / m.speed - dt)
         self.last_dt = dt
         if plan:
             self.leap = 1
             dt += stall
         else:
             # A neighbour may come and go within a leap, which would change its pace.
-            held = m.contention or (m.schedules_ahead and self.waiting)
+            held = m.beside is not None or (m.schedules_ahead and self.waiting)
             self.leap = k = 1 if held else self.decoding[0][0] - self.steps
             # The context grows by one token per request and step: charge the mean.
             dt += c.context_token * n_decode * (k - 1) * 0.5 / m.speed

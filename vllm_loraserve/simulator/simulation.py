@@ -190,9 +190,8 @@ class Simulation:
         self._push(time, _Event.LOAD, server.index, adapter)
 
     def _start(self, server: Server, now: float) -> None:
-        if server.machine.contention:
-            busy = sum(1 for s in self.servers if s.step_end > now and s is not server)
-            server.slowdown = 1.0 + server.machine.contention * busy
+        if server.machine.beside is not None:
+            server.neighbours = sum(1 for s in self.servers if s.step_end > now and s is not server)
         if server.start(now):
             server.version += 1
             self._push(server.step_end, _Event.STEP, server.index, server.version)
