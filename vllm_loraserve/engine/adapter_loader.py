@@ -27,6 +27,7 @@ from vllm_loraserve.adapters.checkpoint import (
 from vllm_loraserve.adapters.convert import ModulePlan, WeightsReader, slice_ranks, write_pages
 from vllm_loraserve.adapters.layout import Layout
 from vllm_loraserve.adapters.page_cache import PageCache
+from vllm_loraserve.engine.load_threads import ensure_wanted
 from vllm_loraserve.engine.paged_layers import plan_module, slice_parts
 from vllm_loraserve.engine.single_thread import single_thread
 from vllm_loraserve.memory.host_tier import HostEntry, HostTier
@@ -148,6 +149,7 @@ class AdapterLoader:
                 source = "its checkpoint"
                 with single_thread():
                     write_pages(WeightsReader(checkpoint), self.facts.layout, plans, ranks, self.tier.targets(entry))
+            ensure_wanted()
         except BaseException:
             self.tier.discard(entry)
             raise

@@ -23,6 +23,7 @@ from vllm_loraserve.adapters.source import resolve_source
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine.adapter_loader import AdapterLoader, ModelFacts, ServedAdapter
 from vllm_loraserve.engine.engine_config import config_of
+from vllm_loraserve.engine.load_threads import ensure_wanted
 from vllm_loraserve.engine.lora_memory import host_tier_bytes
 from vllm_loraserve.engine.model_manager import PagedLoRAModelManager
 from vllm_loraserve.memory.host_tier import HostTier
@@ -130,6 +131,7 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
         self._adapter_manager._validate_moe_lora_format(adapter)
         self._adapter_manager._validate_modules_to_save(adapter)
         self._adapter_manager._validate_token_classification_lora(adapter)
+        ensure_wanted()
         self._prepared[lora_request.lora_int_id] = adapter
         if self.peers is not None:
             self.peers.served(lora_request)

@@ -163,11 +163,14 @@ class Readiness:
         entry = self._adapters.get(report.adapter)
         if entry is None:
             # Brought in by `add_lora`, before any request.
-            entry = self._adapters[report.adapter] = Adapter(report.path)
+            entry = self._adapters[report.adapter] = Adapter(report.path, attempt=report.attempt)
         if report.path and report.path != entry.path:
             if entry.state == "loading" or entry.ready_on:
                 return
             entry.path = report.path
+        if report.attempt not in (0, entry.attempt):
+            # Of a load that was given up: what it brought was dropped, or is not what is waited for now.
+            return
         entry.ready_on.add(report.rank)
         entry.lora_rank = max(entry.lora_rank, report.lora_rank)
         if len(entry.ready_on) >= self.world_size and entry.state != "ready":

@@ -7,7 +7,6 @@ that `add_adapter` will then find instead of reading.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -21,11 +20,10 @@ from vllm_loraserve.adapters.checkpoint import open_checkpoint
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine import channel
 from vllm_loraserve.engine.engine_config import config_of
+from vllm_loraserve.engine.load_threads import LoadThreads, SupersededError, ensure_wanted
+from vllm_loraserve.engine.loader_thread import step_aside
 
 logger = init_logger("vllm.loraserve.side_loading")
-
-_LOADER_NICENESS = 10
-"""Added to a loader thread's niceness: on a busy machine the step goes first."""
 
 
 def side_loading(cls: type) -> type:
@@ -50,6 +48,7 @@ class PrepareStockMixin:
     def prepare(self, lora_request: LoRARequest) -> int:
         """Reads the checkpoint; returns its largest rank. Raises what reading raises."""
         lora = super()._load_adapter(lora_request)  # type: ignore[misc]
+        ensure_wanted()
         with self._prepared_lock:
             self._prepared.pop(lora_request.lora_int_id, None)
             while len(self._prepared) >= self.prepared_capacity:
@@ -81,8 +80,8 @@ class SideLoadingMixin:
         """Adapter -> why it could not be loaded, until it is loaded or removed."""
         self._vllm_config = vllm_config
         self._channel: channel.WorkerEnd | None = None
-        # The scheduler bounds the loads that it orders; this bounds those that `add_lora` starts.
-        self._unordered = threading.Semaphore((config_of(vllm_config) or LoRAServeConfig()).concurrent_loads)
+        options = config_of(vllm_config) or LoRAServeConfig()
+        self.loads = LoadThreads(options.concurrent_loads, options.load_timeout_s)
 
     def create_lora_manager(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class; afterwards the worker can take orders."""
@@ -115,47 +114,53 @@ class SideLoadingMixin:
             self._start_load(request, order.attempt)
 
     def _start_load(self, request: LoRARequest, attempt: int) -> None:
-        # A thread for each load: one that hangs must not hold up the next. The scheduler bounds their number.
-        target = self._load if attempt else self._load_unordered
-        threading.Thread(
-            target=target, args=(request, attempt), name=f"loraserve-load-{request.lora_int_id}", daemon=True
-        ).start()
-
-    def _load_unordered(self, request: LoRARequest, attempt: int) -> None:
-        with self._unordered:
-            self._load(request, attempt)
+        """`attempt`: the scheduler's; 0: nobody has ordered it, and it waits for its turn."""
+        self.loads.start(
+            request.lora_int_id,
+            request.lora_path,
+            lambda: self._load(request, attempt),
+            lambda error: self._report(self._failed(request, attempt, error)),
+            queued=attempt == 0,
+        )
 
     def _load(self, request: LoRARequest, attempt: int) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADER_NICENESS)
+        step_aside()
         begin = time.monotonic()
         adapter = request.lora_int_id
         rank = self._vllm_config.parallel_config.rank
         report: channel.Report
         try:
             lora_rank = self.prepare(request)  # type: ignore[attr-defined]
+            ensure_wanted()
             self._paths[adapter] = request.lora_path
             self.load_errors.pop(adapter, None)
             seconds = time.monotonic() - begin
             report = channel.Ready(rank, adapter, attempt, _rank_of(lora_rank), seconds, request.lora_path)
         except Exception as error:
-            reason = f"LoRA adapter '{request.lora_name}' can't be loaded: {_one_line(error)}"
-            self.load_errors[adapter] = reason
-            report = channel.Failed(rank, adapter, attempt, reason, is_transient(error), _status_of(error))
+            report = self._failed(request, attempt, error)
         self._report(report)
         if (peers := getattr(self, "peers", None)) is not None:
             self._report(channel.Transfers(rank, peers.metrics()))
         self._sweep()
+
+    def _failed(self, request: LoRARequest, attempt: int, error: Exception) -> channel.Failed:
+        reason = f"LoRA adapter '{request.lora_name}' can't be loaded: {_one_line(error)}"
+        if not isinstance(error, SupersededError):
+            self.load_errors[request.lora_int_id] = reason
+        rank = self._vllm_config.parallel_config.rank
+        return channel.Failed(
+            rank, request.lora_int_id, attempt, reason, is_transient(error), _status_of(error)
+        )
+
+    def _report(self, report: channel.Report) -> None:
+        if self._channel is not None:
+            self._channel.report(report)
 
     def _sweep(self) -> None:
         """Tells which adapters are not ready any more: bringing one in may have pushed others out."""
         for adapter in list(self._paths):
             if not self.is_prepared(adapter):  # type: ignore[attr-defined]
                 self._tell_gone(adapter)
-
-    def _report(self, report: channel.Report) -> None:
-        if self._channel is not None:
-            self._channel.report(report)
 
     # ---- vLLM's calls, on the engine's thread ----
 
@@ -177,12 +182,14 @@ class SideLoadingMixin:
                 peers = getattr(self, "peers", None)
                 if peers is None or not peers.knows(lora_request):
                     self._look_at(lora_request)
-                self._start_load(_settled(lora_request), attempt=0)
+                if lora_request.load_inplace or not self.loads.pending(adapter, lora_request.lora_path):
+                    self._start_load(_settled(lora_request), attempt=0)
             return True
         path = self._paths.get(adapter)
         if path == lora_request.lora_path and self.is_prepared(adapter):  # type: ignore[attr-defined]
             return super().add_adapter(_settled(lora_request))  # type: ignore[misc]
         begin = time.monotonic()
+        self.loads.supersede(adapter)
         replaced = path is not None and path != lora_request.lora_path
         added = super().add_adapter(_settled(lora_request, inplace=replaced))  # type: ignore[misc]
         rank = self._vllm_config.parallel_config.rank
@@ -205,6 +212,7 @@ class SideLoadingMixin:
             )
 
     def remove_adapter(self, adapter_id: int) -> bool:
+        self.loads.supersede(adapter_id)
         removed = super().remove_adapter(adapter_id)  # type: ignore[misc]
         self.load_errors.pop(adapter_id, None)
         if adapter_id in self._paths:
@@ -232,8 +240,8 @@ class SideLoadingMixin:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: the source was slow or away, not wrong."""
-    return isinstance(error, OSError) and not isinstance(
+    """Whether trying again may help: the source was slow or away, not wrong, or the adapter was replaced meanwhile."""
+    return isinstance(error, OSError | SupersededError) and not isinstance(
         error, FileNotFoundError | NotADirectoryError | PermissionError
     )
 
