@@ -83,15 +83,27 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = 3
     skip_window: Annotated[
         int,
-        Meta(ge=0, description="Requests that may overtake one whose adapter finds no room, before room is made."),
+        Meta(
+            ge=0,
+            description="Requests admitted since one was first seen whose adapter finds no room, before room is made.",
+        ),
     ] = 64
     max_skip_s: Annotated[
         float, Meta(ge=0, description="Seconds that a request may be overtaken before room is made for its adapter.")
     ] = 2.0
+    operating_points: Annotated[
+        str | None,
+        Meta(
+            description="File of `vllm-loraserve profile` that says what LoRA adds to a step; unset: shipped defaults."
+        ),
+    ] = None
     lora_cost_per_rank: Annotated[
-        float,
-        Meta(ge=0, description="Work that one rank row adds to a token, as a fraction of a base token's work."),
-    ] = 1 / 256
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(
+            description="Work that one rank row adds to a token, as a fraction of a base token's work; unset: from "
+            "operating_points.",
+        ),
+    ] = None
     lora_share: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         Meta(

@@ -97,6 +97,7 @@ def test_every_row_arrives(tmp_path: Path, rank: int, page_rows: int) -> None:
     where = layout(page_rows=page_rows)
     ranks, targets = convert(path, where)
     assert set(ranks) == {rank}
+    assert not any(pages.isnan().any() for pages in targets if pages is not None), "every element was written"
     assert where.pages_for(ranks) == (-(-rank // page_rows),) * 2
     weights = load_file(path / "adapter_model.safetensors")
     for n in range(2):

@@ -11,12 +11,13 @@ import torch
 from fake_workers import Clock, SettlingEnd
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -30,8 +31,10 @@ MOST_STEPS = 100_000
 
 
 @functools.cache
-def _engine_config(model: str, max_loras: int, policy: str) -> Any:
+def _engine_config(model: str, max_loras: int, policy: str, drafts: int) -> Any:
+    speculative = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 4} if drafts else None
     return EngineArgs(
+        speculative_config=speculative,
         model=model,
         enable_lora=True,
         max_loras=max_loras,
@@ -53,11 +56,12 @@ def make_scheduler(
     policy: str = "fcfs",
     caching: bool = True,
     chunked: bool = True,
+    drafts: int = 0,
     options: dict[str, Any] | None = None,
     world_size: int = 1,
 ) -> Any:
-    """A scheduler of class `cls`, as EngineCore makes it."""
-    config = copy.deepcopy(_engine_config(model, max_loras, policy))
+    """A scheduler of class `cls`, as EngineCore makes it; `drafts`: speculative tokens for each request and step."""
+    config = copy.deepcopy(_engine_config(model, max_loras, policy, drafts))
     config.scheduler_config.max_num_seqs = max_seqs
     config.scheduler_config.max_num_batched_tokens = max_tokens
     config.scheduler_config.max_num_scheduled_tokens = None
@@ -90,6 +94,7 @@ def make_request(
     arrival: float = 0.0,
     path: str = "",
     adapter_name: str = "",
+    pooling: bool = False,
 ) -> Request:
     """A request of `prompt` tokens (or these tokens) that generates exactly `max_tokens`."""
     init_none_hash(sha256)
@@ -100,8 +105,8 @@ def make_request(
     return Request(
         request_id=name,
         prompt_token_ids=tokens,
-        sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
-        pooling_params=None,
+        sampling_params=None if pooling else SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+        pooling_params=PoolingParams(task="embed") if pooling else None,
         lora_request=lora,
         priority=priority,
         arrival_time=arrival,
@@ -110,13 +115,22 @@ def make_request(
 
 
 def model_output(scheduler: Any, output: SchedulerOutput) -> ModelRunnerOutput:
-    """One token for each request whose known tokens are all computed after this step."""
+    """One token for each request whose known tokens are all computed after this step; of its drafts every other
+    request's are taken, but for the last."""
     ids = list(output.num_scheduled_tokens)
     sampled = []
     for request_id in ids:
         request = scheduler.requests.get(request_id)
-        sampled.append([7] if request is not None and not request.is_prefill_chunk else [])
+        drafts = output.scheduled_spec_decode_tokens.get(request_id, ())
+        taken = list(drafts[:-1]) if len(request_id) % 2 else []
+        sampled.append([*taken, 7] if request is not None and not request.is_prefill_chunk else [])
     return ModelRunnerOutput(req_ids=ids, req_id_to_index={r: i for i, r in enumerate(ids)}, sampled_token_ids=sampled)
+
+
+def draft(scheduler: Any, output: SchedulerOutput, count: int) -> None:
+    """`count` draft tokens for every request of the step, as the worker hands them to the scheduler after it."""
+    ids = list(output.num_scheduled_tokens)
+    scheduler.update_draft_token_ids(DraftTokenIds(ids, [[9] * count for _ in ids]))
 
 
 def decisions(output: SchedulerOutput) -> dict[str, Any]:
@@ -124,6 +138,7 @@ def decisions(output: SchedulerOutput) -> dict[str, Any]:
     cached = output.scheduled_cached_reqs
     return {
         "tokens": dict(output.num_scheduled_tokens),
+        "drafts": dict(output.scheduled_spec_decode_tokens),
         "new": [(r.req_id, r.block_ids, r.num_computed_tokens) for r in output.scheduled_new_reqs],
         "cached": (cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, sorted(cached.resumed_req_ids)),
         "finished": sorted(output.finished_req_ids),

@@ -94,6 +94,13 @@ class FakeEngine:
         self.located += args[0]
         return [None, None]
 
+    async def encode(self, prompt, pooling_params, request_id, lora_request=None):
+        self.encoding = True
+        try:
+            yield SimpleNamespace(prompt_token_ids=[1, 2, 3], outputs=SimpleNamespace(data=[0.5]))
+        finally:
+            self.encoding = False
+
     async def generate(self, prompt, sampling_params, request_id, *, lora_request=None):
         try:
             for i in range(1, 4):
@@ -267,7 +274,8 @@ async def test_a_prefetch_into_an_engine_that_loads_aside_ends_when_it_is_there(
     await agent.prefetch(record("a"))
     assert time.monotonic() - started >= 0.3
     assert engine.held
-    monkeypatch.setattr("vllm_loraserve.engine.agent.LOAD_PATIENCE_S", 0.2)
+    assert agent._patience_s > agent.config.load_timeout_s, "the engine's own verdict comes first"
+    monkeypatch.setattr(agent, "_patience_s", 0.2)
     engine.load_s = 1000.0
     with pytest.raises(TimeoutError, match="has not loaded 'b'"):
         await agent.prefetch(record("b"))
@@ -534,3 +542,22 @@ async def test_a_coordinator_in_trouble_does_not_unregister_what_is_known(monkey
 def test_resolver_needs_a_coordinator():
     with pytest.raises(ValueError, match="set coordinator"):
         LoRAServeResolver(LoRAServeConfig())
+
+
+async def test_meter_counts_pooling_requests_and_that_their_adapter_is_in_use():
+    engine, meter = FakeEngine(), Meter()
+    undo = meter.attach(engine)
+    lora = LoRARequest("e", 7, "/adapters/e")
+    stream = engine.encode(prompt="p", pooling_params=None, request_id="r", lora_request=lora)
+    output = await anext(stream)
+    assert output.outputs.data == [0.5]
+    assert (meter.running_id(7), meter.running("e")) == (1, 1), "it must not be unloaded now"
+    await stream.aclose()
+    assert not engine.encoding
+    assert meter.running_id(7) == 0
+    async for _ in engine.encode("p", None, "r2", lora):
+        pass
+    (demand,) = meter.demand()
+    assert (demand.name, demand.tokens, meter.requests()) == ("e", 6, 2)
+    undo()
+    assert engine.encode.__func__ is FakeEngine.encode

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_loraserve.engine.rank_budget import MIN_CHUNK, ArenaRoom, WorkBudget, cost_per_rank_from
+from vllm_loraserve.cluster.operating_points import (
+    OperatingPoints,
+    OperatingPointsError,
+    StepCost,
+    save,
+    shipped_defaults,
+)
+from vllm_loraserve.engine.rank_budget import (
+    MIN_CHUNK,
+    ArenaRoom,
+    RankCost,
+    WorkBudget,
+    cost_per_rank_from,
+    rank_cost,
+)
 
 ranks = st.integers(1, 256)
 
@@ -72,8 +88,8 @@ def test_pinned_adapters_take_room_as_long_as_anybody_runs() -> None:
 def test_work_stays_within_the_share_and_moves_on(
     cost: float, share: float, decodes: int, chunks: list[tuple[int, int]]
 ) -> None:
-    work = WorkBudget(cost, share)
-    work.begin(2048, decodes, others_decode=True)
+    work = WorkBudget(RankCost.uniform(cost), share)
+    work.begin(2048, decodes, 0, others_decode=True)
     start = work.left
     spent, first = 0.0, True
     for tokens, rank in chunks:
@@ -89,8 +105,8 @@ def test_work_stays_within_the_share_and_moves_on(
 
 
 def test_no_bound_when_nobody_else_decodes() -> None:
-    work = WorkBudget(1.0, 0.01)
-    work.begin(2048, 0, others_decode=False)
+    work = WorkBudget(RankCost.uniform(1.0), 0.01)
+    work.begin(2048, 0, 0, others_decode=False)
     assert work.allow(2000, 256) == 2000
 
 
@@ -104,3 +120,33 @@ def test_operating_points_that_say_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="two ranks"):
         cost_per_rank_from({8: 100.0})
     assert cost_per_rank_from({8: 100.0, 128: 120.0}) == 0.0
+
+
+def test_the_step_cost_of_measured_points_is_what_a_step_is_charged(tmp_path: Path) -> None:
+    file = tmp_path / "points.json"
+    step = StepCost(base=0.01, prefill_token=2e-5, prefill_token_rank=4e-7, decode_token_rank=1e-7, rank_row=2e-6)
+    save(OperatingPoints(points={8: 1000.0, 128: 500.0}, step_cost=step, measured=True), file)
+    cost = rank_cost(None, str(file))
+    assert (cost.prefill, cost.decode, cost.row) == pytest.approx((0.02, 0.005, 0.1))
+    work = WorkBudget(cost, 0.5)
+    work.begin(1000, decode_rank_rows=64, rows=256, others_decode=True)
+    assert work.spent == pytest.approx(64 * 0.005 + 256 * 0.1)
+    assert work.allow(1000, 128) == int((500 - work.spent) / (128 * 0.02))
+
+    save(OperatingPoints(points={8: 1 / 1.08, 128: 1 / 2.28}, measured=True), file)
+    assert rank_cost(None, str(file)) == RankCost.uniform(pytest.approx(0.01))
+    assert rank_cost(0.25, str(file)) == RankCost.uniform(0.25), "what is said outright counts"
+
+
+def test_without_a_file_the_shipped_points_count() -> None:
+    shipped = shipped_defaults().step_cost
+    assert shipped is not None
+    assert rank_cost(None, None).prefill == shipped.prefill_token_rank / shipped.prefill_token > 0
+
+
+def test_a_file_of_operating_points_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OperatingPointsError, match=r"none\.json"):
+        rank_cost(None, str(tmp_path / "none.json"))
+    save(OperatingPoints(points={8: 1000.0}), tmp_path / "one.json")
+    with pytest.raises(ValueError, match="two ranks"):
+        rank_cost(None, str(tmp_path / "one.json"))

@@ -11,9 +11,11 @@ import pytest
 pytestmark = pytest.mark.vllm
 
 
-def run(scheduler: Any, seed: int, steps: int, adapters: int = 0, asynchronous: bool = False) -> list[dict[str, Any]]:
+def run(
+    scheduler: Any, seed: int, steps: int, adapters: int = 0, asynchronous: bool = False, drafts: int = 0
+) -> list[dict[str, Any]]:
     """A workload drawn from `seed` alone: arrivals, shared prefixes, priorities, aborts; the decisions of each step."""
-    from scheduler_harness import decisions, make_request, model_output
+    from scheduler_harness import decisions, draft, make_request, model_output
     from vllm.v1.request import RequestStatus
 
     rng = random.Random(seed)
@@ -46,6 +48,8 @@ def run(scheduler: Any, seed: int, steps: int, adapters: int = 0, asynchronous: 
         if len(pending) > int(asynchronous):
             done, result = pending.pop(0)
             scheduler.update_from_output(done, result)
+            if drafts:
+                draft(scheduler, done, drafts)
     return log
 
 
@@ -81,6 +85,49 @@ def test_same_schedule_without_adapters(model_dir: Path, shape: dict[str, Any], 
     for number, (a, b) in enumerate(zip(mine, theirs, strict=True)):
         assert a == b, f"step {number}"
     assert sum(sum(s["tokens"].values()) for s in theirs) > 1000
+
+
+@pytest.mark.parametrize("shape", [{"blocks": 1000}, {"blocks": 60, "max_seqs": 32}], ids=["room", "preempts"])
+def test_same_schedule_with_drafts(model_dir: Path, shape: dict[str, Any]) -> None:
+    """Speculative decoding, without adapters: the same steps, with the same draft tokens in them."""
+    from scheduler_harness import make_scheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from vllm_loraserve.engine.scheduler import RankAwareScheduler
+
+    for seed in range(3):
+        mine = run(make_scheduler(RankAwareScheduler, str(model_dir), drafts=3, **shape), seed, 150, drafts=3)
+        theirs = run(make_scheduler(Scheduler, str(model_dir), drafts=3, **shape), seed, 150, drafts=3)
+        for number, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            assert a == b, f"step {number}"
+        assert sum(len(step["drafts"]) for step in theirs) > 100
+
+
+def test_drafts_of_adapters_are_never_cut(build: Any) -> None:
+    """A decode with its drafts is no prefill: the work budget leaves it whole."""
+    from scheduler_harness import checker, draft, finished, make_request, model_output, settle
+
+    scheduler, workers = build(
+        ranks={1: 128}, drafts=3, options={"lora_cost_per_rank": 1.0, "lora_share": 0.01}, caching=False
+    )
+    workers.bring_in(1)
+    settle(scheduler)
+    for n in range(3):
+        scheduler.add_request(make_request(f"r{n}", 20, 30, adapter=1))
+    seen = 0
+    done = finished(scheduler)
+    for _ in range(500):
+        if done():
+            break
+        output = scheduler.schedule()
+        checker(scheduler)(output)
+        for name, drafts in output.scheduled_spec_decode_tokens.items():
+            assert output.num_scheduled_tokens[name] == 1 + len(drafts)
+            seen += len(drafts) == 3
+        scheduler.update_from_output(output, model_output(scheduler, output))
+        draft(scheduler, output, 3)
+    assert done()
+    assert seen > 10
 
 
 def test_the_comparison_sees_a_difference(model_dir: Path) -> None:

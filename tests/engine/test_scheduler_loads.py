@@ -222,3 +222,69 @@ def test_without_workers_vllm_loads_in_the_step(build: Any, model_dir: Any, monk
         scheduler.add_request(make_request(f"r{i}", adapter=1 + i % 6))
     outputs = run_until(scheduler, finished(scheduler), lambda _: None)
     assert len(reasons(outputs)) == 12
+
+
+def test_what_a_given_up_load_brings_late_makes_nothing_ready(build: Any, clock: Any) -> None:
+    """The scheduler gave the first attempt up; its answer must not count for the second."""
+    from scheduler_harness import checker, finished, make_request, reasons, run_until, settle, settled_step
+
+    from vllm_loraserve.engine import channel
+
+    scheduler, workers = build(options={"load_timeout_s": 5, "load_retries": 3})
+    workers.hold(1)
+    scheduler.add_request(make_request("r", adapter=1, path="/v2"))
+    run_until(scheduler, lambda: len(workers.orders) == 1, checker(scheduler))
+    clock.advance(6)
+    run_until(scheduler, lambda: len(workers.orders) == 2, checker(scheduler))
+    first, second = (order.attempt for order in workers.orders)
+    workers._all(lambda rank: channel.Ready(rank, 1, first, 8, 0.001, "/v2"))
+    settle(scheduler)
+    for _ in range(5):
+        assert settled_step(scheduler)[0].total_num_scheduled_tokens == 0
+    assert not scheduler.readiness.is_ready(1, "/v2")
+    workers._all(lambda rank: channel.Ready(rank, 1, second, 8, 0.001, "/v2"))
+    settle(scheduler)
+    assert reasons(run_until(scheduler, finished(scheduler), checker(scheduler))) == {"r": "length"}
+
+
+def test_loads_that_hang_for_ever_stop_nobody_else(build: Any, clock: Any) -> None:
+    """More adapters hang than may load at a time; others get their turn, and the hanging ones' requests end."""
+    from scheduler_harness import checker, finished, make_request, reasons, run_until
+
+    scheduler, workers = build(options={"load_timeout_s": 5, "load_retries": 1, "concurrent_loads": 2, "prefetch": 2})
+    for adapter in range(1, 8):
+        workers.hold(adapter)
+        scheduler.add_request(make_request(f"stuck{adapter}", adapter=adapter))
+    for adapter in range(10, 14):
+        scheduler.add_request(make_request(f"good{adapter}", adapter=adapter))
+
+    def check(output: Any) -> None:
+        checker(scheduler)(output)
+        assert scheduler.readiness.loading <= 2
+        if not output.total_num_scheduled_tokens:
+            clock.advance(1)
+
+    ends = reasons(run_until(scheduler, finished(scheduler), check))
+    assert {end for name, end in ends.items() if name.startswith("good")} == {"length"}
+    assert {end for name, end in ends.items() if name.startswith("stuck")} == {"error"}
+
+
+def test_an_adapter_joins_a_running_batch_alone_and_soon(build: Any) -> None:
+    """Bringing pages in and reading them in the first prefill cost a step; they don't add up in one."""
+    from scheduler_harness import checker, finished, make_request, run_until, settled_step
+
+    from vllm_loraserve.engine.scheduler import JOIN_STEPS
+
+    scheduler, workers = build(max_loras=8)
+    for adapter in range(1, 5):
+        workers.bring_in(adapter)
+    scheduler.add_request(make_request("decoding", 10, 200, adapter=1))
+    run_until(scheduler, lambda: any(not r.is_prefill_chunk for r in scheduler.running), checker(scheduler))
+    for adapter in (2, 3, 4):
+        scheduler.add_request(make_request(f"new{adapter}", 10, 50, adapter=adapter))
+    scheduler.add_request(make_request("same", 10, 50, adapter=1))
+    began = [{r.req_id for r in settled_step(scheduler)[0].scheduled_new_reqs} for _ in range(JOIN_STEPS + 2)]
+    assert began[0] == {"same"}, "whose adapter runs needs no page"
+    assert began[1] == {"new2"}
+    assert set().union(*began) == {"same", "new2", "new3", "new4"}, "nobody waits for longer than the bound"
+    run_until(scheduler, finished(scheduler), checker(scheduler))

@@ -3,6 +3,7 @@ channel, made-up workers."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +99,40 @@ def test_over_its_limit_an_adapter_queues_then_gets_429(build: Any, clock: Any) 
     assert error[0] == 429
     assert "busy" in error[1]
     assert scheduler.counters.limited_requests == 1
+
+
+def test_the_work_budget_takes_its_cost_from_a_file_of_operating_points(build: Any, tmp_path: Path) -> None:
+    from scheduler_harness import make_request, run_until, settled_step
+
+    from vllm_loraserve.cluster.operating_points import OperatingPoints, StepCost, save
+
+    file = tmp_path / "points.json"
+    step = StepCost(prefill_token=1e-5, prefill_token_rank=1e-7, decode_token_rank=1e-7)
+    save(OperatingPoints(points={8: 1000.0}, step_cost=step, measured=True), file)
+    scheduler, _ = build(
+        ranks={1: 128},
+        max_tokens=1024,
+        caching=False,
+        options={"operating_points": str(file), "lora_share": 0.1},
+    )
+    scheduler.add_request(make_request("decoding", 10, 60))
+    run_until(scheduler, lambda: any(not r.is_prefill_chunk for r in scheduler.running), lambda _: None)
+    scheduler.add_request(make_request("burst", 1000, 1, adapter=1))
+    chunks = []
+    while "burst" in scheduler.requests:
+        output, _ = settled_step(scheduler)
+        chunks.append(output.num_scheduled_tokens.get("burst", 0))
+    assert max(chunks) == int(0.1 * 1024 / (128 * 0.01))
+
+
+def test_a_pooling_request_whose_adapter_cannot_be_had_ends_as_pooling_requests_do(build: Any) -> None:
+    """vLLM's front end takes an output without pooling data for that of a generating request, and dies of it."""
+    from scheduler_harness import checker, finished, make_request, run_until
+
+    scheduler, workers = build()
+    workers.fails[1] = [("it is truncated", False)]
+    scheduler.add_request(make_request("pool", adapter=1, pooling=True))
+    (output,) = run_until(scheduler, finished(scheduler), checker(scheduler))
+    assert str(output.finish_reason) == "error"
+    assert output.pooling_output is not None
+    assert output.pooling_output.numel() == 0

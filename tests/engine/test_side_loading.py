@@ -194,3 +194,83 @@ def test_an_order_that_breaks_does_not_end_the_channel(pair: Any, monkeypatch: p
     order(end, 1)
     order(end, 2)
     assert next_report(end).adapter == 2
+
+
+def test_what_an_earlier_load_brings_late_is_not_kept(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its adapter was replaced meanwhile: the scheduler hears of it, and the path stays the newer one's."""
+    import threading
+
+    from vllm.lora.request import LoRARequest
+
+    end, manager = pair
+    prepare, gates, began = manager.prepare, [threading.Event()], threading.Event()
+
+    def slow_once(request: Any) -> int:
+        if gates:
+            gate = gates.pop()
+            began.set()
+            gate.wait(60)
+        return prepare(request)
+
+    first = gates[0]
+    monkeypatch.setattr(manager, "prepare", slow_once)
+    manager._start_load(LoRARequest("a1", 1, "/old"), attempt=1)
+    assert began.wait(60)
+    manager._start_load(LoRARequest("a1", 1, "/new"), attempt=2)
+    ready = next_report(end)
+    assert (ready.attempt, ready.path) == (2, "/new")
+    first.set()
+    late = next_report(end)
+    assert (type(late).__name__, late.attempt, late.transient) == ("Failed", 1, True)
+    assert manager._paths == {1: "/new"}
+    assert manager.load_errors == {}
+
+
+def test_loads_of_add_lora_that_hang_give_their_places_back(pair: Any, tmp_path: Path) -> None:
+    import threading
+
+    from vllm.lora.request import LoRARequest
+
+    end, manager = pair
+    manager.loads.timeout_s = 0.05
+    gate, prepare = threading.Event(), manager.prepare
+    manager.prepare = lambda request: gate.wait(60) if request.lora_int_id < 10 else prepare(request)
+    try:
+        for adapter in [*range(manager.loads.places + 2), 10]:
+            folder = tmp_path / str(adapter)
+            folder.mkdir()
+            (folder / "adapter_config.json").write_text("{}")
+            assert manager.add_adapter(LoRARequest(f"a{adapter}", adapter + 1 if adapter < 10 else 10, str(folder)))
+        assert next_report(end).adapter == 10
+        assert manager.loads.hung >= manager.loads.places
+    finally:
+        gate.set()
+
+
+def test_a_queued_load_that_the_scheduler_overtakes_fails_for_nobody(pair: Any, tmp_path: Path) -> None:
+    """`add_lora` waits for its turn; a request comes, the scheduler orders the load, and only that one is told of."""
+    import threading
+
+    from vllm.lora.request import LoRARequest
+
+    end, manager = pair
+    gate, prepare = threading.Event(), manager.prepare
+    manager.prepare = lambda request: gate.wait(60) if request.lora_int_id > 10 else prepare(request)
+    for adapter in [*range(11, 11 + manager.loads.places), 1]:
+        folder = tmp_path / str(adapter)
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        assert manager.add_adapter(LoRARequest(f"a{adapter}", adapter, str(folder)))
+    order(end, 1, attempt=5)
+    ready = next_report(end)
+    assert (type(ready).__name__, ready.adapter, ready.attempt) == ("Ready", 1, 5)
+    gate.set()
+    others = next_reports(end, manager.loads.places)
+    assert {type(report).__name__ for report in others} == {"Ready"}
+    assert {report.adapter for report in others} == set(range(11, 11 + manager.loads.places))
+    deadline = time.monotonic() + 60
+    while manager.loads._pump is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    assert end.reports() == []
+    assert manager.load_errors == {}

@@ -91,9 +91,17 @@ def write_pages(
     at = 0
     for group, pages in zip(layout.groups, targets, strict=True):
         if pages is not None:
-            pages.zero_()
-            _write_group(reader, layout, group, by_module, ranks[at : at + len(group.places)], pages, check_values)
+            inside = ranks[at : at + len(group.places)]
+            if not _fills(layout, group, inside, pages.shape[0]):
+                pages.zero_()
+            _write_group(reader, layout, group, by_module, inside, pages, check_values)
         at += len(group.places)
+
+
+def _fills(layout: Layout, group: PageGroup, ranks: Sequence[int], count: int) -> bool:
+    """Whether slices of these ranks write every element of the group's pages."""
+    written = sum((place.in_size + place.out_size) * layout.page_rows for place in group.places)
+    return written == group.page_elements and all(rank == count * layout.page_rows for rank in ranks)
 
 
 def _write_group(

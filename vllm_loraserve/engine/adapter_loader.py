@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ from vllm_loraserve.engine.single_thread import single_thread
 from vllm_loraserve.memory.host_tier import HostEntry, HostTier
 
 logger = logging.getLogger(__name__)
+
+_SETTLED_S = 2.0
+_MOST_DIGESTS = 10_000
 
 
 class ServedAdapter(LoRAModel):
@@ -94,6 +98,8 @@ class AdapterLoader:
     ) -> None:
         self.facts, self.tier, self.cache = facts, tier, cache
         self._resolve, self._capacity = resolve, capacity
+        self._digests: dict[Path, tuple[tuple[object, ...], str]] = {}
+        """Weights file -> (its stat and config, the content hash)."""
 
     def prepare(self, request: LoRARequest) -> ServedAdapter:
         """Read the adapter of `request` and put its pages into the host tier under its integer id.
@@ -120,7 +126,7 @@ class AdapterLoader:
             raise AdapterError(
                 "too_large", f"The adapter '{request.lora_name}' of rank {checkpoint.rank} does not fit: {problem}"
             )
-        digest = content_hash(checkpoint)
+        digest = self._digest(checkpoint)
         entry = self.tier.get(request.lora_int_id)
         if entry is None or entry.digest != digest or request.load_inplace:
             source = self._fill(request, checkpoint, plans, ranks, digest)
@@ -133,6 +139,22 @@ class AdapterLoader:
                 (time.perf_counter() - began) * 1e3,
             )
         return adapter
+
+    def _digest(self, checkpoint: Checkpoint) -> str:
+        """The content hash; a file that has not been touched since it was hashed is not read again."""
+        stat = checkpoint.weights_path.stat()
+        seen = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        key = (seen, checkpoint.config.normalised())
+        known = self._digests.get(checkpoint.weights_path)
+        if known is not None and known[0] == key:
+            return known[1]
+        digest = content_hash(checkpoint)
+        # A file changed just now may change again without another time stamp.
+        if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_S:
+            if len(self._digests) >= _MOST_DIGESTS:
+                self._digests.clear()
+            self._digests[checkpoint.weights_path] = (key, digest)
+        return digest
 
     def _fill(
         self,

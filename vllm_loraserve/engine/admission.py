@@ -23,7 +23,7 @@ from vllm.v1.request import Request
 class Lane:
     """Waiting requests of one adapter content (adapter 0: the base model), by key."""
 
-    __slots__ = ("adapter", "blocked", "heap", "live", "name", "path")
+    __slots__ = ("adapter", "blocked", "heap", "live", "name", "path", "yielded")
 
     def __init__(self, adapter: int, name: str, path: str) -> None:
         self.adapter, self.name, self.path = adapter, name, path
@@ -32,6 +32,8 @@ class Lane:
         """Requests that wait here; the heap may still hold some that were taken out."""
         self.blocked: tuple[float, int] | None = None
         """(time, requests admitted by then) since when its head finds no room; None: it isn't held up by room."""
+        self.yielded = 0
+        """Steps in which it could have joined the running ones, and let other prefill go first."""
 
 
 class Gate(Protocol):
@@ -169,9 +171,14 @@ class AdmissionQueue(RequestQueue):
         """At most `count` lanes of adapters, the one whose head comes first in front."""
         return heapq.nsmallest(count, self.lanes.values(), key=lambda lane: self.head(lane)[0])
 
-    def requests_of(self, lane: Lane) -> list[Request]:
-        """All requests of a lane, in order."""
-        return [request for _, request in sorted(e for e in lane.heap if self._is_live(e))]
+    def live_in(self, lane: Lane) -> list[Request]:
+        """All requests of a lane, in any order."""
+        return [entry[1] for entry in lane.heap if self._is_live(entry)]
+
+    @property
+    def base_waits(self) -> bool:
+        """Whether requests of the base model wait."""
+        return bool(self._base.live)
 
     def taken_key(self, request: Request) -> Any:
         """The key that a request had which was taken out in this step."""

@@ -57,8 +57,9 @@ SETTLE_S = 10.0
 REFRESH_S = 30.0
 """Time between two looks at the whole registry, kept for the coordinator's absence."""
 DRAIN_POLL_S = 0.1
-LOAD_PATIENCE_S = 60.0
-"""A prefetch that is not in the engine by then has failed; a request for the adapter tells why."""
+LOAD_GRACE_S = 5.0
+"""Added to `load_timeout_s`: a prefetch that is not in the engine by then has failed; a request for the adapter tells
+why."""
 
 
 async def start_agent(
@@ -96,6 +97,7 @@ class Agent:
         self.load = LoadLogger()
         self.resolver = self._find_resolver(config)
         self.name = instance_name(config, url)
+        self._patience_s = config.load_timeout_s + LOAD_GRACE_S
         shapes = module_shapes(vllm_config.model_config.hf_text_config)
         self._hello = Register(
             instance=self.name,
@@ -371,7 +373,7 @@ class Agent:
         # name it meanwhile wait for it there, or are told why it can't be loaded.
         try:
             if not await self._held(request):
-                raise TimeoutError(f"The engine has not loaded '{record.name}' within {LOAD_PATIENCE_S:g} s.")
+                raise TimeoutError(f"The engine has not loaded '{record.name}' within {self._patience_s:g} s.")
         except (RuntimeError, TimeoutError):
             if self.models.lora_requests.get(record.name) is request:
                 self._unserve(record.name, request)
@@ -379,11 +381,11 @@ class Agent:
         logger.info("Prefetched adapter '%s' (rank %d) from '%s'", record.name, record.rank, record.source)
 
     async def _held(self, request: LoRARequest) -> bool:
-        """Waits until the engine holds the adapter; False when it has not come within LOAD_PATIENCE_S.
+        """Waits until the engine holds the adapter; False when it has not come in time.
 
         Raises RuntimeError with the reason where the engine says that it can't be loaded.
         """
-        end, pause = time.monotonic() + LOAD_PATIENCE_S, 0.05
+        end, pause = time.monotonic() + self._patience_s, 0.05
         while True:
             arena, host, errors = await self._inside()
             if request.lora_int_id in arena | host:

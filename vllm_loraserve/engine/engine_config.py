@@ -37,6 +37,7 @@ def prepare_engine_args(args: Any) -> LoRAServeConfig | None:
     raw = args.additional_config[ADDITIONAL_CONFIG_KEY]
     config = parse_config(raw)
     _check_transfer_key(config)
+    _check_operating_points(config)
     args.enable_lora = True
     if not args.max_cpu_loras:
         # Adapters are brought in ahead of their turn, and must not push out those that run.
@@ -81,6 +82,18 @@ def _check_transfer_key(config: LoRAServeConfig) -> None:
         load_key(config.transfer_key_file)
     except AuthenticationError as error:
         raise ConfigError(f"loraserve-config: transfer_key_file={config.transfer_key_file!r}: {error}") from None
+
+
+def _check_operating_points(config: LoRAServeConfig) -> None:
+    """Refuses a file that the scheduler could not use, before a model is loaded."""
+    if config.operating_points is None:
+        return
+    from vllm_loraserve.engine.rank_budget import rank_cost
+
+    try:
+        rank_cost(None, config.operating_points)
+    except ValueError as error:
+        raise ConfigError(f"loraserve-config: operating_points={config.operating_points!r}: {error}") from None
 
 
 def adapt_vllm_config(vllm_config: Any) -> None:

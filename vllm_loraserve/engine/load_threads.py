@@ -43,9 +43,14 @@ _here = threading.local()
 def ensure_wanted() -> None:
     """Raises SupersededError on the thread of a load whose result nobody wants any more. Called before a result is put
     where others find it; elsewhere it does nothing."""
-    load = getattr(_here, "load", None)
-    if load is not None and load.superseded:
+    if not wanted():
         raise SupersededError("a later load of the adapter was asked for, or it was removed")
+
+
+def wanted() -> bool:
+    """False on the thread of a load whose result nobody wants any more."""
+    load = getattr(_here, "load", None)
+    return load is None or not load.superseded
 
 
 class LoadThreads:
@@ -70,7 +75,7 @@ class LoadThreads:
     def start(
         self, adapter: int, path: str, run: Callable[[], None], refuse: Callable[[Exception], None], *, queued: bool
     ) -> None:
-        """Runs `run` aside, at once or (`queued`) when a place is free; earlier loads of the adapter don't count now."""
+        """Runs `run` aside, at once or (`queued`) when a place is free; earlier loads of the adapter count no more."""
         load = Load(adapter, path, run, refuse, queued)
         with self._changed:
             self._supersede(adapter)

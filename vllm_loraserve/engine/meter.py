@@ -1,8 +1,7 @@
 """What an instance is doing, measured in its API server: load as vLLM's own statistics tell it, demand per adapter.
 
 vLLM's statistics have no adapter in them, so `Meter.attach` counts at the engine client: its `generate` and `encode`
-(pooling) are wrapped, on that one object, by generators that pass every output on and note its tokens under the
-adapter's name.
+are wrapped, on that one object, by generators that pass every output on and note its tokens under the adapter's name.
 """
 
 from __future__ import annotations
@@ -43,37 +42,44 @@ class Meter:
         self._history.append((clock(), {}))
 
     def attach(self, engine_client: Any) -> Callable[[], None]:
-        """Counts what goes through `engine_client.generate` and `encode`; returns what undoes it."""
-        undo = [self._wrap(engine_client, name) for name in ("generate", "encode") if hasattr(engine_client, name)]
+        """Counts what goes through `generate` and `encode` of `engine_client`; returns what undoes it."""
+        originals = {name: getattr(engine_client, name) for name in ("generate", "encode") if hasattr(engine_client, name)}
+        counted = {name: self._counted(original) for name, original in originals.items()}
+        for name, wrapped in counted.items():
+            setattr(engine_client, name, wrapped)
 
         def detach() -> None:
-            for each in undo:
-                each()
+            for name, original in originals.items():
+                if getattr(engine_client, name) is counted[name]:
+                    setattr(engine_client, name, original)
 
         return detach
 
-    def _wrap(self, engine_client: Any, method: str) -> Callable[[], None]:
-        original = getattr(engine_client, method)
+    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """`generate` or `encode` of an engine client; of the latter only the prompt has tokens."""
 
         @functools.wraps(original)
-        async def counted(prompt: Any, params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-            lora_request = kwargs.get("lora_request")
+        async def counted(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+            # encode takes it fourth, too: prompt, parameters, request id, adapter.
+            lora_request = kwargs.get("lora_request", args[3] if len(args) > 3 else None)
+            params = kwargs.get("sampling_params", args[1] if len(args) > 1 else None)
             tally = self._tallies.setdefault(lora_request.lora_name if lora_request is not None else "", _Tally())
             delta = getattr(params, "output_kind", None) is RequestOutputKind.DELTA
             lora_id = lora_request.lora_int_id if lora_request is not None else 0
             tally.requests += 1
             tally.running += 1
             self._running_ids[lora_id] += 1
-            outputs = original(prompt, params, *args, **kwargs)
+            outputs = original(*args, **kwargs)
             prompt_tokens = generated = 0
             try:
                 async for output in outputs:
                     if not prompt_tokens:
                         prompt_tokens = len(output.prompt_token_ids or ())
                         tally.tokens += prompt_tokens
-                    new = sum(len(o.token_ids) for o in output.outputs) if method == "generate" else 0
-                    tally.tokens += new if delta else new - generated
-                    generated = new
+                    if isinstance(output.outputs, list):
+                        new = sum(len(o.token_ids) for o in output.outputs)
+                        tally.tokens += new if delta else new - generated
+                        generated = new
                     yield output
             finally:
                 tally.running -= 1
@@ -81,13 +87,7 @@ class Meter:
                 # Ends the engine's side at once when the client has gone, rather than at garbage collection.
                 await outputs.aclose()
 
-        setattr(engine_client, method, counted)
-
-        def detach() -> None:
-            if getattr(engine_client, method) is counted:
-                setattr(engine_client, method, original)
-
-        return detach
+        return counted
 
     def running(self, adapter: str | None = None) -> int:
         """Requests of `adapter`, or of all, between their arrival at the engine client and their last output."""

@@ -2,9 +2,8 @@
 
 Room: the adapters of all running requests lie in the arena together, beside pinned ones, so a request of another
 adapter is admitted only while slots and rank rows are left; pinned ones nobody uses give way where nothing else runs.
-Work: a token of an adapter of rank r costs `cost_per_rank * r` base tokens more than a token of the base model; prefill
-of adapters, which can be cut finer, is held to a share of the step's token budget as long as somebody else decodes.
-Decodes are never held back.
+Work: what LoRA adds to a step is counted in base prompt tokens (RankCost); prefill of adapters, which can be cut finer,
+is held to a share of the step's token budget as long as somebody else decodes. Decodes are never held back.
 """
 
 from __future__ import annotations
@@ -12,8 +11,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from vllm_loraserve.cluster.operating_points import OperatingPoints, load, shipped_defaults
+
 MIN_CHUNK = 16
 """Tokens; the smallest prefill chunk that the work budget cuts, so that every prefill makes progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankCost:
+    """What one rank row of an adapter adds to a step, in the time of one prompt token of the base model: for every
+    prompt token, for every generated token, and for being in the batch at all (its weights are read)."""
+
+    prefill: float
+    decode: float
+    row: float = 0.0
+
+    @classmethod
+    def uniform(cls, cost: float) -> RankCost:
+        """The same for every token, nothing for the row itself."""
+        return cls(cost, cost)
+
+    @classmethod
+    def from_points(cls, points: OperatingPoints) -> RankCost:
+        """From the fitted step cost of measured (or shipped) operating points; without one, from the points alone."""
+        step = points.step_cost
+        if step is None or step.prefill_token <= 0:
+            return cls.uniform(cost_per_rank_from(points.points))
+        unit = step.prefill_token
+        return cls(
+            *(max(each, 0.0) / unit for each in (step.prefill_token_rank, step.decode_token_rank, step.rank_row))
+        )
+
+
+def rank_cost(cost_per_rank: float | None, operating_points: str | None) -> RankCost:
+    """`cost_per_rank` when it is given, else what the file of operating points says, else the shipped default.
+
+    Raises OperatingPointsError or ValueError for a file that can't be used.
+    """
+    if cost_per_rank is not None:
+        return RankCost.uniform(cost_per_rank)
+    return RankCost.from_points(load(operating_points) if operating_points is not None else shipped_defaults())
 
 
 def cost_per_rank_from(operating_points: Mapping[int, float]) -> float:
@@ -120,9 +157,9 @@ class ArenaRoom:
 
 @dataclass(slots=True)
 class WorkBudget:
-    """LoRA work of one step, in base tokens."""
+    """LoRA work of one step, in base prompt tokens."""
 
-    cost_per_rank: float
+    cost: RankCost
     share: float | None
     left: float = 0.0
     spent: float = 0.0
@@ -130,10 +167,11 @@ class WorkBudget:
     granted: bool = False
     """A prefill of an adapter runs in this step."""
 
-    def begin(self, step_tokens: int, decode_rank_rows: int, others_decode: bool) -> None:
-        """A step of `step_tokens` starts; `decode_rank_rows`: sum of the ranks of requests that decode one token."""
-        self.spent = self.cost_per_rank * decode_rank_rows
-        self.bounded = self.share is not None and others_decode and self.cost_per_rank > 0
+    def begin(self, step_tokens: int, decode_rank_rows: int, rows: int, others_decode: bool) -> None:
+        """A step of `step_tokens` starts; `decode_rank_rows`: sum of the ranks of requests that decode one token;
+        `rows`: rank rows of the adapters that run."""
+        self.spent = self.cost.decode * decode_rank_rows + self.cost.row * rows
+        self.bounded = self.share is not None and others_decode and self.cost.prefill > 0
         self.left = (self.share or 0.0) * step_tokens - self.spent
         self.granted = False
 
@@ -144,7 +182,7 @@ class WorkBudget:
         """
         if not self.bounded or not lora_rank:
             return tokens
-        most = int(self.left / (self.cost_per_rank * lora_rank))
+        most = int(self.left / (self.cost.prefill * lora_rank))
         if most >= tokens:
             return tokens
         if most >= MIN_CHUNK:
@@ -153,7 +191,7 @@ class WorkBudget:
 
     def spend(self, tokens: int, lora_rank: int) -> None:
         """`tokens` prefill tokens of this rank were scheduled."""
-        cost = self.cost_per_rank * lora_rank * tokens
+        cost = self.cost.prefill * lora_rank * tokens
         self.left -= cost
         self.spent += cost
         self.granted = True

@@ -143,7 +143,7 @@ class Readiness:
             self._on_ready(report)
         elif isinstance(report, channel.Failed):
             entry = self._adapters.get(report.adapter)
-            if entry is not None and entry.state == "loading" and report.attempt in (0, entry.attempt):
+            if entry is not None and entry.state == "loading" and report.attempt == entry.attempt:
                 self._fail(report.adapter, entry, report.reason, report.transient, report.status, now)
         elif isinstance(report, channel.Pinned):
             (self.pinned.add if report.pinned else self.pinned.discard)(report.adapter)

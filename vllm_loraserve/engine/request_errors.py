@@ -2,7 +2,7 @@
 
 vLLM's engine core can end a request with an error, and the front end then says "Internal server error". The reason and
 the HTTP status travel in `stop_reason`; the front end's output processor turns them into the exception that vLLM
-answers with that status. Offline, the reason is in the output's `stop_reason`.
+answers with that status. Offline, the reason is in the output's `stop_reason`, or in `error` of a pooling request.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ def wrap_process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        ended = []
+        ended, pooled = [], {}
         for output in engine_core_outputs:
             if output.finish_reason is not None and (error := parse(output.stop_reason)) is not None:
                 state = self.request_states.get(output.request_id)
                 if state is not None and state.queue is not None:
                     ended.append((state.queue, *error))
+                elif state is not None and state.detokenizer is None:
+                    pooled[state.external_req_id] = error
         result = original(self, engine_core_outputs, *args, **kwargs)
         for queue, status, reason in ended:
             from vllm.exceptions import GracefulHTTPError
@@ -46,6 +48,12 @@ def wrap_process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
             # In place of the output that says no more than "error", and before anybody could have taken it.
             queue.output = GracefulHTTPError(reason, status)
             queue.ready.set()
+        for output in result.request_outputs if pooled else ():
+            if output.request_id in pooled:
+                from vllm.outputs import RequestError
+
+                status, reason = pooled[output.request_id]
+                output.error = RequestError(code=PREFIX, message=reason, retryable=status >= 500 or status == 429)
         return result
 
     return process_outputs

@@ -5,9 +5,10 @@
 to a work budget (rank_budget.py), shares and limits hold (fairness.py). With no request of an adapter every decision is
 vLLM's own.
 
-A request that finds no room is overtaken by younger ones whose adapters are in use, at most `skip_window` times and for
-at most `max_skip_s`; then the cheapest set of adapters that makes room for it gets no new requests until it runs. Since
-the requests that run end, it waits for a bounded time after that; several such requests are served oldest first.
+A request that finds no room is overtaken by younger ones whose adapters are in use, until more than `skip_window`
+requests were admitted since, or `max_skip_s` is over; then the cheapest set of adapters that makes room for it gets no
+new requests until it runs. Since the requests that run end, it waits for a bounded time after that; several such
+requests are served oldest first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -31,7 +33,7 @@ from vllm_loraserve.engine.admission import AdmissionQueue, Lane
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.fairness import Limits, Shares
 from vllm_loraserve.engine.metrics import Publisher, Totals, summed
-from vllm_loraserve.engine.rank_budget import MIN_CHUNK, ArenaRoom, WorkBudget
+from vllm_loraserve.engine.rank_budget import MIN_CHUNK, ArenaRoom, WorkBudget, rank_cost
 from vllm_loraserve.engine.readiness import Readiness
 from vllm_loraserve.engine.request_errors import stop_reason
 from vllm_loraserve.engine.trace import StepCounters, StepTrace
@@ -40,6 +42,8 @@ logger = init_logger("vllm.loraserve.scheduler")
 
 WORKERS_TIMEOUT_S = 10.0
 WAITS_EVERY_S = 0.25
+JOIN_STEPS = 2
+"""Steps that an adapter nobody runs may wait for one in which nothing else begins."""
 LOADS_EVERY_S = 0.05
 """How often loads are looked at when nothing has changed: back-offs and timeouts run out."""
 LOADS_POLL_S = 0.005
@@ -71,7 +75,7 @@ class RankAwareMixin(_Base):
         )
         self.readiness.rank_limit = self.room.largest_rank
         share = config.lora_share if self.scheduler_config.enable_chunked_prefill else None
-        self.work = WorkBudget(config.lora_cost_per_rank, share)
+        self.work = WorkBudget(rank_cost(config.lora_cost_per_rank, config.operating_points), share)
         self.shares, self.limits = Shares(config.shares), Limits(config.max_inflight_tokens)
         self.counters = StepCounters()
         self.trace = StepTrace(config.trace_schedule) if config.trace_schedule else None
@@ -88,7 +92,9 @@ class RankAwareMixin(_Base):
         """Key of the oldest waiting request whose adapter finds no room; None: there is none."""
         self._overtook: set[Request] = set()
         """Requests that were admitted past it in this step."""
-        self._loads_looked_at = self._waits_looked_at = 0.0
+        self._loads_looked_at = self._waits_looked_at = self._limits_looked_at = 0.0
+        self._decoding = False
+        """Somebody decodes in this step."""
         self._idle = True
         self._only_loads = False
         """The last step had nothing to run, since all that waits waits for its adapter."""
@@ -139,7 +145,8 @@ class RankAwareMixin(_Base):
         self._draining, self._drain_for = set(), None
         self._oldest_blocked = None
         self._overtook.clear()
-        self.work.begin(self.max_num_scheduled_tokens, *self._count_running())
+        decode_rows, self._decoding = self._count_running()
+        self.work.begin(self.max_num_scheduled_tokens, decode_rows, self.room.used_rows, self._decoding)
         self._idle = not lanes and not self.room.users
         if not lanes:
             return
@@ -193,16 +200,17 @@ class RankAwareMixin(_Base):
         for adapter, path, status, reason in self.readiness.failed():
             lane = self.waiting.lanes.get((adapter, path))
             if lane is not None:
-                self._doom(self.waiting.requests_of(lane), HTTPStatus(status), reason)
+                self._doom(self.waiting.live_in(lane), HTTPStatus(status), reason)
             self.readiness.forget_failure(adapter)
-        if not self.limits.most:
+        if not self.limits.most or now - self._limits_looked_at < WAITS_EVERY_S:
             return
+        self._limits_looked_at = now
         for lane in self.waiting.lanes.values():
             if self.limits.allows(lane.name, _reach(self.waiting.head(lane)[1])):
                 continue
             late = [
                 request
-                for request in self.waiting.requests_of(lane)
+                for request in self.waiting.live_in(lane)
                 if now - self.waiting.queued_at(request) > self.loraserve.limit_wait_s
             ]
             reason = f"Too many tokens of LoRA adapter '{lane.name}' are in flight; try again later"
@@ -238,15 +246,29 @@ class RankAwareMixin(_Base):
     # ---- the gate of the waiting queue ----
 
     def open_lanes(self) -> Iterable[Lane]:
-        """An adapter's requests are shown when it is ready and not held back for an aged one."""
+        """An adapter's requests are shown when it is ready, not held back for an aged one, and can join alone."""
         lanes = self._ready_lanes()
-        if self._drain_for is None:
+        if self._drain_for is not None:
+            return (
+                lane
+                for lane in lanes
+                if lane is self._drain_for or (lane.adapter in self.room.users and lane.adapter not in self._draining)
+            )
+        return self._one_joins(list(lanes)) if self._decoding else lanes
+
+    def _one_joins(self, lanes: list[Lane]) -> list[Lane]:
+        """While others decode, an adapter that joins them (its pages are brought in, its prefill has them to read)
+        yields to other prefill for JOIN_STEPS steps, so that those costs don't add up in one step."""
+        users = self.room.users
+        joining = [lane for lane in lanes if lane.adapter not in users and lane.yielded < JOIN_STEPS]
+        if not joining:
             return lanes
-        return (
-            lane
-            for lane in lanes
-            if lane is self._drain_for or (lane.adapter in self.room.users and lane.adapter not in self._draining)
-        )
+        if len(joining) == len(lanes) and not self.waiting.base_waits:
+            joining.remove(min(joining, key=lambda lane: self.waiting.head(lane)[0]))
+        for lane in joining:
+            lane.yielded += 1
+        left_out = set(map(id, joining))
+        return [lane for lane in lanes if id(lane) not in left_out]
 
     def _ready_lanes(self) -> Iterable[Lane]:
         lanes = self.waiting.lanes
@@ -400,6 +422,8 @@ class RankAwareMixin(_Base):
                     new_token_ids=[],
                     finish_reason=request.get_finished_reason(),
                     stop_reason=stop_reason(status, reason),
+                    # vLLM's front end takes an output without one for that of a generating request.
+                    pooling_output=torch.empty(0) if request.pooling_params is not None else None,
                     events=request.take_events(),
                     trace_headers=request.trace_headers,
                 )

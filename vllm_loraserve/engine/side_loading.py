@@ -20,7 +20,7 @@ from vllm_loraserve.adapters.checkpoint import open_checkpoint
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine import channel
 from vllm_loraserve.engine.engine_config import config_of
-from vllm_loraserve.engine.load_threads import LoadThreads, SupersededError, ensure_wanted
+from vllm_loraserve.engine.load_threads import LoadThreads, SupersededError, ensure_wanted, wanted
 from vllm_loraserve.engine.loader_thread import step_aside
 
 logger = init_logger("vllm.loraserve.side_loading")
@@ -119,7 +119,7 @@ class SideLoadingMixin:
             request.lora_int_id,
             request.lora_path,
             lambda: self._load(request, attempt),
-            lambda error: self._report(self._failed(request, attempt, error)),
+            lambda error: self._fail(request, attempt, error),
             queued=attempt == 0,
         )
 
@@ -128,28 +128,32 @@ class SideLoadingMixin:
         begin = time.monotonic()
         adapter = request.lora_int_id
         rank = self._vllm_config.parallel_config.rank
-        report: channel.Report
         try:
             lora_rank = self.prepare(request)  # type: ignore[attr-defined]
             ensure_wanted()
             self._paths[adapter] = request.lora_path
             self.load_errors.pop(adapter, None)
             seconds = time.monotonic() - begin
-            report = channel.Ready(rank, adapter, attempt, _rank_of(lora_rank), seconds, request.lora_path)
+            self._report(channel.Ready(rank, adapter, attempt, _rank_of(lora_rank), seconds, request.lora_path))
         except Exception as error:
-            report = self._failed(request, attempt, error)
-        self._report(report)
+            self._fail(request, attempt, error)
         if (peers := getattr(self, "peers", None)) is not None:
             self._report(channel.Transfers(rank, peers.metrics()))
         self._sweep()
 
-    def _failed(self, request: LoRARequest, attempt: int, error: Exception) -> channel.Failed:
+    def _fail(self, request: LoRARequest, attempt: int, error: Exception) -> None:
+        """Tells why a load did not end well; of one that nobody wants any more only the scheduler hears, if it asked."""
+        superseded = isinstance(error, SupersededError) or not wanted()
+        if superseded and not attempt:
+            return
         reason = f"LoRA adapter '{request.lora_name}' can't be loaded: {_one_line(error)}"
-        if not isinstance(error, SupersededError):
+        if not superseded:
             self.load_errors[request.lora_int_id] = reason
-        rank = self._vllm_config.parallel_config.rank
-        return channel.Failed(
-            rank, request.lora_int_id, attempt, reason, is_transient(error), _status_of(error)
+        rank, transient = self._vllm_config.parallel_config.rank, superseded or is_transient(error)
+        self._report(
+            channel.Failed(
+                rank, request.lora_int_id, attempt, reason, transient, 503 if superseded else _status_of(error)
+            )
         )
 
     def _report(self, report: channel.Report) -> None:
@@ -240,8 +244,8 @@ class SideLoadingMixin:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: the source was slow or away, not wrong, or the adapter was replaced meanwhile."""
-    return isinstance(error, OSError | SupersededError) and not isinstance(
+    """Whether trying again may help: the source was slow or away, not wrong."""
+    return isinstance(error, OSError) and not isinstance(
         error, FileNotFoundError | NotADirectoryError | PermissionError
     )
 
