@@ -267,6 +267,7 @@ def test_loads_that_hang_for_ever_stop_nobody_else(build: Any, clock: Any) -> No
     ends = reasons(run_until(scheduler, finished(scheduler), check))
     assert {end for name, end in ends.items() if name.startswith("good")} == {"length"}
     assert {end for name, end in ends.items() if name.startswith("stuck")} == {"error"}
+    assert scheduler.readiness.counters.timeouts == 7 * 2, "each once, and once more"
 
 
 def test_an_adapter_joins_a_running_batch_alone_and_soon(build: Any) -> None:

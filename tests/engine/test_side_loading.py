@@ -234,7 +234,7 @@ def test_loads_of_add_lora_that_hang_give_their_places_back(pair: Any, tmp_path:
     end, manager = pair
     manager.loads.timeout_s = 0.05
     gate, prepare = threading.Event(), manager.prepare
-    manager.prepare = lambda request: gate.wait(60) if request.lora_int_id < 10 else prepare(request)
+    manager.prepare = lambda request: prepare(request) if request.lora_int_id >= 10 or gate.wait(60) else 0
     try:
         for adapter in [*range(manager.loads.places + 2), 10]:
             folder = tmp_path / str(adapter)
@@ -255,7 +255,7 @@ def test_a_queued_load_that_the_scheduler_overtakes_fails_for_nobody(pair: Any, 
 
     end, manager = pair
     gate, prepare = threading.Event(), manager.prepare
-    manager.prepare = lambda request: gate.wait(60) if request.lora_int_id > 10 else prepare(request)
+    manager.prepare = lambda request: prepare(request) if request.lora_int_id <= 10 or gate.wait(60) else 0
     for adapter in [*range(11, 11 + manager.loads.places), 1]:
         folder = tmp_path / str(adapter)
         folder.mkdir()

@@ -73,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"vllm-loraserve profile: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     _render(points, fit, trials, console)
-    console.print(f"Written to {args.out}; give it to the coordinator as --operating-points.")
+    console.print(
+        f"Written to {args.out}; give it to the coordinator as --operating-points, and to "
+        "instances as --loraserve-config.operating_points."
+    )
     return 0
 
 

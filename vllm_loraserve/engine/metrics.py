@@ -116,6 +116,7 @@ class Collector:
             ("limited_requests", "Requests ended with 429.", steps.limited_requests),
             ("load_failures", "Loads that failed for good.", loads.failures),
             ("load_retries", "Loads tried again.", loads.retries),
+            ("load_timeouts", "Loads that did not end within load_timeout_s.", loads.timeouts),
             ("load_stalls", "Adapters read inside a step after all.", loads.stalls),
             ("load_stall_seconds", "Seconds of such reading.", loads.stall_seconds),
         ):

@@ -44,6 +44,8 @@ class LoadCounters:
     load_seconds: float = 0.0
     failures: int = 0
     retries: int = 0
+    timeouts: int = 0
+    """Loads that hung."""
     stalls: int = 0
     stall_seconds: float = 0.0
     load_histogram: list[int] = field(default_factory=lambda: [0] * (len(LOAD_BUCKETS_S) + 1))
@@ -195,6 +197,7 @@ class Readiness:
         """Loads that take too long count as failed."""
         for adapter in [a for a in self._loading if now - self._adapters[a].started > self.load_timeout_s]:
             entry = self._adapters[adapter]
+            self.counters.timeouts += 1
             reason = f"LoRA adapter at {entry.path} was not loaded within {self.load_timeout_s:g} s"
             self._fail(adapter, entry, reason, True, 503, now)
 

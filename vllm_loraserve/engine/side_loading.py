@@ -142,7 +142,7 @@ class SideLoadingMixin:
         self._sweep()
 
     def _fail(self, request: LoRARequest, attempt: int, error: Exception) -> None:
-        """Tells why a load did not end well; of one that nobody wants any more only the scheduler hears, if it asked."""
+        """Tells why a load did not end well; of one that nobody wants now only a scheduler that ordered it hears."""
         superseded = isinstance(error, SupersededError) or not wanted()
         if superseded and not attempt:
             return
