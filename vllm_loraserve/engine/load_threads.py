@@ -152,7 +152,9 @@ class LoadThreads:
                     self._pump = None
                     return
                 load = self._queue.popleft()
-                problem = SupersededError("a later load was asked for") if load.superseded else self._begin(load)
+                problem: Exception | None = SupersededError("a later load was asked for")
+                if not load.superseded:
+                    problem = self._begin(load)
             self._launch(load, problem)
 
     def _until_place(self) -> float:

@@ -33,7 +33,8 @@ def wrap_process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        ended, pooled = [], {}
+        ended = []
+        pooled: dict[str, tuple[HTTPStatus, str]] = {}
         for output in engine_core_outputs:
             if output.finish_reason is not None and (error := parse(output.stop_reason)) is not None:
                 state = self.request_states.get(output.request_id)
