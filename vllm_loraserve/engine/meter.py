@@ -43,7 +43,9 @@ class Meter:
 
     def attach(self, engine_client: Any) -> Callable[[], None]:
         """Counts what goes through `generate` and `encode` of `engine_client`; returns what undoes it."""
-        originals = {name: getattr(engine_client, name) for name in ("generate", "encode") if hasattr(engine_client, name)}
+        originals = {
+            name: getattr(engine_client, name) for name in ("generate", "encode") if hasattr(engine_client, name)
+        }
         counted = {name: self._counted(original) for name, original in originals.items()}
         for name, wrapped in counted.items():
             setattr(engine_client, name, wrapped)
