@@ -1,5 +1,7 @@
 """Two workers' host tiers over real connections: an adapter of one is brought to the other, or left to its file."""
 
+import threading
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -8,26 +10,34 @@ pytestmark = pytest.mark.vllm
 import torch  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 
+from vllm_loraserve.adapters.checkpoint import AdapterError  # noqa: E402
 from vllm_loraserve.adapters.layout import ModuleShape, build_layout  # noqa: E402
 from vllm_loraserve.config import LoRAServeConfig  # noqa: E402
+from vllm_loraserve.engine.adapter_loader import ServedAdapter  # noqa: E402
 from vllm_loraserve.engine.peer_sources import PeerSources  # noqa: E402
-from vllm_loraserve.memory.host_tier import HostTier  # noqa: E402
+from vllm_loraserve.engine.side_loading import _status_of, is_transient  # noqa: E402
+from vllm_loraserve.memory.host_tier import HostEntry, HostTier, HostTierFullError  # noqa: E402
 from vllm_loraserve.transfer.auth import generate_key  # noqa: E402
+from vllm_loraserve.transfer.errors import AdapterUnavailableError  # noqa: E402
 
 
-def tier(dtype: str = "float32") -> HostTier:
+def tier(dtype: str = "float32", budget: int = 1 << 20) -> HostTier:
     modules = [ModuleShape("q", "attention", 64, (64,)), ModuleShape("up", "mlp", 64, (96,))]
-    return HostTier(build_layout(modules, model="tiny", dtype=dtype, page_rows=8, tp_rank=0, tp_size=1), 1 << 20)
+    return HostTier(build_layout(modules, model="tiny", dtype=dtype, page_rows=8, tp_rank=0, tp_size=1), budget)
 
 
 def fill(t: HostTier, key: int, digest: str, seed: int) -> bytes:
     entry = t.create(key, digest, (16, 8))
+    random_weights(t, entry, seed)
+    t.commit(entry)
+    return content(t, key)
+
+
+def random_weights(t: HostTier, entry: HostEntry, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for target in t.targets(entry):
         if target is not None:
             target.copy_(torch.rand(target.shape, generator=generator))
-    t.commit(entry)
-    return content(t, key)
 
 
 def content(t: HostTier, key: int) -> bytes:
@@ -44,10 +54,11 @@ def worker(tmp_path):
     made = []
 
     def make(instance: str, t: HostTier, whole=lambda _: True, **options) -> PeerSources:
+        loader = options.pop("loader", None)
         config = LoRAServeConfig(
             transfer_key_file=str(options.pop("key", key)), instance=instance, transfer_rdma="off", **options
         )
-        made.append(PeerSources(config, t, whole))
+        made.append(PeerSources(config, t, whole, loader=loader))
         return made[-1]
 
     yield make
@@ -118,3 +129,140 @@ def test_a_stranger_gets_nothing(worker, tmp_path):
     stranger = worker("two", tier(), key=other, transfer_deadline_s=3.0)
     stranger.locate("a", "/a", "sha", [("one", holder.endpoint)])
     assert stranger.bring(LoRARequest("a", 9, "/a")) is None
+
+
+class Loader:
+    """Checkpoints of the test: name -> (digest, seed), or the error that reading one raises. `gate`: reading waits."""
+
+    def __init__(self, t: HostTier, **checkpoints) -> None:
+        self.tier, self.checkpoints, self.gate, self.reads = t, checkpoints, threading.Event(), []
+        self.gate.set()
+
+    def prepare(self, request: LoRARequest, commit=None) -> ServedAdapter:
+        self.reads.append(request.lora_name)
+        assert self.gate.wait(60)
+        what = self.checkpoints.get(request.lora_name)
+        if what is None:
+            raise AdapterError("not_found", f"There is no adapter directory '{request.lora_path}'.")
+        if isinstance(what, Exception):
+            raise what
+        digest, seed = what
+        entry = self.tier.create(request.lora_int_id, digest, (16, 8))
+        random_weights(self.tier, entry, seed)
+        (commit or self.tier.commit)(entry)
+        adapter = ServedAdapter(request.lora_int_id, 16, {})
+        adapter.request, adapter.ranks, adapter.pages = request, entry.ranks, entry.pages
+        return adapter
+
+
+def test_a_slow_peer_gets_the_checkpoint_beside_it(worker, monkeypatch):
+    theirs, ours = tier(), tier()
+    weights = fill(theirs, 5, "sha", seed=1)
+    holder = worker("one", theirs)
+    loader = Loader(ours, a=("sha", 1))
+    asker = worker("two", ours, loader=loader)
+    holder.served(LoRARequest("a", 5, "/a"))
+    asker.locate("a", "/a", "sha", [("one", holder.endpoint)])
+    gate, acquire = threading.Event(), holder._store.acquire
+    monkeypatch.setattr(holder._store, "acquire", lambda name: gate.wait(60) and acquire(name))
+    try:
+        adapter = asker.bring(LoRARequest("a", 9, "/a"))
+    finally:
+        gate.set()
+    assert (adapter.id, adapter.ranks, loader.reads) == (9, (16, 8), ["a"])
+    assert content(ours, 9) == weights
+    asker.close()  # the peer's part is over too: what it reserved has been given back
+    ours.check_integrity()
+    assert len(ours) == 1
+    assert ours.get(9).users == 0
+
+
+def test_a_peer_goes_before_the_checkpoint_and_the_checkpoint_after_dead_peers(worker):
+    theirs, ours = tier(), tier()
+    weights = fill(theirs, 5, "sha", seed=1)
+    holder = worker("one", theirs)
+    loader = Loader(ours, a=("sha", 1), b=("sha-b", 2))
+    asker = worker("two", ours, loader=loader)
+    holder.served(LoRARequest("a", 5, "/a"))
+    asker.locate("a", "/a", "sha", [("one", holder.endpoint)])
+    asker.locate("b", "/b", "sha-b", [("dead", "127.0.0.1:1")])
+    assert asker.bring(LoRARequest("a", 9, "/a")) is not None
+    assert content(ours, 9) == weights
+    assert "b" not in loader.reads
+    adapter = asker.bring(LoRARequest("b", 8, "/b"))
+    assert (adapter.id, ours.get(8).digest) == (8, "sha-b")
+    ours.check_integrity()
+
+
+@pytest.mark.parametrize("holders", [[], [("dead", "127.0.0.1:1")]])
+def test_all_sources_gone_is_a_503_that_names_them_and_the_next_adapter_comes(worker, holders):
+    ours = tier()
+    loader = Loader(ours, b=("sha-b", 2))
+    asker = worker("two", ours, loader=loader)
+    request = LoRARequest("a", 9, "/gone")
+    asker.locate("a", "/gone", "sha", holders)
+    asker.locate("b", "/b", "sha-b", holders)
+    assert asker.knows(request), "so that the request waits for the load's verdict"
+    with pytest.raises(AdapterUnavailableError, match="There is no adapter directory '/gone'") as caught:
+        asker.bring(request)
+    assert _status_of(caught.value) == 503
+    assert not is_transient(caught.value), "it is told at once"
+    assert ("peer dead" if holders else "none holds it") in str(caught.value)
+    assert asker.bring(LoRARequest("b", 8, "/b")).id == 8
+    assert len(ours) == 1
+    ours.check_integrity()
+
+
+def test_a_checkpoint_that_is_wrong_says_so_itself(worker):
+    loader = Loader(ours := tier(), a=AdapterError("mismatch", "'/a' targets 'x', which this model has not."))
+    asker = worker("two", ours, loader=loader)
+    asker.locate("a", "/a", "sha", [("dead", "127.0.0.1:1")])
+    with pytest.raises(AdapterError, match="targets 'x'") as caught:
+        asker.bring(LoRARequest("a", 9, "/a"))
+    assert _status_of(caught.value) == 400
+
+
+def test_the_last_copy_stays_until_a_move_is_confirmed(worker, tmp_path):
+    probe = tier()
+    before = probe.free_bytes
+    fill(probe, 1, "x", seed=1)
+    theirs, ours = tier(budget=2 * (before - probe.free_bytes)), tier()  # room for two adapters
+    holder, asker = worker("one", theirs), worker("two", ours)
+    for key, name in ((5, "a"), (6, "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+        fill(theirs, key, f"sha-{name}", seed=key)
+        holder.served(LoRARequest(name, key, str(tmp_path / name)))
+    weights = content(theirs, 5)
+    for name in "ab":
+        (tmp_path / name / "adapter_config.json").unlink()
+    holder.look_at_checkpoints()
+    with pytest.raises(HostTierFullError) as caught:
+        theirs.create(7, "sha-c", (16, 8))
+    assert _status_of(caught.value) == 503
+    # A table that names another holder is no confirmation: that one may rely on ours.
+    holder.locate("a", str(tmp_path / "a"), "sha-a", [("two", asker.endpoint)])
+    with pytest.raises(HostTierFullError):
+        theirs.create(7, "sha-c", (16, 8))
+    asker.locate("a", "/a", "sha-a", [("one", holder.endpoint)])
+    assert asker.bring(LoRARequest("a", 9, "/a")) is not None
+    entry = theirs.create(7, "sha-c", (16, 8))
+    assert (5 in theirs, 6 in theirs) == (False, True)
+    theirs.discard(entry)
+    assert content(ours, 9) == weights
+    # And back: the copy that was confirmed last is now the one that stays.
+    asker.look_at_checkpoints()
+    assert not ours.may_evict(9)
+    assert holder.bring(LoRARequest("a", 5, str(tmp_path / "a"))) is not None
+    assert ours.may_evict(9)
+    assert not theirs.may_evict(5)
+
+
+def test_a_copy_whose_checkpoint_can_be_read_may_go(worker, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    theirs = tier()
+    holder = worker("one", theirs)
+    fill(theirs, 5, "sha", seed=1)
+    holder.served(LoRARequest("a", 5, str(tmp_path)))
+    holder.look_at_checkpoints()
+    assert theirs.may_evict(5)

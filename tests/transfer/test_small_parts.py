@@ -143,19 +143,41 @@ def test_a_failing_deregistration_still_unpins(pages):
 
 def test_handover_keeps_the_last_copy():
     handover = Handover()
-    assert not handover.may_go("a")  # nobody else has it, no checkpoint
-    assert handover.may_go("a", checkpoint_readable=True)
-    assert handover.may_go("a", copies_elsewhere=1)
-    handover.landed("a", "two")  # a fetch by somebody while we keep it anyway
-    handover.leave("a")
     assert not handover.may_go("a")
-    assert handover.ready() == []
+    assert handover.may_go("a", checkpoint_readable=True)
+    handover.located("a", ["two"])  # a copy that was not made from ours may itself rely on ours
+    assert not handover.may_go("a")
     handover.landed("a", "two")
     assert handover.may_go("a")
-    assert handover.ready() == ["a"]
-    handover.stay("a")
-    assert handover.ready() == []
+    handover.located("a", ["three"])  # two has lost it since
     assert not handover.may_go("a")
+    handover.located("a", ["two", "three"])
+    assert handover.may_go("a")
+    handover.forget("a")
+    handover.located("a", ["two"])
+    assert not handover.may_go("a")  # other content
+
+
+@given(st.lists(st.tuples(st.sampled_from(["copy", "table", "evict"]), st.integers(0, 3), st.integers(0, 3))))
+def test_whatever_instances_hear_and_when_one_copy_stays(events):
+    """Instances that copy from each other, hear of tables that may be old, and evict whatever they may."""
+    names = ["zero", "one", "two", "three"]
+    handovers = [Handover() for _ in names]
+    holds = [True, False, False, False]
+    tables = [list(holds)]
+    for what, i, j in events:
+        if what == "copy" and holds[i] and not holds[j]:
+            holds[j] = True
+            handovers[i].landed("a", names[j])
+        elif what == "table":
+            tables.append(list(holds))
+            for k, handover in enumerate(handovers):
+                held = tables[-1 - (j % len(tables))]
+                handover.located("a", [name for n, name in enumerate(names) if held[n] and n != k])
+        elif what == "evict" and holds[i] and handovers[i].may_go("a"):
+            holds[i] = False
+            handovers[i].forget("a")
+        assert any(holds)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 6), st.integers(1, 9000)), max_size=25))

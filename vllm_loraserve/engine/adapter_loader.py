@@ -101,8 +101,10 @@ class AdapterLoader:
         self._digests: dict[Path, tuple[tuple[object, ...], str]] = {}
         """Weights file -> (its stat and config, the content hash)."""
 
-    def prepare(self, request: LoRARequest) -> ServedAdapter:
+    def prepare(self, request: LoRARequest, commit: Callable[[HostEntry], object] | None = None) -> ServedAdapter:
         """Read the adapter of `request` and put its pages into the host tier under its integer id.
+
+        commit: called with the filled entry in place of the tier's own `commit`; it owns the entry then.
 
         An adapter that is there already, of the same content, is not converted again.
         Raises AdapterError (see its kinds) or HostTierFullError; the host tier is then as before.
@@ -129,7 +131,7 @@ class AdapterLoader:
         digest = self._digest(checkpoint)
         entry = self.tier.get(request.lora_int_id)
         if entry is None or entry.digest != digest or request.load_inplace:
-            source = self._fill(request, checkpoint, plans, ranks, digest)
+            source = self._fill(request, checkpoint, plans, ranks, digest, commit or self.tier.commit)
             logger.info(
                 "Adapter %s: rank %d, %.1f MiB in pages, from %s in %.0f ms",
                 request.lora_name,
@@ -163,6 +165,7 @@ class AdapterLoader:
         plans: Sequence[ModulePlan],
         ranks: Sequence[int],
         digest: str,
+        commit: Callable[[HostEntry], object],
     ) -> str:
         entry = self.tier.create(request.lora_int_id, digest, ranks)
         try:
@@ -175,7 +178,7 @@ class AdapterLoader:
         except BaseException:
             self.tier.discard(entry)
             raise
-        self.tier.commit(entry)
+        commit(entry)
         if self.cache is not None and source == "its checkpoint":
             self.cache.write(
                 digest,

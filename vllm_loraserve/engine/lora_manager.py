@@ -81,7 +81,9 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
             # Imported where it is used: without the option no worker probes for RDMA.
             from vllm_loraserve.engine.peer_sources import PeerSources
 
-            self.peers = PeerSources(self.options, self.host, self._in_pages, rank=vllm_config.parallel_config.rank)
+            self.peers = PeerSources(
+                self.options, self.host, self._in_pages, rank=vllm_config.parallel_config.rank, loader=self.loader
+            )
         return manager.model
 
     def _in_pages(self, lora_id: int) -> bool:

@@ -2,12 +2,15 @@
 
 One `PeerSources` per worker process, between the LoRA manager and `transfer/`. What it needs to know comes from
 outside: the coordinator's location table reaches it through the API server (`locate`), so that it goes on with what it
-last heard. A fetch that fails, or finds nobody, is no error here: the checkpoint is the next source.
+last heard. Where peers are known the pool has the checkpoint as its last source, and as the second one beside a slow
+peer; where none are, the caller reads the checkpoint itself.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Hashable, Sequence
 
 from prometheus_client import CollectorRegistry
@@ -16,36 +19,60 @@ from vllm.lora.request import LoRARequest
 
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine import channel
-from vllm_loraserve.engine.adapter_loader import ServedAdapter
-from vllm_loraserve.memory.host_tier import HostTier
+from vllm_loraserve.engine.adapter_loader import AdapterLoader, ServedAdapter
+from vllm_loraserve.memory.host_tier import HostEntry, HostTier
 from vllm_loraserve.transfer.auth import load_key
-from vllm_loraserve.transfer.errors import AdapterUnavailableError, CancelledError, TransferError
+from vllm_loraserve.transfer.errors import AdapterUnavailableError, CancelledError, DeadlineError, TransferError
+from vllm_loraserve.transfer.flight import Flight
+from vllm_loraserve.transfer.handover import Handover
 from vllm_loraserve.transfer.host_store import HostTierStore
 from vllm_loraserve.transfer.metrics import PoolMetrics
-from vllm_loraserve.transfer.pages import Wanted
+from vllm_loraserve.transfer.pages import AdapterPages, Landing, Wanted
 from vllm_loraserve.transfer.peers import PeerTable
 from vllm_loraserve.transfer.pool import AdapterPool, Location, PoolOptions
 from vllm_loraserve.transfer.server import TransferServer
 
 logger = init_logger("vllm.loraserve.peer_sources")
 
+CHECKPOINTS_EVERY_S = 5.0
+"""How old the knowledge may be whether the checkpoints of the adapters held here can be read."""
+
 
 class PeerSources:
     """Transfer server and adapter pool of one worker.
 
     tier: the host tier that is served and filled. whole: whether an adapter (by its integer id) is in its pages
-    altogether; others are not offered. rank: tensor-parallel rank; peers are asked at the same rank.
+    altogether; others are not offered. rank: tensor-parallel rank; peers are asked at the same rank. loader: reads
+    checkpoints into the tier; without one `bring` knows peers only.
     """
 
-    def __init__(self, config: LoRAServeConfig, tier: HostTier, whole: Callable[[int], bool], *, rank: int = 0) -> None:
+    def __init__(
+        self,
+        config: LoRAServeConfig,
+        tier: HostTier,
+        whole: Callable[[int], bool],
+        *,
+        rank: int = 0,
+        loader: AdapterLoader | None = None,
+    ) -> None:
         assert config.transfer_key_file is not None
         key, instance = load_key(config.transfer_key_file), config.instance or "instance"
-        self._tier, self._whole, self._rank = tier, whole, rank
+        self._tier, self._whole, self._rank, self._loader = tier, whole, rank, loader
         self._lock = threading.Lock()
         self._ids: dict[str, int] = {}
         self._names: dict[int, str] = {}
         self._located: dict[tuple[str, str], tuple[str, tuple[Location, ...]]] = {}
-        self._store = HostTierStore(tier, name_of=self._name_of, key_of=self._ids.get)
+        self._asked: dict[str, LoRARequest] = {}
+        """Name -> the request that it is being brought in for."""
+        self._loaded: dict[str, ServedAdapter] = {}
+        self._failed: dict[str, Exception] = {}
+        """Name -> what its last reading from the checkpoint, by the pool, gave."""
+        self._paths: dict[str, str] = {}
+        self._readable: dict[str, bool] = {}
+        self._looked_at = -CHECKPOINTS_EVERY_S
+        self._handover = Handover()
+        self._store = HostTierStore(tier, name_of=self._name_of, key_of=self._ids.get, on_landed=self._handover.landed)
+        tier.may_evict = self._may_evict
         self._server = TransferServer(
             [self._store],
             key,
@@ -54,7 +81,11 @@ class PeerSources:
             advertise=config.transfer_advertise,
             verbs=config.transfer_rdma,
         )
-        options = PoolOptions(deadline_s=config.transfer_deadline_s, rate=config.transfer_gib_s * 2**30)
+        options = PoolOptions(
+            deadline_s=config.load_timeout_s if loader is not None else config.transfer_deadline_s,
+            peer_deadline_s=config.transfer_deadline_s,
+            rate=config.transfer_gib_s * 2**30,
+        )
         self._peers = PeerTable(key, instance, verbs=config.transfer_rdma)
         # A registry of its own: no server shows a worker's default one.
         self._metrics = CollectorRegistry()
@@ -62,6 +93,7 @@ class PeerSources:
             self._store,
             self._peers,
             tiers=[("host", self._store.find)],
+            load=self._from_checkpoint if loader is not None else None,
             options=options,
             metrics=PoolMetrics(self._metrics),
         )
@@ -97,18 +129,19 @@ class PeerSources:
                 locations.append(Location(instance, ranks[self._rank]))
         with self._lock:
             self._located[name, path] = (digest, tuple(locations))
+        self._handover.located(name, [location.instance for location in locations])
 
     def knows(self, request: LoRARequest) -> bool:
-        """Whether some peer was named for the adapter, so that it may come though its checkpoint is gone."""
+        """Whether the adapter is one of the cluster's, so that it may come though its checkpoint is gone here."""
         with self._lock:
-            _, locations = self._located.get((request.lora_name, request.lora_path), ("", ()))
-        return bool(locations)
+            return (request.lora_name, request.lora_path) in self._located
 
     def served(self, request: LoRARequest) -> None:
         """The adapter is in the host tier under the request's id: peers may have it by its name."""
         with self._lock:
             self._ids[request.lora_name] = request.lora_int_id
             self._names[request.lora_int_id] = request.lora_name
+            self._paths[request.lora_name] = request.lora_path
 
     def removed(self, lora_id: int) -> None:
         """The adapter is gone; whoever reads it now gets an error and takes another source."""
@@ -117,25 +150,82 @@ class PeerSources:
             current = name is not None and self._ids.get(name) == lora_id
             if name is not None and current:
                 del self._ids[name]
+                self._paths.pop(name, None)
+                self._readable.pop(name, None)
+                self._loaded.pop(name, None)
+                self._failed.pop(name, None)
         if name is not None and current:
+            self._handover.forget(name)
             self._server.revoke(name)
 
-    def bring(self, request: LoRARequest) -> ServedAdapter | None:
-        """The adapter of `request` from a peer, in the host tier; None: take it from its checkpoint. Blocks."""
+    # ---- the last copy stays ----
+
+    def _may_evict(self, key: Hashable) -> bool:
+        """Asked by the tier, under its lock: nothing here waits for a disk."""
         with self._lock:
-            digest, locations = self._located.get((request.lora_name, request.lora_path), ("", ()))
+            name = self._names.get(key) if isinstance(key, int) else None
+            readable = name is None or self._readable.get(name, True)
+        return name is None or self._handover.may_go(name, checkpoint_readable=readable)
+
+    def look_at_checkpoints(self, *, every_s: float = 0.0) -> None:
+        """Learns whether the checkpoints of the adapters held here can be read, unless that is known since `every_s`.
+
+        Blocks on their file systems: for a thread that loads, as that would block too.
+        """
+        with self._lock:
+            if time.monotonic() - self._looked_at < every_s:
+                return
+            self._looked_at = time.monotonic()
+            paths = dict(self._paths)
+        # What is no local path is a name in a hub's cache, and stays there.
+        seen = {
+            name: os.path.exists(os.path.join(path, "adapter_config.json")) or not os.path.isabs(path)
+            for name, path in paths.items()
+        }
+        with self._lock:
+            self._readable.update({name: found for name, found in seen.items() if name in self._paths})
+
+    # ---- bringing in ----
+
+    def bring(self, request: LoRARequest) -> ServedAdapter | None:
+        """The adapter of `request`, in the host tier; None: it is not the cluster's, or here already, so take it from
+        its checkpoint. Blocks.
+
+        Raises AdapterUnavailableError where neither a peer nor its checkpoint has it, else what reading that raised.
+        """
+        self.look_at_checkpoints(every_s=CHECKPOINTS_EVERY_S)
+        name = request.lora_name
+        with self._lock:
+            digest, locations = self._located.get((name, request.lora_path), ("", ()))
         entry = self._tier.get(request.lora_int_id)
-        if not locations or request.load_inplace or (entry is not None and entry.digest == digest):
+        if request.load_inplace or (entry is not None and entry.digest == digest):
             return None
+        if not locations:
+            return self._without_peers(request) if digest else None
+        # Who had a copy of what was here before has none of what comes now.
+        self._handover.forget(name)
         # The landing asks under which key to put it, before anybody may have it from here.
         with self._lock:
-            self._ids[request.lora_name] = request.lora_int_id
-        wanted = Wanted(name=request.lora_name, layout=self._tier.layout.fingerprint, digest=digest)
+            self._ids[name] = request.lora_int_id
+            self._asked[name] = request
+            self._failed.pop(name, None)
+        wanted = Wanted(name=name, layout=self._tier.layout.fingerprint, digest=digest)
         try:
             brought = self._pool.bring(wanted, locations)
         except (AdapterUnavailableError, TransferError, CancelledError, TimeoutError) as error:
-            logger.warning("'%s' does not come from a peer: %s", request.lora_name, error)
-            return None
+            logger.warning("'%s' does not come from a peer: %s", name, error)
+            if self._loader is None:
+                return None
+            with self._lock:
+                failure = self._failed.pop(name, None)
+            if failure is not None and not is_missing(failure):
+                raise failure from None
+            raise
+        if brought.source == "checkpoint":
+            with self._lock:
+                loaded = self._loaded.pop(name, None)
+            # Somebody who waited for the same one finds it in the tier.
+            return loaded if loaded is not None and loaded.id == request.lora_int_id else None
         entry = self._tier.get(request.lora_int_id)
         if entry is None:
             return None  # evicted as soon as it was here
@@ -144,12 +234,59 @@ class PeerSources:
         self.served(request)
         logger.info(
             "Adapter %s: rank %d from %s %s in %.0f ms",
-            request.lora_name, adapter.page_rank, brought.source, brought.via, brought.seconds * 1e3,
+            name, adapter.page_rank, brought.source, brought.via, brought.seconds * 1e3,
         )  # fmt: skip
         return adapter
+
+    def _without_peers(self, request: LoRARequest) -> ServedAdapter | None:
+        """An adapter of the cluster that nobody holds now, from its checkpoint."""
+        if self._loader is None:
+            return None
+        try:
+            return self._loader.prepare(request)
+        except Exception as error:
+            if not is_missing(error):
+                raise
+            failures = [("peers", "none holds it"), ("checkpoint", str(error))]
+            raise AdapterUnavailableError(request.lora_name, failures) from None
+
+    def _from_checkpoint(self, wanted: Wanted, landing: Landing, flight: Flight) -> AdapterPages:
+        """The pool's last source (`LoadCheckpoint`)."""
+        assert self._loader is not None
+        with self._lock:
+            request = self._asked[wanted.name]
+
+        def commit(entry: HostEntry) -> None:
+            pages, destination = self._store.adopt(wanted.name, entry)
+            try:
+                flight.check()
+                landing.commit(pages, destination)
+            except BaseException:
+                landing.abandon(destination)
+                raise
+
+        try:
+            adapter = self._loader.prepare(request, commit)
+        except (CancelledError, DeadlineError):
+            raise
+        except Exception as error:
+            with self._lock:
+                self._failed[wanted.name] = error
+            raise
+        found = self._store.find(Wanted(name=wanted.name, layout=wanted.layout))
+        if found is None:
+            raise TransferError(f"{wanted.name} was evicted as soon as it was here")
+        with self._lock:
+            self._loaded[wanted.name] = adapter
+        return found
 
     def close(self) -> None:
         """Ends all connections."""
         self._pool.close()
         self._peers.close()
         self._server.close()
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether a checkpoint could not be read because it is not there: elsewhere, or later, it may be."""
+    return isinstance(error, FileNotFoundError | NotADirectoryError) or getattr(error, "kind", "") == "not_found"

@@ -260,6 +260,8 @@ def _status_of(error: BaseException) -> int:
     kinds = {"not_found": 404, "forbidden": 403}
     if isinstance(error, FileNotFoundError) or type(error).__name__ == "LoRAAdapterNotFoundError":
         return 404
+    if (status := getattr(error, "http_status", None)) is not None:
+        return int(status)
     return 503 if is_transient(error) else kinds.get(getattr(error, "kind", ""), 400)
 
 

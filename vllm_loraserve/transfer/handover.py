@@ -1,51 +1,44 @@
-"""Lazy migration, seen from the instance that gives an adapter away.
+"""Which of our copies the cluster can do without: no last copy of an adapter goes, unless its checkpoint can be read.
 
-Placement moves an adapter at no cost: the first request at its new place fetches it from here. This copy may go only
-when a new one has been confirmed, or when the checkpoint can be read and nobody needs this copy. Pure: told, and asked.
+Placement moves an adapter at no cost: the first request at its new place fetches it from here, and this copy may go
+when the new one is confirmed. So a copy relies on copies that were made from it, and on no others: those are younger,
+so no two copies rely on each other, however late they hear of one another, and the youngest one stays. Pure: told, and
+asked.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 
 
 class Handover:
-    """Which of our adapters placement has taken from us, and which of those have arrived elsewhere."""
+    """What one instance knows of copies elsewhere."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._leaving: dict[str, set[str]] = {}
-        """name -> peers that have confirmed a copy since it began to leave."""
-
-    def leave(self, name: str) -> None:
-        """Placement no longer wants the adapter here. Again is harmless."""
-        with self._lock:
-            self._leaving.setdefault(name, set())
-
-    def stay(self, name: str) -> None:
-        """Placement wants it here again, or it is gone."""
-        with self._lock:
-            self._leaving.pop(name, None)
+        self._confirmed: dict[str, set[str]] = {}
+        """name -> peers that have verified a copy of ours."""
+        self._holders: dict[str, set[str]] = {}
+        """name -> who holds it elsewhere, by the last table and what was confirmed since."""
 
     def landed(self, name: str, peer: str) -> None:
-        """`peer` has verified a copy (`PageStore.landed`)."""
+        """`peer` has verified a copy of ours (`PageStore.landed`)."""
         with self._lock:
-            if name in self._leaving:
-                self._leaving[name].add(peer)
+            self._confirmed.setdefault(name, set()).add(peer)
+            self._holders.setdefault(name, set()).add(peer)
 
-    def may_go(self, name: str, *, copies_elsewhere: int = 0, checkpoint_readable: bool = False) -> bool:
-        """Whether our copy may be dropped now.
-
-        copies_elsewhere: other live holders by the last table. The last copy of all stays while its checkpoint cannot
-        be read, whether or not placement wants it here.
-        """
+    def located(self, name: str, holders: Iterable[str]) -> None:
+        """The location table's row, without ourselves: a peer that is not in it any more does not count."""
         with self._lock:
-            confirmed = self._leaving.get(name)
-        if confirmed is None:
-            return checkpoint_readable or copies_elsewhere > 0
-        return bool(confirmed) or copies_elsewhere > 0 or checkpoint_readable
+            self._holders[name] = set(holders)
 
-    def ready(self) -> list[str]:
-        """Adapters that are leaving and have arrived elsewhere, by name."""
+    def forget(self, name: str) -> None:
+        """Our copy is gone, or is other content now: nobody has copied this one."""
         with self._lock:
-            return sorted(name for name, peers in self._leaving.items() if peers)
+            self._confirmed.pop(name, None)
+
+    def may_go(self, name: str, *, checkpoint_readable: bool = False) -> bool:
+        """Whether our copy may be dropped now."""
+        with self._lock:
+            return checkpoint_readable or bool(self._confirmed.get(name, set()) & self._holders.get(name, set()))

@@ -105,6 +105,23 @@ class HostTierStore:
 
     # ---- Landing ----
 
+    def adopt(self, name: str, entry: HostEntry) -> tuple[AdapterPages, Destination]:
+        """A reservation out of an entry that was created, and filled, without one: to be committed or abandoned."""
+        with self._lock:
+            self._reserved[entry.offset] = entry
+        # Its checksums are made when it is committed.
+        pages = AdapterPages(
+            name=name,
+            generation=entry.generation,
+            digest=entry.digest,
+            layout=self.tier.layout.fingerprint,
+            page_lengths=tuple(page_addresses(self.tier.layout, entry.pages, 0)[1]),
+            checksums=(),
+            ranges=(Range(entry.offset, entry.size),),
+            meta=msgspec.msgpack.encode(HostMeta(entry.ranks)),
+        )
+        return pages, Destination(self.tier.slab, pages.ranges)
+
     def reserve(self, pages: AdapterPages) -> Destination:
         """Raises HostTierFullError without room, LayoutMismatchError where the pages are not what the ranks say."""
         key = self._key_of(pages.name)

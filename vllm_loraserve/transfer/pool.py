@@ -32,6 +32,7 @@ from vllm_loraserve.transfer.peers import PeerTable
 logger = logging.getLogger(__name__)
 
 Source = Literal["arena", "host", "peer", "checkpoint"]
+CHECKPOINT: Source = "checkpoint"
 Find = Callable[[Wanted], AdapterPages | None]
 """A look into a tier of this process: the adapter's pages where they are there, None otherwise."""
 LoadCheckpoint = Callable[[Wanted, Landing, Flight], AdapterPages]
@@ -55,10 +56,11 @@ class Brought(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PoolOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """deadline_s: for one adapter in all. hedge_s: after so long without an end, a second source is started.
-    rate: bytes/s that all fetches from peers together may take, 0 for no limit."""
+    """deadline_s: for one adapter in all. peer_deadline_s: for one peer's part in it. hedge_s: after so long without an
+    end, a second source is started. rate: bytes/s that all fetches from peers together may take, 0 for no limit."""
 
     deadline_s: float = 30.0
+    peer_deadline_s: float = 30.0
     hedge_s: float = 0.5
     rate: float = 0.0
 
@@ -212,7 +214,8 @@ class AdapterPool:
                 # One source, and one more beside it where it is slow.
                 if waiting and len(running) < 2:
                     label, run = waiting.pop(0)
-                    flight = Flight(left, self._limiter, self._moved)
+                    most = left if label == CHECKPOINT else min(left, self.options.peer_deadline_s)
+                    flight = Flight(most, self._limiter, self._moved)
                     fetch.flights.append(flight)
                     if running and self._metrics:
                         self._metrics.hedges.inc()
@@ -260,7 +263,7 @@ class AdapterPool:
         ]
         load = self._load
         if load is not None:
-            sources.append(("checkpoint", lambda flight: self._from_checkpoint(load, wanted, race, flight)))
+            sources.append((CHECKPOINT, lambda flight: self._from_checkpoint(load, wanted, race, flight)))
         return sources
 
     def _from_peer(self, endpoint: str, instance: str, wanted: Wanted, race: _Race, flight: Flight) -> Brought:
