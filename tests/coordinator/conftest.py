@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from coordinator_bench import Bench, free_endpoint
+from coordinator_bench import PATIENCE_S, Bench, free_endpoint
 
 from vllm_loraserve.cluster.placement import make_policy
 from vllm_loraserve.coordinator.client import CoordinatorClient
@@ -30,11 +30,13 @@ def bench(tmp_path):
 async def running(tmp_path):
     """(server, client) over real sockets; adapters may be read from tmp_path/adapters."""
     registry = Registry(tmp_path / "registry.sqlite")
-    controller = Controller(registry, make_policy("rank-weighted"), ControlOptions(), time.monotonic())
+    # Nobody's membership ends because the machine is busy.
+    patient = ControlOptions(expiry_s=PATIENCE_S)
+    controller = Controller(registry, make_policy("rank-weighted"), patient, time.monotonic())
     options = ServerOptions(bind=free_endpoint(), adapter_roots=(str(tmp_path / "adapters"),))
     server = CoordinatorServer(controller, options)
     await server.start()
-    async with CoordinatorClient(options.bind, timeout_s=10) as client:
+    async with CoordinatorClient(options.bind, timeout_s=PATIENCE_S) as client:
         yield server, client
     await server.stop()
     registry.close()

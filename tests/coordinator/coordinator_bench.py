@@ -1,6 +1,6 @@
 """Real checkpoints of a toy model, instances that are only messages, and a Controller under a clock of its own."""
 
-import socket as sockets
+import random
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +20,19 @@ from vllm_loraserve.coordinator.messages import (
     Residency,
 )
 from vllm_loraserve.coordinator.registry import Registry
+from vllm_loraserve.launcher.processes import free_ports
 
 HIDDEN = 16
 SHAPES = {"q_proj": (HIDDEN, HIDDEN), "v_proj": (HIDDEN, HIDDEN)}
 
 
+PATIENCE_S = 120.0
+"""For what is certain to come, on any machine: only a defect uses it up."""
+
+
 def free_endpoint() -> str:
-    """A TCP endpoint whose next port is free as well."""
-    while True:
-        with sockets.socket() as one, sockets.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return f"tcp://127.0.0.1:{port}"
+    """A TCP endpoint whose next port is free as well, seldom the one of a test before."""
+    return f"tcp://127.0.0.1:{free_ports(2, random.randrange(10000, 30000), consecutive=True)[0]}"
 
 
 def write_adapter(directory: Path, *, rank: int = 8, seed: int = 0, hidden: int = HIDDEN) -> Path:

@@ -6,10 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from coordinator_bench import FakeInstance, free_endpoint, write_adapter
+from coordinator_bench import PATIENCE_S, FakeInstance, free_endpoint, write_adapter
 
 from vllm_loraserve.coordinator.client import (
     CoordinatorClient,
@@ -43,10 +42,10 @@ def start(tmp_path):
 
 
 async def up(client: CoordinatorClient) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             try:
-                await client.request(GetStatus(), timeout_s=0.5)
+                await client.request(GetStatus(), timeout_s=2)
                 return
             except CoordinatorUnavailable:
                 continue
@@ -56,31 +55,34 @@ async def live(client: CoordinatorClient, instance: FakeInstance) -> None:
     """An instance's loop: heartbeats, and registration whenever it is unknown."""
     while True:
         try:
-            reply = await client.ask(instance.beat(), HeartbeatReply, timeout_s=0.5)
+            reply = await client.ask(instance.beat(), HeartbeatReply, timeout_s=2)
             instance.obey(reply.commands)
         except CoordinatorUnavailable:
             pass
         except CoordinatorError as error:
             if error.code != "unknown_instance":
                 raise
-            await client.request(instance.hello(), timeout_s=0.5)
+            await client.request(instance.hello(), timeout_s=2)
         await asyncio.sleep(0.3)
 
 
-async def test_kill_9_and_restart_has_every_adapter_and_instance_within_5_s(start, tmp_path):
-    process = start()
+async def test_kill_9_and_restart_has_every_adapter_and_instance_as_soon_as_they_are_heard(start, tmp_path):
+    """No timer is waited for: what ends a membership, and what ends the wait for members, come much later than this
+    test's patience. (Under a clock of its own, test_control.py bounds the seconds.)"""
+    patient = ("--expiry", "1000", "--settle", "1000")
+    process = start(*patient)
     tables = []
     instances = [FakeInstance(n) for n in ("one", "two")]
     clients = [CoordinatorClient(start.endpoint) for _ in instances]
     subscriber = TableSubscriber(start.endpoint, tables.append)
-    async with CoordinatorClient(start.endpoint) as client:
+    async with CoordinatorClient(start.endpoint, timeout_s=PATIENCE_S) as client:
         await up(client)
         subscriber.start()
         lives = [asyncio.create_task(live(c, i)) for c, i in zip(clients, instances, strict=True)]
         for i in range(5):
             write_adapter(tmp_path / "adapters" / f"a{i}", seed=i)
             await client.request(AddAdapter(name=f"a{i}", source=f"a{i}"))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while sum(len(i.resident) for i in instances) < 5 or len(subscriber.table.instances) < 2:
                 await asyncio.sleep(0.05)
         before = await client.ask(GetTable(), RoutingTable)
@@ -89,12 +91,10 @@ async def test_kill_9_and_restart_has_every_adapter_and_instance_within_5_s(star
         killed = len(tables)
         await asyncio.sleep(1.0)
         assert subscriber.table.epoch == before.epoch, "the last table stays"
-        restarted = time.monotonic()
-        start()
-        async with asyncio.timeout(30):
+        start(*patient)
+        async with asyncio.timeout(PATIENCE_S):
             while subscriber.table.epoch == before.epoch:
                 await asyncio.sleep(0.02)
-        took = time.monotonic() - restarted
         for task in lives:
             assert not task.done()
             task.cancel()
@@ -105,7 +105,6 @@ async def test_kill_9_and_restart_has_every_adapter_and_instance_within_5_s(star
     def places(table: RoutingTable) -> dict:
         return {a.adapter.name: a.routes for a in table.adapters}
 
-    assert took < 5.0, f"took {took:.1f} s"
     assert len(before.adapters) == 5
     for table in tables[killed:]:
         assert [i.name for i in table.instances] == ["one", "two"], "never a table with holes"
@@ -114,19 +113,19 @@ async def test_kill_9_and_restart_has_every_adapter_and_instance_within_5_s(star
 
 async def test_second_coordinator_on_one_database_is_refused_in_one_line(start, tmp_path):
     start()
-    async with CoordinatorClient(start.endpoint) as client:
+    async with CoordinatorClient(start.endpoint, timeout_s=PATIENCE_S) as client:
         await up(client)
         second = start("--publish", "tcp://127.0.0.1:0")
-        _, error = await asyncio.to_thread(second.communicate, timeout=20)
+        _, error = await asyncio.to_thread(second.communicate, timeout=PATIENCE_S)
         assert second.returncode == 1
         assert error.count("\n") == 1
         assert "in use by another coordinator" in error
 
 
 async def test_sigterm_ends_it_in_good_order_and_status_shows_the_cluster(start, tmp_path):
-    process = start()
+    process = start("--expiry", "1000")  # the instance says nothing after its registration
     write_adapter(tmp_path / "adapters" / "a", rank=32)
-    async with CoordinatorClient(start.endpoint) as client:
+    async with CoordinatorClient(start.endpoint, timeout_s=PATIENCE_S) as client:
         await up(client)
         await client.request(FakeInstance("one").hello())
         await client.request(AddAdapter(name="word-a", source="a"))
@@ -149,7 +148,7 @@ async def test_sigterm_ends_it_in_good_order_and_status_shows_the_cluster(start,
     assert told.returncode == 1
     assert "no adapter 'nobody'" in told.stderr
     process.send_signal(signal.SIGTERM)
-    assert await asyncio.to_thread(process.wait, 10) == 0
+    assert await asyncio.to_thread(process.wait, PATIENCE_S) == 0
     gone = await asyncio.to_thread(subprocess.run, [*status, "--timeout", "0.3"], capture_output=True, text=True)
     assert gone.returncode == 1
     assert "is it running" in gone.stderr
@@ -163,7 +162,9 @@ def test_unusable_options_are_one_line(tmp_path):
         (["--keys", str(tmp_path)], "keygen"),
         (["--bind", "tcp://127.0.0.1"], "no usable port"),
     ):
-        done = subprocess.run([*COMMAND, "coordinator", *database, *extra], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            [*COMMAND, "coordinator", *database, *extra], capture_output=True, text=True, timeout=PATIENCE_S
+        )
         assert done.returncode == 1
         assert says in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr

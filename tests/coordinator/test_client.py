@@ -1,12 +1,12 @@
 """The client against a bare ROUTER/PUB socket: absence, garbage, order of tables."""
 
 import asyncio
-import socket as sockets
 
 import msgspec
 import pytest
 import zmq
 import zmq.asyncio
+from coordinator_bench import PATIENCE_S, free_endpoint
 
 from vllm_loraserve.coordinator.client import (
     CoordinatorClient,
@@ -16,12 +16,6 @@ from vllm_loraserve.coordinator.client import (
     publish_endpoint,
 )
 from vllm_loraserve.coordinator.messages import HEADER, TABLE_TOPIC, Error, GetStatus, Ok, RoutingTable
-
-
-def free_endpoint() -> str:
-    with sockets.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
 
 
 def bound(kind: int, endpoint: str) -> zmq.asyncio.Socket:
@@ -42,13 +36,13 @@ def table(epoch: int, version: int) -> RoutingTable:
 
 async def test_absent_coordinator_is_unavailable_and_nothing_stale_reaches_the_next_one():
     endpoint = free_endpoint()
-    async with CoordinatorClient(endpoint) as client:
+    async with CoordinatorClient(endpoint, timeout_s=PATIENCE_S) as client:
         with pytest.raises(CoordinatorUnavailable, match="did not answer"):
             await client.request(GetStatus(), timeout_s=0.2)
         server = bound(zmq.ROUTER, endpoint)
         try:
             task = asyncio.create_task(answer_once(server, Ok()))
-            assert await client.request(GetStatus(), timeout_s=5) == Ok()
+            assert await client.request(GetStatus(), timeout_s=PATIENCE_S) == Ok()
             await task
             assert await server.poll(200) == 0
         finally:
@@ -59,7 +53,7 @@ async def test_error_reply_raises_with_its_code():
     endpoint = free_endpoint()
     server = bound(zmq.ROUTER, endpoint)
     try:
-        async with CoordinatorClient(endpoint) as client:
+        async with CoordinatorClient(endpoint, timeout_s=PATIENCE_S) as client:
             task = asyncio.create_task(answer_once(server, Error(code="conflict", message="Taken.")))
             with pytest.raises(CoordinatorError, match="Taken") as raised:
                 await client.request(GetStatus())
@@ -73,7 +67,7 @@ async def test_replies_are_matched_in_any_order():
     endpoint = free_endpoint()
     server = bound(zmq.ROUTER, endpoint)
     try:
-        async with CoordinatorClient(endpoint) as client:
+        async with CoordinatorClient(endpoint, timeout_s=PATIENCE_S) as client:
             first = asyncio.create_task(client.request(GetStatus()))
             one = await server.recv_multipart()
             second = asyncio.create_task(client.request(GetStatus()))
@@ -106,9 +100,9 @@ async def test_subscriber_keeps_the_newest_table_and_survives_garbage_and_absenc
         older = [table(2, 4), table(1, 99), table(2, 5)]
         for frames in [*garbage, *([TABLE_TOPIC, HEADER, msgspec.msgpack.encode(t)] for t in older)]:
             await publisher.send_multipart(frames)
-        await publisher.send_multipart([TABLE_TOPIC, HEADER, msgspec.msgpack.encode(table(3, 1))])
         while subscriber.table.epoch != 3:
-            await asyncio.sleep(0.01)
+            await publisher.send_multipart([TABLE_TOPIC, HEADER, msgspec.msgpack.encode(table(3, 1))])
+            await asyncio.sleep(0.05)
         assert seen == [(2, 5), (3, 1)]
     finally:
         publisher.close()

@@ -53,10 +53,15 @@ def test_restart_waits_for_the_instances_and_keeps_every_place(bench):
     before = b.routes()
     b.restart()
     assert not b.controller.settled
+    back = b.now
     for name in ("two", "one"):
         assert not b.controller.settled
+        with pytest.raises(Refused):
+            b.beat(name)
+        b.now += 0.5  # what a client waits at most before it connects again
         b.controller.register(b.instances[name].hello(), b.now)
     assert b.controller.settled
+    assert b.now - back < 5.0
     assert b.routes() == before
     b.run(3)
     assert b.routes() == before

@@ -15,7 +15,7 @@ def test_a_scrape_tells_members_adapters_and_messages(bench, unused_tcp_port):
     b.run(2)
     stop = serve_metrics(b.controller, Counter({"Heartbeat": 3, "malformed": 1}), "127.0.0.1", unused_tcp_port)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=120) as answer:
             text = answer.read().decode()
     finally:
         stop()

@@ -4,12 +4,13 @@ import asyncio
 import os
 import shutil
 import socket as sockets
+import threading
 
 import msgspec
 import pytest
 import zmq
 import zmq.asyncio
-from coordinator_bench import FakeInstance, free_endpoint, write_adapter
+from coordinator_bench import PATIENCE_S, FakeInstance, free_endpoint, write_adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +48,7 @@ async def raw(endpoint: str, frames: list[bytes]) -> Error:
     socket.connect(endpoint)
     try:
         await socket.send_multipart(frames)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             reply = await socket.recv_multipart()
     finally:
         socket.close()
@@ -98,7 +99,7 @@ def test_hypothesis_garbage_never_kills_it(garbage_server, frames):
     async def attack() -> None:
         before = sum(server.counters.values())
         await dealer.send_multipart(frames or [b""])
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             reply = await dealer.recv_multipart()
         assert msgspec.msgpack.decode(reply[2], type=Error).code in ("malformed", "unknown_message", "version")
         assert sum(server.counters.values()) > before
@@ -131,7 +132,7 @@ def garbage_server(tmp_path):
     yield loop, server, dealer
 
     async def end():
-        async with CoordinatorClient(endpoint) as client:
+        async with CoordinatorClient(endpoint, timeout_s=PATIENCE_S) as client:
             assert isinstance(await client.request(GetStatus()), Status), "still answers after all of it"
         dealer.close()
         await server.stop()
@@ -155,7 +156,7 @@ async def test_raw_bytes_on_the_port_do_not_kill_it(running, data):
     server, client = running
     host, port = server.options.bind.removeprefix("tcp://").split(":")
     for _ in range(3):
-        with sockets.create_connection((host, int(port)), timeout=5) as s:
+        with sockets.create_connection((host, int(port)), timeout=PATIENCE_S) as s:
             s.sendall(data)
     assert isinstance(await client.request(GetStatus()), Status)
 
@@ -187,7 +188,7 @@ async def test_an_adapter_from_registration_to_removal(running, tmp_path):
     await beat(client, instance)
     subscriber = TableSubscriber(server.options.bind)
     subscriber.start()
-    table = await subscriber.first_table(5)
+    table = await subscriber.first_table(PATIENCE_S)
     assert [(r.adapter.name, r.routes[0].instance) for r in table.adapters] == [("a", "one")]
     assert table.instances[0].resident[0].sha256 == reply.adapter.sha256
     removal = asyncio.create_task(client.request(RemoveAdapter(name="a", drain_s=20)))
@@ -284,28 +285,27 @@ async def test_sources_outside_the_roots_are_forbidden(running, tmp_path, source
 
 
 async def test_heartbeats_are_answered_while_an_adapter_is_inspected(running, tmp_path, monkeypatch):
-    import time
-
     import vllm_loraserve.coordinator.server as module
 
     _, client = running
     write_adapter(tmp_path / "adapters" / "a")
     instance = await join(client)
     real = module.inspect_source
+    begun, go_on = threading.Event(), threading.Event()
 
     def slow(*args, **kw):
-        time.sleep(1.0)
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
         return real(*args, **kw)
 
     monkeypatch.setattr(module, "inspect_source", slow)
     adding = asyncio.create_task(client.request(AddAdapter(name="a", source="a")))
-    beats = 0
-    while not adding.done():
-        await client.request(instance.beat(), timeout_s=0.5)
-        beats += 1
-        await asyncio.sleep(0.05)
+    assert await asyncio.to_thread(begun.wait, PATIENCE_S)
+    for _ in range(5):
+        await client.request(instance.beat())
+    assert not adding.done()
+    go_on.set()
     assert (await adding).created
-    assert beats >= 5
 
 
 async def test_get_table_and_counters(running):
@@ -341,10 +341,10 @@ async def test_keys_let_members_in_and_strangers_not(running, tmp_path):
     await secured.start()
     try:
         async with CoordinatorClient(secured.options.bind, keys=members) as member:
-            assert isinstance(await member.request(GetStatus(), timeout_s=5), Status)
+            assert isinstance(await member.request(GetStatus(), timeout_s=PATIENCE_S), Status)
         subscriber = TableSubscriber(secured.options.bind, keys=members)
         subscriber.start()
-        await subscriber.first_table(5)
+        await subscriber.first_table(PATIENCE_S)
         await subscriber.stop()
         foreign = load_member_keys(tmp_path / "strangers")
         impostor = msgspec.structs.replace(foreign, coordinator=members.coordinator)

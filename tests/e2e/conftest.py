@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if E2E in item.path.parents:
             item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.vllm)
-            item.add_marker(pytest.mark.timeout(900))
+            item.add_marker(pytest.mark.timeout(1800))
     items.sort(key=lambda item: (E2E in item.path.parents, item.path == E2E / "test_faults.py"))
 
 

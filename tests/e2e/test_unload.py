@@ -36,9 +36,10 @@ def test_unload_drains(world: World) -> None:
                 if unload is None and chunk.choices and chunk.choices[0].delta.content:
                     body = {"lora_name": "short-lived"}
                     unload = asyncio.create_task(asyncio.to_thread(world.cluster.post, "/v1/unload_lora_adapter", body))
-                    await asyncio.sleep(0.5)
-                    again = {"model": "short-lived", "messages": [{"role": "user", "content": "Hello"}]}
-                    refused = (await asyncio.to_thread(world.cluster.post, "/v1/chat/completions", again))[0]
+                    hello = [{"role": "user", "content": "Hello"}]
+                    again = {"model": "short-lived", "messages": hello, "max_tokens": 1}
+                    while not unload.done() and refused != 404:  # as soon as the coordinator has heard of it
+                        refused = (await asyncio.to_thread(world.cluster.post, "/v1/chat/completions", again))[0]
             assert unload is not None
             status, text = await unload
             assert status == 200, text

@@ -3,18 +3,17 @@
 import asyncio
 import json
 import os
+import random
 import signal
-import socket as sockets
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 
 import pytest
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorUnavailable  # noqa: E402
 from vllm_loraserve.coordinator.messages import (  # noqa: E402
@@ -25,6 +24,7 @@ from vllm_loraserve.coordinator.messages import (  # noqa: E402
     RoutingTable,
     Status,
 )
+from vllm_loraserve.launcher.processes import free_ports  # noqa: E402
 from vllm_loraserve.transfer.auth import generate_key  # noqa: E402
 
 ENV = {
@@ -38,17 +38,8 @@ ENV = {
 }
 
 
-def free_ports() -> tuple[int, int]:
-    """A port for HTTP, and one whose next is free too."""
-    while True:
-        with sockets.socket() as a, sockets.socket() as b, sockets.socket() as c:
-            a.bind(("127.0.0.1", 0))
-            b.bind(("127.0.0.1", 0))
-            try:
-                c.bind(("127.0.0.1", b.getsockname()[1] + 1))
-            except (OSError, OverflowError):
-                continue
-            return a.getsockname()[1], b.getsockname()[1]
+PATIENT = ("--expiry", "1000", "--settle", "1000")
+"""Of the coordinator: nobody is given up because the machine is busy."""
 
 
 class Site:
@@ -56,8 +47,9 @@ class Site:
 
     def __init__(self, directory, model_dir) -> None:
         self.directory, self.model_dir = directory, model_dir
-        _, zmq_port = free_ports()
-        self.endpoint = f"tcp://127.0.0.1:{zmq_port}"
+        # Below the range of outgoing connections, which could take a port before its server starts.
+        coordinator, _, *self.ports = free_ports(10, random.randrange(10000, 30000), consecutive=True)
+        self.endpoint = f"tcp://127.0.0.1:{coordinator}"
         self.running: list[subprocess.Popen] = []
 
     def start(self, *command: str, log: str) -> subprocess.Popen:
@@ -72,12 +64,12 @@ class Site:
     def start_coordinator(self) -> subprocess.Popen:
         return self.start(
             "vllm_loraserve.cli", "coordinator", "--bind", self.endpoint, "--database",
-            str(self.directory / "r.sqlite"), "--adapter-root", str(self.directory), log="coordinator.log",
+            str(self.directory / "r.sqlite"), "--adapter-root", str(self.directory), *PATIENT, log="coordinator.log",
         )  # fmt: skip
 
     def start_instance(self, name: str, **options) -> tuple[subprocess.Popen, int]:
         """(process, HTTP port) of an instance that is starting."""
-        port, _ = free_ports()
+        port = self.ports.pop()
         config = {"coordinator": self.endpoint, "instance": name, "heartbeat_s": 0.5, **options}
         process = self.start(
             "vllm.entrypoints.cli.main", "serve", str(self.model_dir), "--served-model-name", "base", "--port",
@@ -93,7 +85,7 @@ class Site:
                 os.killpg(process.pid, signal.SIGTERM)
         for process in self.running:
             try:
-                process.wait(30)
+                process.wait(120)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -117,15 +109,15 @@ def complete(port: int, model: str) -> tuple[int, str]:
         f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             return answer.status, json.load(answer)["choices"][0]["text"]
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)["error"]["message"]
 
 
-async def until(question, seconds: float):
+async def until(question):
     """The first true answer of an async question."""
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(1200):
         while True:
             if (answer := await question()) is not None:
                 return answer
@@ -140,7 +132,7 @@ async def test_a_real_instance_in_a_cluster(site, make_adapter):
     async def ask(model: str) -> tuple[int, str]:
         return await asyncio.to_thread(complete, port, model)
 
-    async with CoordinatorClient(site.endpoint, timeout_s=2) as client:
+    async with CoordinatorClient(site.endpoint, timeout_s=10) as client:
 
         async def joined():
             assert instance.poll() is None, "the instance ended"
@@ -154,14 +146,14 @@ async def test_a_real_instance_in_a_cluster(site, make_adapter):
             table = await joined()
             return table if table and {r.name for r in table.instances[0].resident} == set(names) else None
 
-        table = await until(joined, 300)
+        table = await until(joined)
         assert table.base_model == "base"
         assert table.instances[0].capacity.slots == 2
         base = await ask("base")
         assert base[0] == 200
 
         await client.request(AddAdapter(name="a", source=str(a)))
-        await until(lambda: resident("a"), 60)
+        await until(lambda: resident("a"))
         first = await ask("a")
         assert first[0] == 200
         assert first[1] != base[1], "the adapter changes the answer"
@@ -180,20 +172,18 @@ async def test_a_real_instance_in_a_cluster(site, make_adapter):
         coordinator.kill()
         await asyncio.to_thread(coordinator.wait)
         assert await ask("a") == first
-        started = time.monotonic()
         site.start_coordinator()
-        table = await until(joined, 30)
-        assert time.monotonic() - started < 5.0
+        table = await until(joined)
         assert [r.adapter.name for r in table.adapters if r.routes] == ["a", "b"]
 
         # Removed means gone, from the engine too; the same name with other content is other content.
         await client.request(RemoveAdapter(name="a", drain_s=20))
-        await until(lambda: resident("b"), 30)
+        await until(lambda: resident("b"))
         assert (await ask("a"))[0] == 404
         for file in b.iterdir():
             (a / file.name).write_bytes(file.read_bytes())
         await client.request(AddAdapter(name="a", source=str(a)))
-        await until(lambda: resident("a", "b"), 60)
+        await until(lambda: resident("a", "b"))
         assert await ask("a") == second, "no block of the prefix cache is left of the old content"
 
         instance.send_signal(signal.SIGTERM)
@@ -201,7 +191,7 @@ async def test_a_real_instance_in_a_cluster(site, make_adapter):
         async def left():
             return True if not (await client.ask(GetTable(), RoutingTable)).instances else None
 
-        await until(left, 30)
+        await until(left)
 
 
 async def test_an_adapter_whose_checkpoint_is_gone_comes_from_the_other_instance(site, make_adapter, tmp_path):
@@ -211,7 +201,7 @@ async def test_an_adapter_whose_checkpoint_is_gone_comes_from_the_other_instance
     site.start_coordinator()
     instances = {n: site.start_instance(n, transfer_key_file=str(key), transfer_rdma="off") for n in ("one", "two")}
     path = make_adapter("a", rank=8, seed=1)
-    async with CoordinatorClient(site.endpoint, timeout_s=2) as client:
+    async with CoordinatorClient(site.endpoint, timeout_s=10) as client:
 
         async def table() -> RoutingTable | None:
             assert all(process.poll() is None for process, _ in instances.values()), "an instance ended"
@@ -229,9 +219,9 @@ async def test_an_adapter_whose_checkpoint_is_gone_comes_from_the_other_instance
             found = [i.name for i in t.instances if i.resident] if t else []
             return found[0] if found else None
 
-        await until(both, 500)
+        await until(both)
         await client.request(AddAdapter(name="a", source=str(path)))
-        first = await until(holder, 60)
+        first = await until(holder)
         (second,) = instances.keys() - {first}
         base = await asyncio.to_thread(complete, instances[first][1], "base")
         right = await asyncio.to_thread(complete, instances[first][1], "a")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import random
 import subprocess
 import sys
 import time
@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+from vllm_loraserve.launcher.processes import free_ports
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def post(url: str, path: str, body: dict[str, Any], timeout: float = 120) -> tuple[int, Any]:
+def post(url: str, path: str, body: dict[str, Any], timeout: float = 600) -> tuple[int, Any]:
     request = urllib.request.Request(
         url + path, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )
@@ -39,13 +41,11 @@ def complete(url: str, model: str, tokens: int = 6) -> tuple[int, Any]:
 
 @pytest.fixture
 def server(model_dir: Path, tmp_path: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1, random.randrange(10000, 30000))
     log = tmp_path / "server.log"
     flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base", "--enforce-eager"]
     flags += ["--max-model-len", "512", "--kv-cache-memory-bytes", str(128 << 20), "--max-loras", "2"]
-    options = {"max_inflight_tokens": {"limited": 60}, "limit_wait_s": 0.2, "trace_schedule": str(tmp_path / "trace")}
+    options = {"max_inflight_tokens": {"limited": 60}, "limit_wait_s": 0.05, "trace_schedule": str(tmp_path / "trace")}
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_dir), *flags]
     command += ["--enable-loraserve", "--loraserve-config", json.dumps(options)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -55,7 +55,7 @@ def server(model_dir: Path, tmp_path: Path) -> Iterator[str]:
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 1200
         while True:
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]

@@ -50,7 +50,11 @@ if [ "${ONLY:-}" != one ]; then
   NODE=0 MEMORY=768 CPUS=1 setsid "$here/boot.sh" "$dir" "$here/guest/holder.sh" \
     -netdev socket,id=wire,listen="127.0.0.1:$port" -device "${card}0" > "$logs/holder" 2>&1 &
   holder=$!
-  sleep 1
+  # Until node 0 listens on the wire; to connect would take the wire's one place.
+  for _ in $(seq 600); do
+    grep -q "0100007F:$(printf %04X "$port") 00000000:0000 0A" /proc/net/tcp && break
+    sleep 0.1
+  done
   NODE=1 MEMORY=1024 CPUS=1 "$here/boot.sh" "$dir" "$here/guest/reader.sh" \
     -netdev socket,id=wire,connect="127.0.0.1:$port" -device "${card}1" | tee "$logs/reader" |
     while IFS= read -r line; do

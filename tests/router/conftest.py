@@ -21,6 +21,9 @@ from vllm_loraserve.router.app import Router, RouterConfig
 
 from .stub import Stub
 
+PATIENCE_S = 120.0
+"""For what is certain to come, on any machine: only a defect uses it up."""
+
 
 def record(name: str, rank: int = 8, **changes: object) -> AdapterRecord:
     fields: dict[str, object] = {
@@ -100,7 +103,7 @@ async def serve() -> AsyncIterator[Serve]:
         started = [await Stub("abcdefgh"[i]).start() for i in range(stubs)]
         closers.extend(stub.stop for stub in started)
         base = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        client = ClientSession(base, timeout=ClientTimeout(total=20))
+        client = ClientSession(base, timeout=ClientTimeout(total=PATIENCE_S))
         closers.append(client.close)
         served = Served(router, started, client)
         if started:

@@ -3,7 +3,7 @@
 Steps: `json` (a complete answer that names the stub), `status:N` (an error answer), `hold` (wait until `release`),
 `headers` (begin an event stream), `event` (send the next event), `flood:N` (N events of
 64 KiB), `half` (send half an event), `done` (end the stream),
-`die` (reset the connection), `sleep:S`. Run as a program it prints its port, then `arrived` for every request.
+`die` (reset the connection). Run as a program it prints its port, then `arrived` for every request.
 """
 
 from __future__ import annotations
@@ -97,8 +97,6 @@ class Stub:
             verb, _, argument = step.partition(":")
             if verb == "hold":
                 await self._gate.wait()
-            elif verb == "sleep":
-                await asyncio.sleep(float(argument))
             elif verb == "json":
                 return web.json_response({"served_by": self.name})
             elif verb == "status":

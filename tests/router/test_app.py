@@ -8,7 +8,7 @@ import pytest
 
 from vllm_loraserve.router.paths import FORWARDED_PATHS
 
-from .conftest import Serve
+from .conftest import PATIENCE_S, Serve
 
 
 @pytest.mark.parametrize("path", FORWARDED_PATHS)
@@ -87,7 +87,7 @@ async def test_a_full_waiting_room_is_a_429_and_drains(serve: Serve) -> None:
                 assert (await r.json())["error"]["type"] == "RateLimitError"
             return r.status
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         running = [asyncio.ensure_future(ask()) for _ in range(2)]
         for stub in served.stubs:
             await stub.arrived.acquire()
@@ -106,7 +106,7 @@ async def test_a_client_that_leaves_the_queue_frees_its_seat(serve: Serve) -> No
     stub = served.stubs[0]
     stub.script = ["hold", "json"]
     first = asyncio.ensure_future(served.client.post("/v1/completions", json={"model": "base"}))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await stub.arrived.acquire()
         waiting = asyncio.ensure_future(served.client.post("/v1/completions", json={"model": "base"}))
         while served.router.admission.waiting == 0:

@@ -11,6 +11,7 @@ from aiohttp import ClientSession
 
 from vllm_loraserve.cli import main
 
+from .conftest import PATIENCE_S
 from .stub import Stub
 
 
@@ -22,7 +23,7 @@ async def test_serves_and_finishes_running_requests_before_it_stops() -> None:
     )
     assert process.stderr is not None
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while b"listens on" not in (line := await process.stderr.readline()):
                 assert line, "the router ended"
             url = line.decode().split("listens on ")[1].strip()
@@ -85,7 +86,7 @@ async def test_a_taken_port_is_told_in_a_line() -> None:
         *(sys.executable, "-m", "vllm_loraserve.cli", "router", "--instances", stub.url, "--port", str(stub.port)),
         stderr=asyncio.subprocess.PIPE,
     )
-    _, said = await asyncio.wait_for(process.communicate(), 30)
+    _, said = await asyncio.wait_for(process.communicate(), PATIENCE_S)
     assert process.returncode == 1
     assert f"can't listen on 127.0.0.1:{stub.port}: ".encode() in said
     await stub.stop()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -24,9 +25,10 @@ from vllm_loraserve.coordinator.messages import (
     Register,
     Residency,
 )
+from vllm_loraserve.launcher.processes import free_ports
 from vllm_loraserve.router.app import RouterConfig
 
-from .conftest import Serve, entry, routes, table
+from .conftest import PATIENCE_S, Serve, entry, routes, table
 from .stub import Stub
 
 STUB = Path(__file__).with_name("stub.py")
@@ -66,7 +68,7 @@ async def test_kill_9_under_16_concurrent_requests_fails_none(serve: Serve) -> N
     """All 16 are inside the instance when it dies."""
     served = await serve(1)
     survivor = served.stubs[0]
-    async with stub_process("hold") as victim, asyncio.timeout(30):
+    async with stub_process("hold") as victim, asyncio.timeout(PATIENCE_S):
         both = [entry("victim", victim.url), entry("a", survivor.url)]
         served.router.directory.apply(table(both, [routes("one", victim=1.0)], version=5))
 
@@ -86,7 +88,7 @@ async def test_kill_9_before_the_first_event_is_not_seen(serve: Serve, script: t
     served = await serve(1)
     survivor = served.stubs[0]
     survivor.script = ["headers", "event", "done"]
-    async with stub_process(*script) as victim, asyncio.timeout(30):
+    async with stub_process(*script) as victim, asyncio.timeout(PATIENCE_S):
         both = [entry("victim", victim.url), entry("a", survivor.url)]
         served.router.directory.apply(table(both, [routes("one", victim=1.0)], version=5))
         answer = asyncio.ensure_future(served.client.post("/v1/completions", json={"model": "one", "stream": True}))
@@ -100,7 +102,7 @@ async def test_kill_9_before_the_first_event_is_not_seen(serve: Serve, script: t
 
 async def test_kill_9_within_a_stream_ends_it_with_an_error_event(serve: Serve) -> None:
     served = await serve(1)
-    async with stub_process("headers", "event", "event", "half", "hold") as victim, asyncio.timeout(30):
+    async with stub_process("headers", "event", "event", "half", "hold") as victim, asyncio.timeout(PATIENCE_S):
         both = [entry("victim", victim.url), entry("a", served.stubs[0].url)]
         served.router.directory.apply(table(both, [routes("one", victim=1.0)], version=5))
         async with served.client.post("/v1/completions", json={"model": "one", "stream": True}) as r:
@@ -118,7 +120,7 @@ class Agent:
     """What the plugin does in an instance, as far as membership goes: registers, and heartbeats until it is stopped."""
 
     def __init__(self, endpoint: str, stub: Stub) -> None:
-        self._client = CoordinatorClient(endpoint, timeout_s=1.0)
+        self._client = CoordinatorClient(endpoint, timeout_s=2.0)
         self._stub = stub
         self._resident: dict[str, Residency] = {}
         self._task = asyncio.create_task(self._run())
@@ -169,6 +171,8 @@ async def coordinator(endpoint: str, directory: Path) -> AsyncIterator[asyncio.s
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "vllm_loraserve.cli", "coordinator", "--bind", endpoint),
         *("--database", str(directory / "registry.sqlite"), "--adapter-root", str(directory / "adapters")),
+        # No instance is given up because the machine is busy.
+        *("--expiry", "1000", "--settle", "1000"),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=asyncio.subprocess.DEVNULL,
     )
@@ -183,7 +187,7 @@ async def coordinator(endpoint: str, directory: Path) -> AsyncIterator[asyncio.s
 async def test_traffic_goes_on_without_the_coordinator_and_it_finds_everything_again(
     serve: Serve, tmp_path: Path
 ) -> None:
-    endpoint = _free_endpoint()
+    endpoint = f"tcp://127.0.0.1:{free_ports(2, random.randrange(10000, 30000), consecutive=True)[0]}"
     source = _write_adapter(tmp_path / "adapters" / "one", rank=8)
     other = _write_adapter(tmp_path / "adapters" / "other", rank=16)
     stubs = [await Stub(name).start() for name in ("a", "b")]
@@ -199,7 +203,7 @@ async def test_traffic_goes_on_without_the_coordinator_and_it_finds_everything_a
             return r.status
 
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(2 * PATIENCE_S):
             async with coordinator(endpoint, tmp_path) as first:
                 agents = [Agent(endpoint, stub) for stub in stubs]
                 while len(served.router.directory.upstreams) < 2:
@@ -214,13 +218,11 @@ async def test_traffic_goes_on_without_the_coordinator_and_it_finds_everything_a
                 await first.wait()
                 assert {await ask("one") for _ in range(20)} == {200}
                 assert await ask("toy") == 200
-            began = asyncio.get_running_loop().time()
             async with coordinator(endpoint, tmp_path):
                 while served.router.directory.table is None or served.router.directory.table.epoch < 2:
                     assert {await ask("one"), await ask("toy")} == {200}
                     await asyncio.sleep(0.05)
                 found = served.router.directory.table
-                assert asyncio.get_running_loop().time() - began < 15  # 5 s from the start of its process, when idle
                 assert {i.name for i in found.instances} == {"a", "b"}
                 assert [r.adapter.name for r in found.adapters] == ["one"]
                 assert await ask("one") == 200
@@ -232,18 +234,6 @@ async def test_traffic_goes_on_without_the_coordinator_and_it_finds_everything_a
             await agent.stop()
         for stub in stubs:
             await stub.stop()
-
-
-def _free_endpoint() -> str:
-    import socket
-
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                two.bind(("127.0.0.1", port + 1))
-                return f"tcp://127.0.0.1:{port}"
 
 
 def _write_adapter(directory: Path, rank: int) -> Path:

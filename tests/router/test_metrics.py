@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_loraserve.router.metrics import rank_class
 
-from .conftest import Serve, routes
+from .conftest import PATIENCE_S, Serve, routes
 
 
 def test_rank_classes_are_few() -> None:
@@ -56,7 +56,7 @@ async def test_gauges_show_what_is_under_way(serve: Serve) -> None:
             families = text_string_to_metric_families(await r.text())
         return {s.name: s.value for family in families for s in family.samples}
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await stub.arrived.acquire()
         while served.router.admission.waiting < 2:
             await asyncio.sleep(0.005)

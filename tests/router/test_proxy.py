@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import math
-import statistics
-import time
 
 import pytest
 from aiohttp import ClientError
@@ -15,14 +12,14 @@ from aiohttp import ClientError
 from vllm_loraserve.router.errors import ApiError
 from vllm_loraserve.router.proxy import LARGEST_EVENT, complete_events, request_head
 
-from .conftest import Serve, Served, routes
+from .conftest import PATIENCE_S, Serve, Served, routes
 
 BODY = b'{"stream": false,  "model": "base", "prompt": "h\\u00e9llo", "unknown": [1, {"model": "not this"}]}'
 
 
 async def settled(served: Served) -> None:
     """Waits until all counters are zero; fails when they do not get there."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while not served.idle():
             await asyncio.sleep(0.005)
 
@@ -30,7 +27,7 @@ async def settled(served: Served) -> None:
 async def unread(served: Served) -> None:
     """Waits until all buffers are full: the router has waited for the client at 50 looks in a row."""
     looks = 0
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while looks < 50:
             await asyncio.sleep(0.005)
             attempts = [attempt for upstream in served.router.directory.live() for attempt in upstream.attempts]
@@ -119,26 +116,15 @@ async def test_errors_of_the_instance_pass_through(serve: Serve) -> None:
 
 async def test_stream_is_forwarded_event_by_event(serve: Serve) -> None:
     served = await serve(1)
-    served.stubs[0].script = ["headers", *["event", "sleep:0.05"] * 12, "done"]
+    stub = served.stubs[0]
+    stub.script = ["headers", *["event", "hold"] * 12, "done"]
     async with served.client.post("/v1/completions", data=BODY) as r:
         assert r.headers["Content-Type"].startswith("text/event-stream")
-        arrivals = [(time.monotonic(), chunk) async for chunk in r.content.iter_any()]
-    assert b"".join(chunk for _, chunk in arrivals).count(b"data: ") == 13
-    gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(arrivals)]
-    assert len(arrivals) >= 10  # a busy machine may join two now and then; lumps would leave a few
-    assert 0.025 < statistics.median(gaps) < 0.1  # the stub's own 50 ms
-    assert served.idle()
-
-
-async def test_events_reach_the_client_while_the_stream_is_held(serve: Serve) -> None:
-    served = await serve(1)
-    stub = served.stubs[0]
-    stub.script = ["headers", "event", "hold", "event", "done"]
-    async with served.client.post("/v1/completions", data=BODY) as r:
-        first = await r.content.readuntil(b"\n\n")
-        assert b"a-0" in first  # the second has not been made yet
-        stub.release()
-        assert b"a-1" in await r.content.readuntil(b"\n\n")
+        for number in range(12):
+            stub.hold()
+            # The next one is not made before this one is here.
+            assert f"a-{number}".encode() in await r.content.readuntil(b"\n\n")
+            stub.release()
         assert await r.content.read() == b"data: [DONE]\n\n"
     await settled(served)
 
@@ -195,7 +181,11 @@ async def test_death_after_the_first_event_ends_in_an_error_event(serve: Serve) 
     await settled(served)
 
 
-async def test_refused_connection_goes_elsewhere_and_is_avoided_for_a_while(serve: Serve) -> None:
+async def test_refused_connection_goes_elsewhere_and_is_avoided_for_a_while(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_loraserve.router.upstream.FIRST_PAUSE_S", PATIENCE_S)
+    monkeypatch.setattr("vllm_loraserve.router.upstream.LONGEST_PAUSE_S", PATIENCE_S)
     served = await serve(2)
     served.publish([routes("one", a=1.0)])
     await served.stubs[0].stop()
@@ -267,7 +257,7 @@ async def test_client_that_leaves_cancels_the_instance(serve: Serve, script: lis
     served.publish([routes("one", a=1.0)])
     stub.script = script
     answer = asyncio.ensure_future(served.client.post("/v1/completions", json={"model": "one"}))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await stub.arrived.acquire()
         if "event" in script:
             r = await answer
@@ -304,7 +294,7 @@ async def test_request_on_an_instance_that_left_the_table_is_taken_back(
     stub.script = ["hold"]
     monkeypatch.setattr("vllm_loraserve.router.directory.ORPHAN_S", 0.0)
     answer = asyncio.ensure_future(served.client.post("/v1/completions", json={"model": "one"}))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await stub.arrived.acquire()
         served.publish([routes("one", b=1.0)], stubs=served.stubs[1:])
         async with await answer as r:
@@ -345,7 +335,7 @@ async def test_a_client_that_reads_slowly_keeps_the_stream_of_an_instance_that_l
 async def test_a_client_that_never_reads_loses_its_place(serve: Serve) -> None:
     served = await serve(1, client_timeout_s=0.2)
     served.stubs[0].script = ["headers", "flood:400", "done"]  # more than all buffers in between hold
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         async with served.client.post("/v1/completions", json={"model": "base"}) as r:
             await r.content.readany()
             await served.stubs[0].left.acquire()  # the instance is let go, as after a client that hangs up
