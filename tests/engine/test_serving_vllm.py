@@ -49,6 +49,8 @@ def server(model_dir: Path, tmp_path: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_dir), *flags]
     command += ["--enable-loraserve", "--loraserve-config", json.dumps(options)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    # One thread, bound to no core: several wait for each other in every small step when another process runs.
+    env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with open(log, "wb") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=env | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}

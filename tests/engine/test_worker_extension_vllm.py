@@ -15,7 +15,8 @@ pytestmark = pytest.mark.vllm
 def test_a_worker_says_what_it_holds_and_exchanges_adapters_with_a_peer(tmp_path):
     program = Path(__file__).with_name("offline_residency.py")
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-                   "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}  # fmt: skip
+                   "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+                   "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=800, env=environment
     )
