@@ -1,6 +1,7 @@
 """The client against a bare ROUTER/PUB socket: absence, garbage, order of tables."""
 
 import asyncio
+import socket as sockets
 
 import msgspec
 import pytest
