@@ -187,7 +187,7 @@ def test_an_adapter_evicted_during_the_read_is_not_held_any_more(rung, server, s
 
 
 @pytest.mark.parametrize("rung", RUNGS)
-def test_an_adapter_that_keeps_changing_is_given_up(rung, server, source, target, connect):
+def test_an_adapter_that_keeps_changing_is_given_up(rung, server, source, target, connect, caplog):
     seeds = iter(range(1000, 2000))
 
     def replace() -> None:
@@ -197,7 +197,8 @@ def test_an_adapter_that_keeps_changing_is_given_up(rung, server, source, target
     peer = connect(rung)
     with pytest.raises(GenerationChangedError):
         peer.fetch(wanted("a"), target, OnFirstPiece(replace, times=99).flight)
-    assert next(seeds) == 1000 + ATTEMPTS
+    assert f"try {ATTEMPTS} of {ATTEMPTS}" in caplog.text
+    assert next(seeds) >= 1000 + ATTEMPTS  # how many pieces a try moves depends on the extension
     assert target.catalogue() == []
 
 
