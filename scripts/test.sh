@@ -45,7 +45,7 @@ step pytest python -m pytest --durations=25 --junitxml="$report" -m "${marks% an
 
 # RDMA in two small virtual machines: Debian, and root for the packages it needs.
 if [ "$(id -u)" = 0 ] && [ "$(. /etc/os-release && echo "$ID")" = debian ]; then
-  apt-get update -qq
+  apt-get update -qq || true # offline, what is installed may do; the step itself says what is missing
   step "RDMA in virtual machines" bash tests/rdma_vm/run.sh || [ "$status" != 0 ] || status=1
 else
   verdicts+=("NOT RUN RDMA in virtual machines: needs Debian and root")

@@ -45,6 +45,9 @@ def test_vllm(installed: dict[str, str], there: bool, says: str | None, monkeypa
 def test_a_model_that_can_only_be_a_directory_must_be_there(tmp_path: Path) -> None:
     check_model(str(tmp_path))
     check_model("organisation/model")
+    (tmp_path / "model.gguf").touch()
+    check_model(str(tmp_path / "model.gguf"))
+    check_model("s3://bucket/models/model")
     for missing in (str(tmp_path / "model"), "./model", "../model", "~/model", "some/deep/model"):
         with pytest.raises(StartError, match="does not exist"):
             check_model(missing)
@@ -59,6 +62,7 @@ def test_a_model_that_can_only_be_a_directory_must_be_there(tmp_path: Path) -> N
         (["demo", "--requests", "-1"], "-1 is below 1"),
         (["coordinator", "--max-rank", "0"], "'0' is no number above 0"),
         (["coordinator", "--expiry", "soon"], "'soon' is no number above 0"),
+        (["coordinator", "--settle", "nan"], "'nan' is no number from 0 up"),
     ],
 )
 def test_options_say_what_they_take(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

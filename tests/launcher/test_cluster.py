@@ -99,7 +99,7 @@ def test_keys_of_the_environment(plan: Plan, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("LORASERVE_API_KEY", "LORASERVE_ADMIN_API_KEY", "LORASERVE_UPSTREAM_API_KEY", "VLLM_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     assert api_key() is None
-    assert "LORASERVE_UPSTREAM_API_KEY" not in Cluster(plan).router.env
+    assert not {"LORASERVE_UPSTREAM_API_KEY", "LORASERVE_API_KEY"} & Cluster(plan).router.env.keys()
     monkeypatch.setenv("LORASERVE_API_KEY", ", one, two")
     assert (api_key(), api_key(admin=True), client_for("http://x").api_key) == ("one", "one", "one")
     monkeypatch.setenv("LORASERVE_ADMIN_API_KEY", "root")
@@ -108,6 +108,18 @@ def test_keys_of_the_environment(plan: Plan, monkeypatch: pytest.MonkeyPatch) ->
     assert Cluster(plan).router.env["LORASERVE_UPSTREAM_API_KEY"] == "inner"
     given = dataclasses.replace(plan, vllm_options=("--api-key", "given"))
     assert Cluster(given).router.env["LORASERVE_UPSTREAM_API_KEY"] == "given"
+    assert Cluster(given).router.env["LORASERVE_API_KEY"] == ", one, two"  # the user's own
+
+
+def test_what_instances_keep_closed_the_router_does_not_open(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LORASERVE_API_KEY", "LORASERVE_ADMIN_API_KEY", "LORASERVE_UPSTREAM_API_KEY", "VLLM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    given = Cluster(dataclasses.replace(plan, vllm_options=("--api-key", "a", "b", "--max-model-len", "64")))
+    assert (given.router.env["LORASERVE_UPSTREAM_API_KEY"], given.router.env["LORASERVE_API_KEY"]) == ("a", "a,b")
+    assert api_key(given.router.env, admin=True) == "a"  # our own calls have it too
+    monkeypatch.setenv("VLLM_API_KEY", "inner")
+    assert Cluster(plan).router.env["LORASERVE_API_KEY"] == "inner"
+    assert client_for("http://x").api_key == "inner"
 
 
 def test_instances_that_never_join_are_an_error(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from vllm_loraserve.cli import main
@@ -33,3 +35,20 @@ def test_a_number_that_is_no_port_is_told(arguments: list[str], port: str, capsy
         main([*arguments, "--port", port])
     assert ended.value.code == 2
     assert f"{port} is no port from 1 to 65535" in capsys.readouterr().err
+
+
+def test_a_name_with_an_address_of_a_family_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+    ]
+    sound = socket.socket
+
+    def without_ipv6(family: int, kind: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError("Address family not supported by protocol")
+        return sound(family, kind)
+
+    monkeypatch.setattr(processes.socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(processes.socket, "socket", without_ipv6)
+    assert processes.listen_error("localhost", 0) is None

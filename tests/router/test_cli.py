@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession
@@ -90,3 +91,12 @@ async def test_a_taken_port_is_told_in_a_line() -> None:
     assert process.returncode == 1
     assert f"can't listen on 127.0.0.1:{stub.port}: ".encode() in said
     await stub.stop()
+
+
+def test_keys_that_can_not_be_read_are_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORASERVE_KEYS", str(tmp_path))
+    assert main(["router", "--coordinator", "tcp://127.0.0.1:5799", "--port", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vllm-loraserve router: The key file '{tmp_path}/member.key_secret' can't be read")

@@ -93,6 +93,24 @@ async def test_an_instance_slow_to_answer_stays_for_a_while(monkeypatch: pytest.
     await stub.stop()
 
 
+async def test_an_instance_that_has_gone_is_not_taken_back_for_a_slow_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = await Stub("one").start()
+    directory = Directory()
+    async with ClientSession() as session:
+        source = StaticSource(directory, [stub.url], session)
+        await source.refresh()
+        await stub.stop()
+        await source.refresh()  # refused
+        assert not directory.live()
+
+        def late(*_: object, **__: object) -> None:
+            raise TimeoutError
+
+        monkeypatch.setattr(session, "get", late)
+        await source.refresh()
+        assert not directory.live()
+
+
 async def test_static_instances_that_want_a_key_are_asked_with_it() -> None:
     stub = await Stub("one").start()
     stub.key = "upstream"

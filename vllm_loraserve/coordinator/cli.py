@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 DEFAULT_POLICY = "loraserve+"
 
 
-def _positive(kind: type[int] | type[float]):  # type: ignore[no-untyped-def]
+def _positive(kind: type[int] | type[float], or_zero: bool = False):  # type: ignore[no-untyped-def]
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+            value = -1
+        if not 0 <= value < float("inf") or (value == 0 and not or_zero):
+            raise argparse.ArgumentTypeError(f"{text!r} is no number {'from 0 up' if or_zero else 'above 0'}")
         return value
 
     return parse
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--settle",
-        type=float,
+        type=_positive(float, or_zero=True),
         default=control.settle_s,
         metavar="S",
         help="longest wait, after a restart, for the instances that were members before",

@@ -34,8 +34,8 @@ def _version(distribution: str) -> str | None:
 
 
 def check_model(model: str) -> None:
-    """Raises StartError for what can only be meant as a directory, and is none."""
-    if os.path.isdir(model):
+    """Raises StartError for what can only be meant as a directory (or a file of one), and is not there."""
+    if os.path.exists(model) or "://" in model:
         return
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise StartError(f"the model directory {model} does not exist")

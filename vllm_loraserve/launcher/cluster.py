@@ -14,13 +14,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_loraserve.coordinator.client import ANSWER_S, INSPECTION_S
-from vllm_loraserve.launcher.devices import Machine, share, this_machine, value_of
+from vllm_loraserve.launcher.devices import Machine, share, this_machine, value_of, values_of
 from vllm_loraserve.launcher.processes import Server, free_ports, healthy, listen_error, stop_all
 
 COORDINATOR_PORT = 5700
@@ -29,16 +29,19 @@ ARENA_RANK_ROWS = 512
 POLL_S = 0.2
 JOIN_S = 60.0
 """Longest time between the health of all instances and their presence in the routing table."""
-
-
+CLIENT_KEYS, ADMIN_KEYS = "LORASERVE_API_KEY", "LORASERVE_ADMIN_API_KEY"
+"""Environment variables of the router: what clients must send, and what loading and unloading needs instead."""
 UPSTREAM_KEY = "LORASERVE_UPSTREAM_API_KEY"
 """Environment variable of the router: what it sends to instances."""
+INSTANCE_KEY = "VLLM_API_KEY"
+"""Environment variable of vLLM: what an instance asks for, unless `--api-key` says."""
 
 
-def api_key(admin: bool = False) -> str | None:
-    """A key that the router, which reads the same environment, asks for; None: it asks for none."""
-    for variable in ("LORASERVE_ADMIN_API_KEY", "LORASERVE_API_KEY") if admin else ("LORASERVE_API_KEY",):
-        keys = [key.strip() for key in os.environ.get(variable, "").split(",")]
+def api_key(environment: Mapping[str, str] | None = None, *, admin: bool = False) -> str | None:
+    """A key that the router of a cluster started in `environment` (default: this process's) asks for; None: none."""
+    environment = os.environ if environment is None else environment
+    for variable in (*((ADMIN_KEYS,) if admin else ()), CLIENT_KEYS, INSTANCE_KEY):
+        keys = [key.strip() for key in environment.get(variable, "").split(",")]
         if found := next(filter(None, keys), None):
             return found
     return None
@@ -204,7 +207,7 @@ class Cluster:
         By default it waits longer than the router waits for the coordinator.
         """
         headers = {"Content-Type": "application/json"}
-        if key := api_key(admin=path.endswith("_lora_adapter")):
+        if key := api_key(self.router.env, admin=path.endswith("_lora_adapter")):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         try:
@@ -240,9 +243,11 @@ class Cluster:
         return [*command, "--host", plan.host, "--port", str(plan.port), *plan.router_options]
 
     def _router_env(self) -> dict[str, str]:
-        """The key that the instances ask for, where the user has given them one and the router none to send."""
-        key = value_of("--api-key", self.plan.vllm_options) or os.environ.get("VLLM_API_KEY")
-        return {UPSTREAM_KEY: key} if key and not os.environ.get(UPSTREAM_KEY) else {}
+        """Where the user has given the instances keys: one for the router to send, where it has none, and all to be
+        asked of clients, where it asks for none. It must not open to everybody what the instances keep closed."""
+        keys = values_of("--api-key", self.plan.vllm_options) or [os.environ.get(INSTANCE_KEY, "")]
+        own = {UPSTREAM_KEY: keys[0], CLIENT_KEYS: ",".join(keys)}
+        return {name: value for name, value in own.items() if value and not os.environ.get(name)}
 
     def _instance_command(self, index: int, options: Sequence[str]) -> list[str]:
         plan = self.plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -59,6 +60,18 @@ def value_of(option: str, options: Sequence[str]) -> str | None:
                 return value
             return options[position + 1] if position + 1 < len(options) else ""
     return None
+
+
+def values_of(option: str, options: Sequence[str]) -> list[str]:
+    """As `value_of`, for an option that takes several (`--name one two`); empty when it is not given."""
+    wanted = option.replace("_", "-")
+    for position, text in enumerate(options):
+        name, equals, value = text.partition("=")
+        if name.replace("_", "-") == wanted:
+            if equals:
+                return [value]
+            return list(itertools.takewhile(lambda text: not text.startswith("-"), options[position + 1 :]))
+    return []
 
 
 def share(machine: Machine, instances: int, given: Sequence[str] = ()) -> list[Share]:

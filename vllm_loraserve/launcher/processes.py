@@ -123,7 +123,11 @@ def listen_error(host: str, port: int) -> OSError | None:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, _, _, address in found:
-            with socket.socket(family, kind) as probe:
+            try:
+                probe = socket.socket(family, kind)
+            except OSError:
+                continue  # localhost may name an IPv6 address where the kernel has no IPv6; servers pass over it
+            with probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
                     probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

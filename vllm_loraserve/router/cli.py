@@ -18,6 +18,7 @@ from aiohttp import web
 from vllm_loraserve.cluster.operating_points import StepCost
 from vllm_loraserve.cluster.operating_points import load as load_points
 from vllm_loraserve.coordinator.client import publish_endpoint
+from vllm_loraserve.coordinator.curve import default_member_keys
 from vllm_loraserve.router.app import Router, RouterConfig
 from vllm_loraserve.router.auth import ADMIN_KEY_ENV, API_KEY_ENV, UPSTREAM_KEY_ENV, load_keys
 
@@ -104,6 +105,8 @@ def config_from(args: argparse.Namespace) -> RouterConfig:
     """The configuration that parsed arguments and the environment describe. Raises ValueError for addresses, and
     for files of keys or operating points, that can't be used."""
     _check_addresses(args.coordinator, args.instances or ())
+    if args.coordinator is not None:
+        default_member_keys()  # that they can be read is better known before anything is started
     names = (
         *("max_concurrency", "max_queue", "queue_timeout_s", "max_attempts", "max_body_bytes"),
         *("idle_timeout_s", "client_timeout_s", "connect_timeout_s", "unload_drain_s"),

@@ -169,6 +169,7 @@ class StaticSource:
             async with self._session.get(url + "/v1/models", timeout=timeout, headers=self._headers) as answer:
                 body = await answer.read()
                 if answer.status != 200:
+                    self._last.pop(url, None)
                     self._warn(url, f"it answers {answer.status} to /v1/models")
                     return None
             self._missed[url], self._last[url] = 0, msgspec.json.decode(body, type=_Cards).data
@@ -180,9 +181,11 @@ class StaticSource:
             self._warn(url, "it does not say within 2 s what it serves")
             return None
         except (msgspec.MsgspecError, UnicodeDecodeError):
+            self._last.pop(url, None)
             self._warn(url, "its /v1/models is not that of an OpenAI server")
             return None
         except (ClientError, OSError) as error:
+            self._last.pop(url, None)  # it is not slow but away: what it served before counts no more
             logger.debug("Instance %s does not answer: %s", url, error)
             return None
 
