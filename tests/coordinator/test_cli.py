@@ -161,6 +161,7 @@ def test_unusable_options_are_one_line(tmp_path):
         (["--policy", "wishful"], "unknown placement policy"),
         (["--keys", str(tmp_path)], "keygen"),
         (["--bind", "tcp://127.0.0.1"], "no usable port"),
+        (["--metrics-port", "70000"], "0-65535"),
     ):
         done = subprocess.run(
             [*COMMAND, "coordinator", *database, *extra], capture_output=True, text=True, timeout=PATIENCE_S

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stubs import PATIENCE_S, STUB, wait_until_dead
@@ -120,6 +122,15 @@ def test_what_instances_keep_closed_the_router_does_not_open(plan: Plan, monkeyp
     monkeypatch.setenv("VLLM_API_KEY", "inner")
     assert Cluster(plan).router.env["LORASERVE_API_KEY"] == "inner"
     assert client_for("http://x").api_key == "inner"
+    sent: list[Any] = []
+
+    def answer(request: Any, timeout: float) -> BytesIO:
+        sent.append(request.get_header("Authorization"))
+        return BytesIO(b"{}")
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    assert given.get("/v1/models") == b"{}"
+    assert sent == ["Bearer a"]
 
 
 def test_instances_that_never_join_are_an_error(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

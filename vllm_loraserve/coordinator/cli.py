@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         controller = Controller(registry, policy, control, time.monotonic(), points)
         return asyncio.run(_serve(controller, options, keys, (args.metrics_host, args.metrics_port)))
-    except (ServerError, ValueError, OSError) as error:
+    except (ServerError, ValueError, OverflowError, OSError) as error:  # OverflowError: a port that is none
         print(f"vllm-loraserve coordinator: {error}", file=sys.stderr)
         return 1
     finally:

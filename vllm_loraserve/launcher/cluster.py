@@ -195,8 +195,9 @@ class Cluster:
 
     def get(self, path: str, timeout_s: float = 5.0) -> bytes:
         """Body of a GET from the router, whatever its status; raises OSError when there is no answer."""
+        request = urllib.request.Request(self.url + path, headers=self._authorization())
         try:
-            with urllib.request.urlopen(self.url + path, timeout=timeout_s) as answer:
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
                 return bytes(answer.read())
         except urllib.error.HTTPError as error:
             return error.read()
@@ -206,9 +207,7 @@ class Cluster:
 
         By default it waits longer than the router waits for the coordinator.
         """
-        headers = {"Content-Type": "application/json"}
-        if key := api_key(self.router.env, admin=path.endswith("_lora_adapter")):
-            headers["Authorization"] = f"Bearer {key}"
+        headers = {"Content-Type": "application/json"} | self._authorization(admin=path.endswith("_lora_adapter"))
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as answer:
@@ -223,6 +222,10 @@ class Cluster:
             with suppress(ValueError, KeyError, TypeError):
                 body = json.loads(body)["error"]["message"]
             raise StartError(f"adapter {name} was not accepted: {body}")
+
+    def _authorization(self, *, admin: bool = False) -> dict[str, str]:
+        key = api_key(self.router.env, admin=admin)
+        return {"Authorization": f"Bearer {key}"} if key else {}
 
     def _server(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> Server:
         return Server(name, list(command), self.logs / f"{name}.log", env)
