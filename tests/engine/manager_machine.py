@@ -247,8 +247,10 @@ class ManagerMachine(RuleBasedStateMachine):
         """vLLM's dummy adapters, as before a profile run; they go as they came."""
         if self.manager.list_adapters():
             return
-        for lora_id in range(1, SLOTS + 1):
-            self.manager.add_dummy_lora(self._request(100 + lora_id), rank)
+        # As vLLM does it: the first one is made, the others are its clones.
+        with self.manager.dummy_lora_cache():
+            for lora_id in range(1, SLOTS + 1):
+                self.manager.add_dummy_lora(self._request(100 + lora_id), rank)
         self.manager.set_active_adapters([self._request(100 + lora_id) for lora_id in range(1, SLOTS + 1)], None)
         self.manager._adapter_manager.check_integrity()
         self.manager.remove_all_adapters()

@@ -51,3 +51,14 @@ def test_a_file_that_was_not_touched_is_hashed_once(
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
     assert loader._digest(open_checkpoint(folder)) not in {fresh, changed}
+
+
+def test_a_clone_is_the_same_adapter_under_another_id() -> None:
+    """vLLM clones its first warm-up adapter for the other slots before it captures graphs."""
+    from vllm_loraserve.engine.adapter_loader import ServedAdapter
+
+    first = ServedAdapter(1, 8, {})
+    first.ranks, first.pages, first.shared_pages = (8, 8), (1, 1), True
+    second = first.clone(2)
+    assert isinstance(second, ServedAdapter)
+    assert (second.id, second.rank, second.ranks, second.pages, second.shared_pages) == (2, 8, (8, 8), (1, 1), True)

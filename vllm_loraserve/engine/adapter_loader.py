@@ -54,6 +54,18 @@ class ServedAdapter(LoRAModel):
     def page_rank(self) -> int:
         return max(self.ranks, default=0)
 
+    def clone(self, lora_model_id: int) -> LoRAModel:
+        """The same under another id; vLLM makes all warm-up adapters but the first one so."""
+        copy = super().clone(lora_model_id)
+        assert isinstance(copy, ServedAdapter)
+        copy.request, copy.ranks, copy.pages, copy.shared_pages = (
+            self.request,
+            self.ranks,
+            self.pages,
+            self.shared_pages,
+        )
+        return copy
+
 
 class ModelFacts:
     """What conversion must know about this worker's model; fixed once the LoRA layers are made."""
