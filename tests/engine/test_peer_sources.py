@@ -13,6 +13,7 @@ from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm_loraserve.adapters.checkpoint import AdapterError  # noqa: E402
 from vllm_loraserve.adapters.layout import ModuleShape, build_layout  # noqa: E402
 from vllm_loraserve.config import LoRAServeConfig  # noqa: E402
+from vllm_loraserve.engine import peer_sources  # noqa: E402
 from vllm_loraserve.engine.adapter_loader import ServedAdapter  # noqa: E402
 from vllm_loraserve.engine.peer_sources import PeerSources  # noqa: E402
 from vllm_loraserve.engine.side_loading import _status_of, is_transient  # noqa: E402
@@ -80,7 +81,9 @@ def test_an_adapter_comes_from_a_peer_under_an_id_of_our_own(worker):
     counted = {(name, *labels.values()): n for f in asker.metrics() for name, labels, n in f.samples}
     assert counted["loraserve_fetches_total", "peer", "ok"] == 1
     assert counted["loraserve_transfer_bytes_total",] == len(weights)
-    assert asker.bring(request) is None, "it is here already"
+    again = asker.bring(request)
+    assert (again.id, again.ranks) == (9, (16, 8)), "it is here already, and its checkpoint need not be"
+    assert sum(n for f in asker.metrics() for name, labels, n in f.samples if name == "loraserve_fetches_total") == 1
     # From now on the asker is a source too.
     third_tier = tier()
     third = worker("three", third_tier)
@@ -116,6 +119,63 @@ def test_new_content_of_a_name_replaces_the_old_for_peers(worker):
     asker.locate("a", "/a/.", "new", [("one", holder.endpoint)])
     assert asker.bring(LoRARequest("a", 9, "/a/.")) is not None
     assert content(ours, 9) == new
+
+
+def test_new_content_of_a_name_is_not_taken_for_the_old_that_comes_late(worker, monkeypatch):
+    theirs, ours = tier(), tier()
+    holder, asker = worker("one", theirs), worker("two", ours)
+    fill(theirs, 5, "old", seed=1)
+    holder.served(LoRARequest("a", 5, "/a"))
+    asker.locate("a", "/a", "old", [("one", holder.endpoint)])
+    asked, gate, reserve = threading.Event(), threading.Event(), asker._store.reserve
+
+    def late(pages):
+        asked.set()
+        assert gate.wait(60)
+        return reserve(pages)
+
+    monkeypatch.setattr(asker._store, "reserve", late)
+    brought = []
+    load = threading.Thread(target=lambda: brought.append(asker.bring(LoRARequest("a", 8, "/a"))))
+    load.start()
+    assert asked.wait(60)
+    # Meanwhile the name stands for other content, under another id, as its checkpoint has it.
+    new = fill(ours, 9, "new", seed=2)
+    asker.served(LoRARequest("a", 9, "/a/."))
+    gate.set()
+    load.join(60)
+    assert not load.is_alive()
+    assert content(ours, 9) == new
+    assert ours.get(9).digest == "new"
+    assert brought[0].id == 8
+    assert ours.get(8).digest == "old"
+
+
+def test_a_file_system_that_does_not_answer_holds_up_no_other_adapter(worker, monkeypatch):
+    theirs, ours = tier(), tier()
+    holder, asker = worker("one", theirs), worker("two", ours)
+    fill(theirs, 5, "sha", seed=1)
+    holder.served(LoRARequest("a", 5, "/a"))
+    fill(ours, 6, "sha-b", seed=2)
+    asker.served(LoRARequest("b", 6, "/hangs"))
+    gate, asked = threading.Event(), []
+
+    def exists(path):
+        asked.append(path)
+        return gate.wait(60)
+
+    monkeypatch.setattr(peer_sources.os.path, "exists", exists)
+    monkeypatch.setattr(peer_sources, "LOOK_S", 0.01)
+    asker.locate("a", "/a", "sha", [("one", holder.endpoint)])
+    try:
+        for adapter in (9, 10):
+            asker._looked_at = -peer_sources.CHECKPOINTS_EVERY_S
+            assert asker.bring(LoRARequest("a", adapter, "/a")).id == adapter
+        assert not gate.is_set()
+        assert len(asked) == 1, "one thread hangs there, not one for every load"
+        assert ours.may_evict(6), "what was known"
+    finally:
+        gate.set()
 
 
 def test_a_stranger_gets_nothing(worker, tmp_path):

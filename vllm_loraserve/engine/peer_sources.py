@@ -20,6 +20,7 @@ from vllm.lora.request import LoRARequest
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine import channel
 from vllm_loraserve.engine.adapter_loader import AdapterLoader, ServedAdapter
+from vllm_loraserve.engine.load_threads import ensure_wanted
 from vllm_loraserve.memory.host_tier import HostEntry, HostTier
 from vllm_loraserve.transfer.auth import load_key
 from vllm_loraserve.transfer.errors import AdapterUnavailableError, CancelledError, DeadlineError, TransferError
@@ -36,6 +37,8 @@ logger = init_logger("vllm.loraserve.peer_sources")
 
 CHECKPOINTS_EVERY_S = 5.0
 """How old the knowledge may be whether the checkpoints of the adapters held here can be read."""
+LOOK_S = 1.0
+"""Longest that a load waits for that knowledge."""
 
 
 class PeerSources:
@@ -62,6 +65,8 @@ class PeerSources:
         self._ids: dict[str, int] = {}
         self._names: dict[int, str] = {}
         self._located: dict[tuple[str, str], tuple[str, tuple[Location, ...]]] = {}
+        self._landings: dict[tuple[str, str], int] = {}
+        """(name, digest) -> the id under which this content is to land."""
         self._asked: dict[str, LoRARequest] = {}
         """Name -> the request that it is being brought in for."""
         self._loaded: dict[str, ServedAdapter] = {}
@@ -70,8 +75,15 @@ class PeerSources:
         self._paths: dict[str, str] = {}
         self._readable: dict[str, bool] = {}
         self._looked_at = -CHECKPOINTS_EVERY_S
+        self._looker: threading.Thread | None = None
         self._handover = Handover()
-        self._store = HostTierStore(tier, name_of=self._name_of, key_of=self._ids.get, on_landed=self._handover.landed)
+        self._store = HostTierStore(
+            tier,
+            name_of=self._name_of,
+            key_of=self._ids.get,
+            on_landed=self._handover.landed,
+            landing_key=lambda name, digest: self._landings.get((name, digest)),
+        )
         tier.may_evict = self._may_evict
         self._server = TransferServer(
             [self._store],
@@ -146,6 +158,7 @@ class PeerSources:
     def removed(self, lora_id: int) -> None:
         """The adapter is gone; whoever reads it now gets an error and takes another source."""
         with self._lock:
+            self._landings = {content: key for content, key in self._landings.items() if key != lora_id}
             name = self._names.pop(lora_id, None)
             current = name is not None and self._ids.get(name) == lora_id
             if name is not None and current:
@@ -167,39 +180,50 @@ class PeerSources:
             readable = name is None or self._readable.get(name, True)
         return name is None or self._handover.may_go(name, checkpoint_readable=readable)
 
-    def look_at_checkpoints(self, *, every_s: float = 0.0) -> None:
+    def look_at_checkpoints(self, *, every_s: float = 0.0, patience_s: float | None = None) -> None:
         """Learns whether the checkpoints of the adapters held here can be read, unless that is known since `every_s`.
 
-        Blocks on their file systems: for a thread that loads, as that would block too.
+        Their file systems may not answer, and are not those of the adapter that a caller loads: it waits `patience_s`
+        at most (None: for ever), and goes on with what was known.
         """
         with self._lock:
-            if time.monotonic() - self._looked_at < every_s:
+            busy = self._looker is not None and self._looker.is_alive()
+            if busy or time.monotonic() - self._looked_at < every_s:
                 return
             self._looked_at = time.monotonic()
-            paths = dict(self._paths)
+            looker = self._looker = threading.Thread(
+                target=self._look, args=(dict(self._paths),), name="loraserve-look", daemon=True
+            )
+            looker.start()
+        looker.join(patience_s)
+
+    def _look(self, paths: dict[str, str]) -> None:
         # What is no local path is a name in a hub's cache, and stays there.
         seen = {
             name: os.path.exists(os.path.join(path, "adapter_config.json")) or not os.path.isabs(path)
             for name, path in paths.items()
         }
         with self._lock:
-            self._readable.update({name: found for name, found in seen.items() if name in self._paths})
+            self._readable.update({name: found for name, found in seen.items() if self._paths.get(name) == paths[name]})
 
     # ---- bringing in ----
 
     def bring(self, request: LoRARequest) -> ServedAdapter | None:
-        """The adapter of `request`, in the host tier; None: it is not the cluster's, or here already, so take it from
-        its checkpoint. Blocks.
+        """The adapter of `request`, in the host tier; None: it is not the cluster's, or was read here before, so take
+        it from its checkpoint. Blocks.
 
         Raises AdapterUnavailableError where neither a peer nor its checkpoint has it, else what reading that raised.
         """
-        self.look_at_checkpoints(every_s=CHECKPOINTS_EVERY_S)
+        self.look_at_checkpoints(every_s=CHECKPOINTS_EVERY_S, patience_s=LOOK_S)
         name = request.lora_name
         with self._lock:
             digest, locations = self._located.get((name, request.lora_path), ("", ()))
         entry = self._tier.get(request.lora_int_id)
-        if request.load_inplace or (entry is not None and entry.digest == digest):
+        if request.load_inplace:
             return None
+        if entry is not None and entry.digest == digest:
+            # Came from a peer for a load that was given up since: this instance may have no checkpoint of it.
+            return self._landed(request, entry) if entry.from_peer else None
         if not locations:
             return self._without_peers(request) if digest else None
         # Who had a copy of what was here before has none of what comes now.
@@ -207,6 +231,7 @@ class PeerSources:
         # The landing asks under which key to put it, before anybody may have it from here.
         with self._lock:
             self._ids[name] = request.lora_int_id
+            self._landings[name, digest] = request.lora_int_id
             self._asked[name] = request
             self._failed.pop(name, None)
         wanted = Wanted(name=name, layout=self._tier.layout.fingerprint, digest=digest)
@@ -229,13 +254,19 @@ class PeerSources:
         entry = self._tier.get(request.lora_int_id)
         if entry is None:
             return None  # evicted as soon as it was here
-        adapter = ServedAdapter(request.lora_int_id, max(entry.ranks, default=0), {})
-        adapter.request, adapter.ranks, adapter.pages = request, tuple(entry.ranks), tuple(entry.pages)
-        self.served(request)
+        adapter = self._landed(request, entry)
         logger.info(
             "Adapter %s: rank %d from %s %s in %.0f ms",
             name, adapter.page_rank, brought.source, brought.via, brought.seconds * 1e3,
         )  # fmt: skip
+        return adapter
+
+    def _landed(self, request: LoRARequest, entry: HostEntry) -> ServedAdapter:
+        """An adapter that came from a peer, as the manager sees it; from now on we serve it, too."""
+        adapter = ServedAdapter(request.lora_int_id, max(entry.ranks, default=0), {})
+        adapter.request, adapter.ranks, adapter.pages = request, tuple(entry.ranks), tuple(entry.pages)
+        ensure_wanted()
+        self.served(request)
         return adapter
 
     def _without_peers(self, request: LoRARequest) -> ServedAdapter | None:

@@ -56,6 +56,8 @@ class HostEntry:
     users: int = 0
     """Copies and transfers that read it now; it is not evicted meanwhile."""
     pinned: bool = False
+    from_peer: bool = False
+    """Brought in from a peer, so that all of the adapter is in these pages."""
 
     @property
     def rank(self) -> int:

@@ -27,7 +27,11 @@ class HostMeta(msgspec.Struct, frozen=True):
 
 
 class HostTierStore:
-    """One host tier, by adapter name. `on_landed(name, peer)`: a peer has confirmed a copy (see `handover.py`)."""
+    """One host tier, by adapter name. `on_landed(name, peer)`: a peer has confirmed a copy (see `handover.py`).
+
+    landing_key: (name, digest) -> the key under which this content is to land; None: `key_of` alone says so, which a
+    name that gets new content while the old is on its way would lead astray.
+    """
 
     def __init__(
         self,
@@ -36,8 +40,10 @@ class HostTierStore:
         name_of: Callable[[Hashable], str | None],
         key_of: Callable[[str], Hashable | None],
         on_landed: Callable[[str, str], None] | None = None,
+        landing_key: Callable[[str, str], Hashable | None] | None = None,
     ) -> None:
         self.tier, self._name_of, self._key_of, self._on_landed = tier, name_of, key_of, on_landed
+        self._landing_key = landing_key if landing_key is not None else lambda name, _: key_of(name)
         self._lock = threading.Lock()
         self._pins: dict[tuple[str, int], list[AbstractContextManager[HostEntry | None]]] = {}
         self._reserved: dict[int, HostEntry] = {}
@@ -124,7 +130,7 @@ class HostTierStore:
 
     def reserve(self, pages: AdapterPages) -> Destination:
         """Raises HostTierFullError without room, LayoutMismatchError where the pages are not what the ranks say."""
-        key = self._key_of(pages.name)
+        key = self._landing_key(pages.name, pages.digest)
         if key is None:
             raise LayoutMismatchError(f"{pages.name} is not an adapter known here")
         try:
@@ -137,6 +143,7 @@ class HostTierStore:
         if len(ranks) != slices or tuple(lengths) != pages.page_lengths:
             raise LayoutMismatchError(f"{pages.name}: the pages offered are not those of its ranks")
         entry = self.tier.create(key, pages.digest, ranks)
+        entry.from_peer = True
         with self._lock:
             self._reserved[entry.offset] = entry
         return Destination(self.tier.slab, (Range(entry.offset, entry.size),) if entry.size else ())
