@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from transfer.helpers import KEY, LAYOUT, PATIENCE_S, make_pages, until, wanted
 from transfer.holder import adapter_pages
 from vllm_loraserve.launcher.processes import free_ports
+from vllm_loraserve.transfer import pool
 from vllm_loraserve.transfer.errors import AdapterUnavailableError, CancelledError, RungFailedError, TransferError
 from vllm_loraserve.transfer.flight import Flight
 from vllm_loraserve.transfer.metrics import PoolMetrics
@@ -258,6 +259,41 @@ def test_a_hanging_peer_is_left_at_the_deadline(target, source, server, at, monk
         made.pool.close()
     assert target.catalogue() == []
     assert target.free_bytes == target.slab.size
+
+
+def test_checkpoints_that_hang_keep_no_place_of_the_peers(target, source, server, at):
+    made = World(target)
+    made.checkpoint.gate.clear()
+    try:
+        patient, made.pool.options = made.pool.options, PoolOptions(deadline_s=0.01)
+        for count in range(20):
+            with pytest.raises(AdapterUnavailableError, match="not done in time"):
+                made.pool.bring(wanted(f"hangs{count}"))
+        made.pool.options = patient
+        assert made.pool.bring(wanted("b"), [Location("one", at.endpoint)]).source == "peer"
+    finally:
+        made.checkpoint.gate.set()
+        made.pool.close()
+    assert [pages.name for pages in target.catalogue()] == ["b"], "close has waited for them"
+
+
+def test_so_many_checkpoints_and_no_more_are_read_at_a_time(target, monkeypatch):
+    monkeypatch.setattr(pool, "MOST_READERS", 1)
+    made = World(target)
+    made.checkpoint.gate.clear()
+    try:
+        patient, made.pool.options = made.pool.options, PoolOptions(deadline_s=0.01)
+        with pytest.raises(AdapterUnavailableError, match="not done in time"):
+            made.pool.bring(wanted("hangs"))
+        made.pool.options = patient
+        with pytest.raises(AdapterUnavailableError, match="1 checkpoints are being read"):
+            made.pool.bring(wanted())
+        made.checkpoint.gate.set()
+        until(lambda: not made.pool._readers)
+        assert made.pool.bring(wanted()).source == "checkpoint"
+    finally:
+        made.checkpoint.gate.set()
+        made.pool.close()
 
 
 def test_prefetch_waits_for_the_foreground(world, at, source):

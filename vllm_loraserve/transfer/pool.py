@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 Source = Literal["arena", "host", "peer", "checkpoint"]
 CHECKPOINT: Source = "checkpoint"
+MOST_READERS = 256
+"""Checkpoints that may be read at a time, those included whose file system does not answer."""
+CLOSE_S = 30.0
+"""Longest that `close` waits for such a file system."""
 Find = Callable[[Wanted], AdapterPages | None]
 """A look into a tier of this process: the adapter's pages where they are there, None otherwise."""
 LoadCheckpoint = Callable[[Wanted, Landing, Flight], AdapterPages]
@@ -127,6 +131,8 @@ class AdapterPool:
         self._idle = threading.Condition(self._lock)
         self._fetches: dict[Wanted, _Fetch] = {}
         self._workers = ThreadPoolExecutor(16, thread_name_prefix="loraserve-pool")
+        self._readers: set[threading.Thread] = set()
+        """Threads that read a checkpoint."""
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="loraserve-prefetch")
         self._foreground = 0
         self._closing = False
@@ -219,7 +225,8 @@ class AdapterPool:
                     fetch.flights.append(flight)
                     if running and self._metrics:
                         self._metrics.hedges.inc()
-                    running[self._workers.submit(run, flight)] = (label, flight)
+                    begin = self._read_aside if label == CHECKPOINT else self._workers.submit
+                    running[begin(run, flight)] = (label, flight)
                 patience = self.options.hedge_s if waiting and len(running) < 2 else left
                 done, _ = wait(running, timeout=min(patience, left), return_when=FIRST_COMPLETED)
                 for future in done:
@@ -233,6 +240,32 @@ class AdapterPool:
             for _, flight in running.values():
                 flight.cancel()
         raise AdapterUnavailableError(wanted.name, failures)
+
+    def _read_aside(self, run: Callable[[Flight], Brought], flight: Flight) -> Future[Brought]:
+        """A source on a thread of its own: where a file system does not answer, it would keep a worker for ever."""
+        future = Future[Brought]()
+
+        def read() -> None:
+            try:
+                brought = run(flight)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(brought)
+            finally:
+                with self._lock:
+                    self._readers.discard(thread)
+
+        thread = threading.Thread(target=read, name="loraserve-checkpoint", daemon=True)
+        try:
+            with self._lock:
+                if len(self._readers) >= MOST_READERS:
+                    raise RuntimeError(f"{MOST_READERS} checkpoints are being read; their file systems do not answer")
+                thread.start()
+                self._readers.add(thread)
+        except RuntimeError as error:  # or the system has no more threads
+            future.set_exception(TransferError(str(error)))
+        return future
 
     def _landed(self, brought: Brought, fetch: _Fetch) -> Brought:
         seconds = time.monotonic() - fetch.begun
@@ -306,7 +339,10 @@ class AdapterPool:
             self._metrics.fetches.labels(source, result).inc()
 
     def close(self) -> None:
-        """Cancels what is under way, waits for it, ends all sessions. The landing must outlive this call."""
+        """Cancels what is under way, waits for it, ends all sessions. The landing must outlive this call.
+
+        A checkpoint's file system that does not answer is left after CLOSE_S.
+        """
         with self._lock:
             self._closing = True
             flights = [flight for fetch in self._fetches.values() for flight in fetch.flights]
@@ -315,6 +351,11 @@ class AdapterPool:
             flight.cancel()
         self._prefetcher.shutdown(cancel_futures=True)
         self._workers.shutdown()
+        with self._lock:
+            readers = list(self._readers)
+        end = time.monotonic() + CLOSE_S
+        for reader in readers:
+            reader.join(max(end - time.monotonic(), 0.0))
         self._peers.close()
 
     def __enter__(self) -> AdapterPool:
