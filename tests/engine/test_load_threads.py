@@ -156,3 +156,21 @@ def test_a_queued_load_that_was_replaced_does_not_run(jobs: Jobs) -> None:
     jobs.gates["first"].set()
     until(lambda: jobs.refused == ["waits"])
     assert "waits" not in jobs.began
+
+
+def test_a_system_without_threads_refuses_and_the_next_load_runs(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_loraserve.engine.load_threads import LoadThreads
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threads = LoadThreads(1, LONG)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(RuntimeError):
+            jobs.start(threads, "queued", 1, queued=True)
+        assert not threads.pending(1, "/a")
+        jobs.start(threads, "ordered", 2)
+        assert jobs.refused == ["ordered"]
+    jobs.start(threads, "again", 1, queued=True)
+    until(lambda: jobs.began == ["again"])

@@ -68,6 +68,19 @@ def test_a_kernel_that_can_not_is_left_alone(slab, monkeypatch):
     assert len(asked) == 1
 
 
+def test_a_system_without_threads_still_allocates(slab, monkeypatch):
+    def none_left(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefault.threading.Thread, "start", none_left)
+        ahead = Prefault([(slab.address, slab.size)], [MIB])
+        ahead.used(0, MIB)
+    ahead.used(0, 2 * MIB)
+    assert ahead.settle(60)
+    assert ahead.touched() == 3 * MIB
+
+
 def layout():
     return build_layout(
         [ModuleShape("a", "a", 4096, (4096,)), ModuleShape("b", "b", 4096, (8192,))],

@@ -75,16 +75,20 @@ class LoadThreads:
     def start(
         self, adapter: int, path: str, run: Callable[[], None], refuse: Callable[[Exception], None], *, queued: bool
     ) -> None:
-        """Runs `run` aside, at once or (`queued`) when a place is free; earlier loads of the adapter count no more."""
+        """Runs `run` aside, at once or (`queued`) when a place is free; earlier loads of the adapter count no more.
+
+        Raises RuntimeError for a queued load, which changes nothing, where the system has no thread for the queue.
+        """
         load = Load(adapter, path, run, refuse, queued)
         with self._changed:
+            if queued and self._pump is None:
+                pump = threading.Thread(target=self._feed, name="loraserve-queue", daemon=True)
+                pump.start()
+                self._pump = pump
             self._supersede(adapter)
             self._latest[adapter] = load
             if queued:
                 self._queue.append(load)
-                if self._pump is None:
-                    self._pump = threading.Thread(target=self._feed, name="loraserve-queue", daemon=True)
-                    self._pump.start()
                 return
             problem = self._begin(load)
         self._launch(load, problem)

@@ -73,8 +73,11 @@ class Prefault:
         with self._lock:
             if self._thread is not None or self._next() is None:
                 return
-            self._thread = threading.Thread(target=self._run, name="loraserve-prefault", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="loraserve-prefault", daemon=True)
+            # Called in the middle of an allocation: without a thread the first write touches the memory, as ever.
+            with contextlib.suppress(RuntimeError):
+                thread.start()
+                self._thread = thread
 
     def _run(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
