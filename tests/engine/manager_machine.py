@@ -251,6 +251,7 @@ class ManagerMachine(RuleBasedStateMachine):
         with self.manager.dummy_lora_cache():
             for lora_id in range(1, SLOTS + 1):
                 self.manager.add_dummy_lora(self._request(100 + lora_id), rank)
+                assert self.manager.is_prepared(100 + lora_id), "nothing is to be read"
         self.manager.set_active_adapters([self._request(100 + lora_id) for lora_id in range(1, SLOTS + 1)], None)
         self.manager._adapter_manager.check_integrity()
         self.manager.remove_all_adapters()

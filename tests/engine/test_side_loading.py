@@ -128,6 +128,19 @@ def test_what_a_step_must_read_is_reported_as_a_stall(pair: Any) -> None:
     assert report.adapter == 7
 
 
+def test_what_is_there_without_a_load_is_no_stall(pair: Any) -> None:
+    """vLLM's warm-up adapters: the counter of stalls must not begin with them."""
+    from vllm.lora.request import LoRARequest
+
+    end, manager = pair
+    manager.held.add(1)
+    manager.set_active_adapters([LoRARequest("a1", 1, "/adapters/1")])
+    assert manager.active == {1}
+    assert manager.prepared == []
+    manager.pin_adapter(1)
+    assert type(next_report(end)).__name__ == "Pinned", "the first that is said"
+
+
 @pytest.mark.parametrize(
     ("error", "status", "transient"),
     [

@@ -142,8 +142,10 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
     def is_prepared(self, lora_id: int) -> bool:
         """Whether `add_adapter` would read nothing but memory."""
         manager = self._adapter_manager
-        known = lora_id in self._prepared or manager.adapter(lora_id) is not None
-        return lora_id in manager._active_adapters or (known and lora_id in self.host)
+        registered = manager.adapter(lora_id)
+        if lora_id in manager._active_adapters or (registered is not None and registered.shared_pages):
+            return True
+        return (registered is not None or lora_id in self._prepared) and lora_id in self.host
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Register and activate; the engine's thread. Reads the checkpoint only if nothing prepared it."""

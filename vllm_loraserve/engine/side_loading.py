@@ -195,9 +195,12 @@ class SideLoadingMixin:
         begin = time.monotonic()
         self.loads.supersede(adapter)
         replaced = path is not None and path != lora_request.lora_path
+        # Warm-up adapters, for one, were never loaded aside, and have nothing to read.
+        reads = replaced or not self.is_prepared(adapter)  # type: ignore[attr-defined]
         added = super().add_adapter(_settled(lora_request, inplace=replaced))  # type: ignore[misc]
-        rank = self._vllm_config.parallel_config.rank
-        self._report(channel.Stalled(rank, adapter, time.monotonic() - begin))
+        if reads:
+            rank = self._vllm_config.parallel_config.rank
+            self._report(channel.Stalled(rank, adapter, time.monotonic() - begin))
         self._paths[adapter] = lora_request.lora_path
         self._sweep()
         return added
