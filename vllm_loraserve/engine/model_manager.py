@@ -199,7 +199,8 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             self._registered_adapters[lora.id] = lora
 
     def remove_oldest_adapter(self) -> bool:
-        """Unregister the adapter that is least worth keeping; never one in use or pinned."""
+        """Unregister the adapter that is least worth keeping; never one in use or pinned, and a cluster's last copy
+        only where there are no others: its host pages go with it."""
         now = time.monotonic()
         pinned = self._registered_adapters.pinned_items | self._active_adapters.pinned_items
         candidates = [
@@ -212,7 +213,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             for lora_id, adapter in self._registered_adapters.cache.items()
             if lora_id not in pinned and lora_id not in self.in_use
         ]
-        order = eviction_order(candidates)
+        order = sorted(eviction_order(candidates), key=lambda lora_id: not self.host.may_evict(lora_id))
         if not order:
             return False
         self.remove_adapter(order[0])
