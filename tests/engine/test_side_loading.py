@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from vllm_loraserve.memory.host_tier import HostTierFullError
+
 pytestmark = pytest.mark.vllm
 
 
@@ -147,6 +149,7 @@ def test_what_is_there_without_a_load_is_no_stall(pair: Any) -> None:
         (FileNotFoundError("nothing there"), 404, False),
         (ValueError("of the wrong shape"), 400, False),
         (TimeoutError("the share is slow"), 503, True),
+        (HostTierFullError("no room now"), 503, True),
     ],
 )
 def test_failures_carry_status_and_reason(pair: Any, error: Exception, status: int, transient: bool) -> None:

@@ -67,8 +67,10 @@ def test_a_replacement_shows_only_when_it_is_complete() -> None:
     assert host.get(1).digest == "digest 1"  # type: ignore[union-attr]
     host.discard(entry)
     host.check_integrity()
+    host.pin(1)
     new = put(host, 1, R8, 2)
     assert host.get(1) is new
+    assert new.pinned, "it is the adapter that was pinned, not its content"
     assert new.generation > entry.generation
     host.check_integrity()
 

@@ -22,6 +22,7 @@ from vllm_loraserve.engine import channel
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.load_threads import LoadThreads, SupersededError, ensure_wanted, wanted
 from vllm_loraserve.engine.loader_thread import step_aside
+from vllm_loraserve.memory.host_tier import HostTierFullError
 
 logger = init_logger("vllm.loraserve.side_loading")
 
@@ -247,7 +248,9 @@ class SideLoadingMixin:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: the source was slow or away, not wrong."""
+    """Whether trying again may help: the source was slow or away, not wrong, or others took the room just now."""
+    if isinstance(error, HostTierFullError):
+        return True
     return isinstance(error, OSError) and not isinstance(
         error, FileNotFoundError | NotADirectoryError | PermissionError
     )

@@ -153,7 +153,9 @@ class HostTier:
         """The entry is complete: checksum it and show it, in place of an older one of the same key."""
         entry.checksums = self.current_checksums(entry)
         with self.lock:
-            self._drop(self._entries.pop(entry.key, None))
+            before = self._entries.pop(entry.key, None)
+            entry.pinned = before is not None and before.pinned
+            self._drop(before)
             entry.ready = True
             entry.users -= 1
             self._entries[entry.key] = entry
