@@ -1,4 +1,4 @@
-"""One question to a coordinator from the command line; what `status`, `plan` and `explain` share."""
+"""One question to a coordinator from the command line; what `status`, `top`, `plan` and `explain` share."""
 
 from __future__ import annotations
 
@@ -37,9 +37,14 @@ def ask(args: argparse.Namespace, command: str, question: Request, answer: type[
 
 
 async def _ask(args: argparse.Namespace, question: Request, answer: type[Answer]) -> Answer:
-    keys = load_member_keys(args.keys) if args.keys else None
-    async with CoordinatorClient(args.coordinator, timeout_s=args.timeout, keys=keys) as client:
+    async with client_of(args) as client:
         return await client.ask(question, answer)
+
+
+def client_of(args: argparse.Namespace) -> CoordinatorClient:
+    """A client as the options say; raises KeysError."""
+    keys = load_member_keys(args.keys) if args.keys else None
+    return CoordinatorClient(args.coordinator, timeout_s=args.timeout, keys=keys)
 
 
 def print_json(answer: Message) -> None:

@@ -7,9 +7,10 @@ import time
 from typing import Literal
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vllm_loraserve.coordinator.asking import add_coordinator_arguments, ask, print_json
 from vllm_loraserve.coordinator.messages import AdapterDemand, AdapterRoutes, GetStatus, Status
@@ -57,23 +58,25 @@ def format_seconds(seconds: float) -> str:
 
 def render(status: Status, console: Console) -> None:
     """Prints the tables."""
+    console.print(picture(status, console.width), highlight=False)
+
+
+def picture(status: Status, width: int, most: int | None = None) -> Group:
+    """The tables for so many columns; `most`: only so many adapters, the busiest first."""
     table = status.table
-    console.print(
-        f"[bold]{escape(table.base_model or 'no model yet')}[/]: {len(table.instances)} instances, "
-        f"{len(table.adapters)} adapters; policy {status.policy}, coordinator up {format_seconds(status.uptime_s)}",
-        highlight=False,
-    )
-    if not table.instances:
-        console.print(
-            "No instance has joined yet: vllm serve MODEL --enable-loraserve --loraserve-config.coordinator ENDPOINT",
-            style="yellow",
-            highlight=False,
-            soft_wrap=True,
+    parts: list[RenderableType] = [
+        Text.assemble(
+            (table.base_model or "no model yet", "bold"),
+            f": {len(table.instances)} instances, {len(table.adapters)} adapters; policy {status.policy}, "
+            f"coordinator up {format_seconds(status.uptime_s)}",
         )
-    console.print(_instances(status, with_place=console.width >= WIDE))
-    console.print(_adapters(status))
-    for problem in status.problems:
-        console.print(f"! {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    ]
+    if not table.instances:
+        hint = "vllm serve MODEL --enable-loraserve --loraserve-config.coordinator ENDPOINT"
+        parts.append(Text(f"No instance has joined yet: {hint}", style="yellow"))
+    parts += [_instances(status, with_place=width >= WIDE), _adapters(status, most)]
+    parts += [Text(f"! {problem}", style="yellow") for problem in status.problems]
+    return Group(*parts)
 
 
 def _table(title: str, *columns: tuple[str, Literal["left", "right"]]) -> Table:
@@ -105,7 +108,7 @@ def _instances(status: Status, with_place: bool) -> Table:
     return out
 
 
-def _adapters(status: Status) -> Table:
+def _adapters(status: Status, most: int | None) -> Table:
     out = _table(
         "Adapters",
         ("adapter", "left"), ("rank", "right"), ("size", "right"), ("state", "left"), ("running", "right"),
@@ -113,7 +116,10 @@ def _adapters(status: Status) -> Table:
     )  # fmt: skip
     demand: dict[str, AdapterDemand] = {d.name: d for d in status.demand}
     idle = AdapterDemand(name="", tokens_per_s=0.0)
-    for routes in status.table.adapters:
+    every = status.table.adapters
+    if most is not None:
+        every = tuple(sorted(every, key=lambda r: demand.get(r.adapter.name, idle).tokens_per_s, reverse=True))
+    for routes in every[:most]:
         adapter = routes.adapter
         asked = demand.get(adapter.name, idle)
         out.add_row(
@@ -130,6 +136,8 @@ def _adapters(status: Status) -> Table:
         f"{base.tokens_per_s:.1f}",
         "all" if status.table.instances else "-",
     )
+    if most is not None and len(every) > most:
+        out.add_row(f"... and {len(every) - most} that are asked for less")
     return out
 
 
