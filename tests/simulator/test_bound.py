@@ -27,6 +27,7 @@ def test_the_pool_of_one_is_the_machine_and_work_is_divided() -> None:
     whole, part = four.step_cost.seconds(**tokens), H100.step_cost.seconds(**{k: v / 4 for k, v in tokens.items()})
     assert whole == pytest.approx(part)
     assert four.kv_tokens == 4 * H100.kv_tokens
+    assert four.disk_latency_s == H100.disk_latency_s / 4  # as many loads in a second as four have
     with pytest.raises(ValueError, match="at least one"):
         pooled(H100, 0)
 

@@ -54,6 +54,10 @@ def pooled(machine: Machine, n: int) -> Machine:
         h2d_bytes_s=machine.h2d_bytes_s * n,
         net_bytes_s=machine.net_bytes_s * n,
         disk_bytes_s=machine.disk_bytes_s * n,
+        # One load after the other, where `n` servers have as many under way.
+        load_latency_s=machine.load_latency_s / n,
+        fetch_latency_s=machine.fetch_latency_s / n,
+        disk_latency_s=machine.disk_latency_s / n,
     )
 
 
