@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from vllm_loraserve.adapters.errors import AdapterError
 from vllm_loraserve.adapters.layout import Layout, ModuleShape, build_layout
 from vllm_loraserve.memory.host_tier import HostEntry, HostTier, HostTierFullError
 from vllm_loraserve.memory.slab import HostSlab
@@ -117,6 +118,50 @@ def test_least_wanted_goes_first_and_pinned_stays() -> None:
     assert not host.pin(77)
 
 
+def test_what_can_never_fit_is_refused_for_good_and_evicts_nobody() -> None:
+    host = tier(4096 * 3)
+    for key in (1, 2, 3):
+        put(host, key, R4, key)
+    with pytest.raises(AdapterError, match="host_gib") as caught:
+        host.create(4, "x", (400,) * 4)
+    assert caught.value.kind == "too_large"
+    assert len(host) == 3
+
+
+def test_what_cannot_fit_now_evicts_nobody() -> None:
+    host = tier(4096 * 5)
+    for key in range(5):
+        put(host, key, R4, key)
+    host.pin(2)
+    with pytest.raises(HostTierFullError):
+        host.create(9, "x", (24,) * 4)  # three extents' worth; there are two on either side of the pinned one
+    assert len(host) == 5
+    host.check_integrity()
+
+
+def test_only_neighbours_go_for_a_large_adapter() -> None:
+    """The order of eviction alone (0, 2, 4, then 1) would have emptied the tier for the same room."""
+    clock = Clock()
+    host = tier(4096 * 5, clock=clock)
+    for key in range(5):
+        put(host, key, R4, key)
+    for key, uses in ((1, 1), (3, 3)):
+        for _ in range(uses):
+            host.touch(key)
+    put(host, 9, (16,) * 4, 9)
+    assert {key for key in range(5) if key in host} == {2, 3, 4}
+
+
+def test_what_is_kept_is_not_evicted_though_it_came_later() -> None:
+    host = tier(4096 * 2, max_adapters=2)
+    with host.keeping(1), host.keeping(1):
+        for key in (1, 2, 3, 4):
+            put(host, key, R4, key)
+        assert {key for key in range(5) if key in host} == {1, 4}
+    put(host, 5, (16,) * 4, 5)
+    assert {key for key in range(6) if key in host} == {5}
+
+
 def test_a_count_limit() -> None:
     host = tier(1 << 20, max_adapters=2)
     for key in (1, 2, 3):
@@ -172,22 +217,25 @@ class TierMachine(RuleBasedStateMachine):
         self.readers: list[tuple[object, HostEntry, float]] = []
         self.count = 0.0
 
-    @rule(key=st.integers(0, 7), ranks=st.sampled_from([R4, R8, Q_ONLY, (0, 0, 0, 9), (16, 0, 0, 16)]))
+    @rule(key=st.integers(0, 7), ranks=st.sampled_from([R4, R8, Q_ONLY, (0, 0, 0, 9), (16, 0, 0, 16), (99,) * 4]))
     def add(self, key: int, ranks: tuple[int, ...]) -> None:
         self.count += 1
         self.clock.now += 1
+        before = self.host.entries()
         try:
             put(self.host, key, ranks, self.count)
-        except HostTierFullError:
+        except (HostTierFullError, AdapterError):
+            assert self.host.entries() == before, "what finds no room takes nobody's"
             return
         self.value[key] = self.count
 
     @rule(key=st.integers(0, 7), ranks=st.sampled_from([R4, R8]))
     def fail_to_convert(self, key: int, ranks: tuple[int, ...]) -> None:
+        before = self.host.entries()
         try:
             self.host.discard(self.host.create(key, "never", ranks))
         except HostTierFullError:
-            return
+            assert self.host.entries() == before
 
     @rule(key=st.integers(0, 7))
     def remove(self, key: int) -> None:

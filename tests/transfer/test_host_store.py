@@ -111,8 +111,10 @@ def test_offers_that_do_not_fit_their_ranks_are_refused():
 
 
 def test_a_full_tier_says_so_and_stays_whole():
-    source, target = store(), store(4096)
+    source, target = store(), store(1 << 17)
     fill(source, 1, (64, 64), 1)
+    fill(target, 2, (64, 64), 2)
+    target.tier.pin(2)
     with TransferServer([source], KEY, "one", verbs="off") as server, Peer(server.endpoint, KEY, "two") as peer:
         with pytest.raises(HostTierFullError):
             peer.fetch(wanted(target), target, Flight(PATIENCE_S))

@@ -89,6 +89,10 @@ class ExtentAllocator:
             offset, size = before, self._remove(before) + size
         self._insert(offset, size)
 
+    def gaps(self) -> list[tuple[int, int]]:
+        """(offset, length) of every free range, ascending."""
+        return [(start, self._length[start]) for start in self._starts]
+
     def rounded(self, size: int) -> int:
         return -(-max(size, 1) // self.align) * self.align
 

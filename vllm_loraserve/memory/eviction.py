@@ -6,7 +6,7 @@ least-frequently-used with decay; a fixed cost per load makes small adapters sta
 """
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -28,6 +28,36 @@ def eviction_order(candidates: Iterable[Candidate[Key]]) -> list[Key]:
     """All candidates, the one that is best to lose first. Ties keep the given order."""
     ranked = sorted(candidates, key=lambda c: c.demand * c.load_seconds / max(c.size, 1))
     return [candidate.key for candidate in ranked]
+
+
+def cheapest_stretch(
+    free: Iterable[tuple[int, int]], held: Mapping[tuple[int, int], Candidate[Key]], size: int
+) -> list[Key] | None:
+    """Whom to evict for `size` contiguous bytes: what is lost (demand x cost to bring back) is as little as can be,
+    then the bytes of it. None where no stretch is that long.
+
+    free, held: (offset, length) of what is free and of what each candidate occupies; what is in neither stays.
+    """
+    pieces: list[tuple[int, int, Candidate[Key] | None]] = sorted(
+        [(*place, None) for place in free] + [(*place, candidate) for place, candidate in held.items()],
+        key=lambda piece: piece[0],
+    )
+    best: tuple[float, int, list[Key]] | None = None
+    first = length = 0
+    for at, (offset, piece, _) in enumerate(pieces):
+        if at and sum(pieces[at - 1][:2]) != offset:
+            first, length = at, 0
+        length += piece
+        while length - pieces[first][1] >= size:
+            length -= pieces[first][1]
+            first += 1
+        if length >= size:
+            inside = [candidate for _, _, candidate in pieces[first : at + 1] if candidate is not None]
+            loss = sum(candidate.demand * candidate.load_seconds for candidate in inside)
+            lost = sum(candidate.size for candidate in inside)
+            if best is None or (loss, lost) < best[:2]:
+                best = (loss, lost, [candidate.key for candidate in inside])
+    return best[2] if best is not None else None
 
 
 def load_seconds(size: int, bytes_per_second: float, fixed_seconds: float) -> float:

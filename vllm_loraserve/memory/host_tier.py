@@ -11,6 +11,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +19,11 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_loraserve.adapters.convert import page_addresses
+from vllm_loraserve.adapters.errors import AdapterError
 from vllm_loraserve.adapters.layout import Layout
 from vllm_loraserve.memory import checksum
 from vllm_loraserve.memory.allocator import ExtentAllocator
-from vllm_loraserve.memory.eviction import Candidate, Demand, eviction_order, load_seconds
+from vllm_loraserve.memory.eviction import Candidate, Demand, cheapest_stretch, eviction_order, load_seconds
 from vllm_loraserve.memory.prefault import Prefault
 from vllm_loraserve.memory.slab import HostSlab
 
@@ -86,6 +88,7 @@ class HostTier:
         self._demand: Demand[Hashable] = Demand()
         self._clock = clock
         self._generation = 0
+        self._kept: Counter[Hashable] = Counter()
         self._prefault: Prefault | None = None
         self.lock = threading.RLock()
         self.may_evict: Callable[[Hashable], bool] = lambda key: True
@@ -128,22 +131,24 @@ class HostTier:
     def create(self, key: Hashable, digest: str, ranks: Sequence[int]) -> HostEntry:
         """Room for an adapter, evicting others if need be; fill `targets(entry)`, then `commit` or `discard`.
 
-        An entry of the same key stays in place until `commit`. Raises HostTierFullError.
+        An entry of the same key stays in place until `commit`. Raises HostTierFullError, or AdapterError `too_large`
+        where not even the whole tier has that room; nothing is evicted then.
         """
         pages = self.layout.pages_for(ranks)
         size = self.layout.size_bytes(pages)
+        if self._extents.rounded(size) > self._extents.size:
+            raise AdapterError(
+                "too_large",
+                f"The adapter takes {size} bytes and the whole host tier has {self._extents.size}; raise "
+                "--loraserve-config.host_gib.",
+            )
         with self.lock:
             offset = self._extents.allocate(size)
             if offset is None:
-                for victim in self._victims(keep=key):
+                for victim in self._in_the_way(size, key):
                     self._evict(victim)
-                    if (offset := self._extents.allocate(size)) is not None:
-                        break
-            if offset is None:
-                raise HostTierFullError(
-                    f"The host tier of {self._extents.size} bytes has no room for {size} more; raise "
-                    "--loraserve-config.host_gib or unload adapters."
-                )
+                offset = self._extents.allocate(size)
+                assert offset is not None
             if self._prefault is not None:
                 self._prefault.used(0, offset + size)
             self._generation += 1
@@ -162,7 +167,7 @@ class HostTier:
             self._demand.use(entry.key, self._clock())
             if self.max_adapters is not None:
                 surplus = len(self._entries) - self.max_adapters
-                for victim in self._victims(keep=entry.key)[: max(surplus, 0)]:
+                for victim in eviction_order(self._candidates(entry.key))[: max(surplus, 0)]:
                     self._evict(victim)
         return entry
 
@@ -204,6 +209,19 @@ class HostTier:
                         self._retired.discard(entry)
                         self._drop(entry)
 
+    @contextmanager
+    def keeping(self, key: Hashable) -> Iterator[None]:
+        """While the block runs `key` is not evicted, be it here already or put in meanwhile. It may be replaced."""
+        with self.lock:
+            self._kept[key] += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._kept[key] -= 1
+                if not self._kept[key]:
+                    del self._kept[key]
+
     def targets(self, entry: HostEntry) -> list[torch.Tensor | None]:
         """The entry's pages as tensors over the slab: per group [pages, page_elements], None without pages."""
         views: list[torch.Tensor | None] = []
@@ -230,9 +248,10 @@ class HostTier:
             for (_, end), (start, _) in itertools.pairwise(ends):
                 assert end <= start, "two adapters overlap"
 
-    def _victims(self, keep: Hashable) -> list[Hashable]:
+    def _candidates(self, besides: Hashable) -> list[Candidate[Hashable]]:
+        """What may be evicted for the good of `besides`."""
         now = self._clock()
-        return eviction_order(
+        return [
             Candidate(
                 key,
                 entry.size,
@@ -240,8 +259,23 @@ class HostTier:
                 self._demand.of(key, now),
             )
             for key, entry in self._entries.items()
-            if key != keep and not entry.users and not entry.pinned and self.may_evict(key)
-        )
+            if key not in (besides, *self._kept) and not entry.users and not entry.pinned and self.may_evict(key)
+        ]
+
+    def _in_the_way(self, size: int, key: Hashable) -> list[Hashable]:
+        """Whom to evict for `size` bytes for `key`: an extent is contiguous, so its neighbours count, not the order of
+        eviction alone. Raises HostTierFullError."""
+        held = {}
+        for candidate in self._candidates(key):
+            entry = self._entries[candidate.key]
+            held[entry.offset, self._extents.rounded(entry.size)] = candidate
+        victims = cheapest_stretch(self._extents.gaps(), held, self._extents.rounded(size))
+        if victims is None:
+            raise HostTierFullError(
+                f"The host tier of {self._extents.size} bytes has no room for {size} more; raise "
+                "--loraserve-config.host_gib or unload adapters."
+            )
+        return victims
 
     def _evict(self, key: Hashable) -> None:
         logger.debug("Evicting adapter %s from the host tier", key)

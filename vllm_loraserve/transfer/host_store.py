@@ -129,7 +129,8 @@ class HostTierStore:
         return pages, Destination(self.tier.slab, pages.ranges)
 
     def reserve(self, pages: AdapterPages) -> Destination:
-        """Raises HostTierFullError without room, LayoutMismatchError where the pages are not what the ranks say."""
+        """Raises HostTierFullError without room, AdapterError where the whole tier is too small, LayoutMismatchError
+        where the pages are not what the ranks say."""
         key = self._landing_key(pages.name, pages.digest)
         if key is None:
             raise LayoutMismatchError(f"{pages.name} is not an adapter known here")
