@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
+from vllm_loraserve.adapters.checkpoint import inspect_checkpoint
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine.peer_sources import PeerSources
 from vllm_loraserve.memory.host_tier import HostTier
@@ -94,6 +95,14 @@ def main(folder: Path) -> dict[str, Any]:
     until(lambda seen: 3 in seen[1])
     out["pages_from_peer"], out["generated_again"] = pages(3), generate(again)
     peer.close()
+    # Registered, and its directory overwritten since.
+    trained = folder / "trained"
+    machine.write_adapter(trained, RANKS, seed=3)
+    llm.collective_rpc("loraserve_locate", args=([("t", str(trained), inspect_checkpoint(trained).sha256, [])],))
+    machine.write_adapter(trained, RANKS, seed=4)
+    engine.add_lora(LoRARequest("t", 4, str(trained)))
+    out["overwritten"] = until(lambda seen: 4 in seen[2])[2]
+    out["held"] = 4 in host
     return out
 
 

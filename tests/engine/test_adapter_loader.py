@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +53,105 @@ def test_a_file_that_was_not_touched_is_hashed_once(
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
     assert loader._digest(open_checkpoint(folder)) not in {fresh, changed}
+
+
+@pytest.fixture
+def loader() -> Any:
+    """A real AdapterLoader and host tier for a model of one module."""
+    import torch
+
+    from vllm_loraserve.adapters.layout import ModuleShape, build_layout
+    from vllm_loraserve.engine.adapter_loader import AdapterLoader, ModelFacts
+    from vllm_loraserve.memory.host_tier import HostTier
+
+    name = "model.layers.0.self_attn.q_proj"
+    layout = build_layout(
+        [ModuleShape(name, "q_proj", 64, (64,))], model="tiny", dtype="float32", page_rows=8, tp_rank=0, tp_size=1
+    )
+    facts = ModelFacts(
+        layout=layout,
+        layers={name: SimpleNamespace(n_slices=1, tp_size=1)},
+        parts={name: [name]},
+        stock_modules=frozenset(),
+        expected_suffixes=frozenset({"q_proj"}),
+        weights_mapper=None,
+        skip_prefixes=(),
+        strip_model_prefix=False,
+        allow_modules_to_save=False,
+        max_rank=64,
+        stock_max_rank=64,
+        lora_dtype=torch.float32,
+        vocab_size=8,
+        max_positions=None,
+    )
+    return AdapterLoader(facts, HostTier(layout, 1 << 20), resolve=lambda path: path.removesuffix("/."))
+
+
+def write(folder: Path, seed: int) -> Path:
+    """A checkpoint of that model; other seeds, other weights of the same size."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    key = "base_model.model.model.layers.0.self_attn.q_proj"
+    halves = {"lora_A": (8, 64), "lora_B": (64, 8)}
+    folder.mkdir(exist_ok=True)
+    save_file(
+        {f"{key}.{half}.weight": torch.randn(shape, generator=generator) for half, shape in halves.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_directory_that_was_overwritten_after_registration_is_refused(loader: Any, tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    from vllm_loraserve.adapters.checkpoint import AdapterError, inspect_checkpoint
+    from vllm_loraserve.engine.side_loading import _status_of, is_transient
+
+    folder = write(tmp_path / "a", seed=1)
+    path, registered = str(folder), inspect_checkpoint(folder).sha256
+    loader.registered.expect("a", path, registered)
+    assert loader.prepare(LoRARequest("a", 1, path)).ranks == (8,)
+    assert loader.tier.get(1).digest == registered
+
+    write(folder, seed=2)
+    with pytest.raises(AdapterError, match=r"'.*/a' has changed since 'a' was registered from it") as refused:
+        loader.prepare(LoRARequest("a", 2, path))
+    assert (_status_of(refused.value), is_transient(refused.value)) == (400, False)
+    assert 2 not in loader.tier
+    loader.tier.check_integrity()
+
+    # Registered anew, under the spelling of its own that the resolver gives it; and what is not the cluster's.
+    loader.registered.expect("a", f"{path}/.", inspect_checkpoint(folder).sha256)
+    assert loader.prepare(LoRARequest("a", 3, f"{path}/.")).ranks == (8,)
+    assert loader.prepare(LoRARequest("own", 4, path)).ranks == (8,)
+
+
+def test_a_file_that_is_overwritten_while_it_is_read_is_refused(
+    loader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    from vllm_loraserve.adapters.checkpoint import AdapterError
+    from vllm_loraserve.engine import adapter_loader
+
+    folder = write(tmp_path / "a", seed=1)
+    write_pages = adapter_loader.write_pages
+
+    def overwritten(*args: Any) -> None:
+        write(folder, seed=2)
+        write_pages(*args)
+
+    monkeypatch.setattr(adapter_loader, "write_pages", overwritten)
+    with pytest.raises(AdapterError, match="was changed while it was read"):
+        loader.prepare(LoRARequest("a", 1, str(folder)))
+    assert 1 not in loader.tier
+    loader.tier.check_integrity()
+    monkeypatch.undo()
+    assert loader.prepare(LoRARequest("a", 1, str(folder))).ranks == (8,)
 
 
 def test_a_clone_is_the_same_adapter_under_another_id() -> None:

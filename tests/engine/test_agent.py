@@ -67,12 +67,14 @@ class FakeEngine:
         self.gate = asyncio.Event()
         self.load_s = 0.0
         self.located: list[tuple] = []
+        self.told_before_load: list[str] = []
         self.errors: dict[int, str] = {}
         self.closed = 0
 
     async def add_lora(self, request):
         if request.lora_name in self.broken:
             raise RuntimeError("Call to add_lora failed:\nno adapter_config.json there")
+        self.told_before_load += [row[0] for row in self.located if row[0] == request.lora_name]
         if not self.load_s:
             self.held[request.lora_int_id] = request
         else:
@@ -348,6 +350,28 @@ async def test_workers_hear_who_holds_an_adapter_before_they_load_it(coordinator
     controller.registry.add(record("b", source="/adapters/b"))
     await models.resolve_lora("b")
     assert ("b", "/adapters/b", "one", held_by_two) in engine.located, "by the resolver"
+    await agent.stop()
+    await coordinator.stop()
+    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
+
+
+@pytest.mark.parametrize("by", ["command", "resolver"])
+async def test_workers_hear_what_was_registered_before_they_load_it_also_without_transfers(coordinator, by):
+    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
+    await coordinator.start()
+    engine = FakeEngine()
+    models = FakeModels(engine)
+    config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1)
+    agent = await start_agent(engine, vllm_config(WORKER_EXTENSION), config, "http://127.0.0.1:8000", models)
+    await until(lambda: len(coordinator.controller.members) == 1)
+    if by == "command":
+        coordinator.add(record("a"))
+        await until(lambda: "a" in models.lora_requests)
+    else:
+        coordinator.controller.registry.add(record("a"))
+        await models.resolve_lora("a")
+    assert engine.located == [("a", "/adapters/a", "one", [])]
+    assert engine.told_before_load == ["a"]
     await agent.stop()
     await coordinator.stop()
     LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)

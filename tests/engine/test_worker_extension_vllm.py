@@ -29,4 +29,6 @@ def test_a_worker_says_what_it_holds_and_exchanges_adapters_with_a_peer(tmp_path
     assert told["running"][0] == [1]
     assert told["peer_got_it"]
     assert told["pages_from_peer"] == told["pages"], "byte for byte, its checkpoint gone"
+    assert "has changed since 't' was registered" in told["overwritten"]["4"]
+    assert not told["held"]
     assert told["generated"] == told["generated_again"] == 4

@@ -30,6 +30,7 @@ from vllm_loraserve.adapters.layout import Layout
 from vllm_loraserve.adapters.page_cache import PageCache
 from vllm_loraserve.engine.load_threads import ensure_wanted
 from vllm_loraserve.engine.paged_layers import plan_module, slice_parts
+from vllm_loraserve.engine.registered import RegisteredContents
 from vllm_loraserve.engine.single_thread import single_thread
 from vllm_loraserve.memory.host_tier import HostEntry, HostTier
 
@@ -110,6 +111,7 @@ class AdapterLoader:
     ) -> None:
         self.facts, self.tier, self.cache = facts, tier, cache
         self._resolve, self._capacity = resolve, capacity
+        self.registered = RegisteredContents()
         self._digests: dict[Path, tuple[tuple[object, ...], str]] = {}
         """Weights file -> (its stat and config, the content hash)."""
 
@@ -141,6 +143,7 @@ class AdapterLoader:
                 "too_large", f"The adapter '{request.lora_name}' of rank {checkpoint.rank} does not fit: {problem}"
             )
         digest = self._digest(checkpoint)
+        self.registered.check(request, checkpoint.directory, digest)
         entry = self.tier.get(request.lora_int_id)
         if entry is None or entry.digest != digest or request.load_inplace:
             source = self._fill(request, checkpoint, plans, ranks, digest, commit or self.tier.commit)
@@ -186,6 +189,10 @@ class AdapterLoader:
                 source = "its checkpoint"
                 with single_thread():
                     write_pages(WeightsReader(checkpoint), self.facts.layout, plans, ranks, self.tier.targets(entry))
+                if self._digest(checkpoint) != digest:
+                    raise AdapterError(
+                        "mismatch", f"'{checkpoint.directory}' was changed while it was read; load it again."
+                    )
             ensure_wanted()
         except BaseException:
             self.tier.discard(entry)

@@ -110,7 +110,7 @@ class Agent:
         self._client = CoordinatorClient(config.coordinator, timeout_s=ANSWER_TIMEOUT_S)
         self._extended = getattr(vllm_config.parallel_config, "worker_extension_cls", "") == WORKER_EXTENSION
         self._transfers = self._extended and config.transfer_key_file is not None
-        if self._transfers:
+        if self._extended:
             self.resolver.on_located = self._locate
         self._epoch: int | None = None
         self._reachable = True
@@ -294,7 +294,7 @@ class Agent:
     # ---- peers ----
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
-        """Calls a method of `peer_sources.WorkerExtension` in every worker."""
+        """Calls a method of `worker_extension.WorkerExtension` in every worker."""
         answers: list[Any] = await self.engine.collective_rpc(method, args=args)
         return answers
 
@@ -303,12 +303,15 @@ class Agent:
         return request.lora_name, request.lora_path, self.resolver.digest_of(request) or "", others
 
     async def _locate(self, request: LoRARequest, locations: Sequence[Location]) -> None:
-        """Tells the workers who holds an adapter that they are about to load; best effort."""
+        """Tells the workers what content an adapter that they are about to load was registered with, and who holds it.
+
+        Best effort: an engine that answers late still hears this before the load, which is queued behind it.
+        """
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 await self._rpc("loraserve_locate", [self._row(request, locations)])
         except Exception:
-            logger.warning("The workers were not told who holds '%s'", request.lora_name, exc_info=True)
+            logger.warning("The workers did not answer who holds '%s'", request.lora_name, exc_info=True)
 
     async def _locate_all(self, table: RoutingTable) -> None:
         """Keeps what the workers know about holders fresh, for adapters that were evicted and are asked for again."""
@@ -365,7 +368,7 @@ class Agent:
                 request = self.resolver.request_for(record, self.models.lora_id_counter.inc(1))
             arena, host, _ = await self._inside()
             if request.lora_int_id not in arena | host:
-                if self._transfers:
+                if self._extended:
                     await self._locate(request, locations)
                 await self.engine.add_lora(request)
             self.models.lora_requests[record.name] = request

@@ -101,8 +101,11 @@ def adapt_vllm_config(vllm_config: Any) -> None:
     config, parallel = config_of(vllm_config), vllm_config.parallel_config
     if config is not None and (config.coordinator is not None or config.transfer_key_file is not None):
         if parallel.worker_extension_cls:
-            text = "Worker extension %s was asked for: residency is less exact, and no adapters come from peers."
-            logger.warning(text, parallel.worker_extension_cls)
+            logger.warning(
+                "Worker extension %s was asked for: residency is less exact, what is loaded is not compared with what "
+                "was registered, and no adapters come from peers.",
+                parallel.worker_extension_cls,
+            )
         else:
             parallel.worker_extension_cls = WORKER_EXTENSION
     scheduler = vllm_config.scheduler_config

@@ -61,7 +61,7 @@ class LoRAServeResolver(LoRAResolver):
         self._digests: dict[tuple[str, str], str] = {}
         self._locations: dict[str, tuple[Location, ...]] = {}
         self.on_located: Callable[[LoRARequest, tuple[Location, ...]], Awaitable[None]] | None = None
-        """Told who holds an adapter, before vLLM loads it."""
+        """Told which adapter vLLM is about to load, and who holds it."""
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """A request for the registered adapter `lora_name`, or None. vLLM overwrites its id with one of its own."""

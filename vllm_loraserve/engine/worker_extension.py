@@ -33,8 +33,14 @@ class WorkerExtension:
         return peers.endpoint if peers is not None else ""
 
     def loraserve_locate(self, rows: list[tuple[str, str, str, list[tuple[str, str]]]]) -> None:
-        """Rows of the location table: (name, path, digest, holders), see `PeerSources.locate`."""
-        peers = getattr(self._loraserve_manager(), "peers", None)
-        if peers is not None:
-            for name, path, digest, holders in rows:
+        """Rows (name, path, digest, holders): what (name, path) was registered with, and which peers hold that.
+
+        See `RegisteredContents.expect` and `PeerSources.locate`.
+        """
+        manager = self._loraserve_manager()
+        loader, peers = getattr(manager, "loader", None), getattr(manager, "peers", None)
+        for name, path, digest, holders in rows:
+            if loader is not None:
+                loader.registered.expect(name, path, digest)
+            if peers is not None:
                 peers.locate(name, path, digest, [(instance, endpoints) for instance, endpoints in holders])
