@@ -70,6 +70,8 @@ class FakeEngine:
         self.told_before_load: list[str] = []
         self.errors: dict[int, str] = {}
         self.closed = 0
+        self.errored = False
+        self.dead_error = RuntimeError("EngineCore encountered an issue.")
 
     async def add_lora(self, request):
         if request.lora_name in self.broken:
@@ -415,6 +417,13 @@ async def test_survives_the_coordinators_absence_and_is_back_with_everything(joi
     async with CoordinatorClient(coordinator.endpoint) as client:
         table = await client.ask(GetTable(), RoutingTable)
     assert [r.adapter.name for r in table.adapters if r.routes] == ["a", "b"]
+
+
+async def test_an_instance_whose_engine_is_dead_leaves_and_stays_away(joined):
+    coordinator, agent, engine, _ = joined
+    engine.errored = True
+    await until(lambda: len(coordinator.controller.members) == 0)
+    await until(lambda: not agent._tasks)
 
 
 async def test_an_expired_instance_registers_again(joined):

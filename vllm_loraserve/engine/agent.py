@@ -149,14 +149,17 @@ class Agent:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        # Also where no registration was answered yet: it may have arrived all the same.
-        with contextlib.suppress(CoordinatorError, CoordinatorUnavailable):
-            leave = Leave(instance=self.name, incarnation=self._hello.incarnation)
-            await self._client.request(leave, timeout_s=2.0)
+        await self._leave()
         for undo in self._undo:
             undo()
         await self._client.close()
         await self.resolver.close()
+
+    async def _leave(self) -> None:
+        # Also where no registration was answered yet: it may have arrived all the same.
+        with contextlib.suppress(CoordinatorError, CoordinatorUnavailable):
+            leave = Leave(instance=self.name, incarnation=self._hello.incarnation)
+            await self._client.request(leave, timeout_s=2.0)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -171,7 +174,7 @@ class Agent:
     # ---- reports ----
 
     async def _beat(self) -> None:
-        while True:
+        while not self.engine.errored:
             started = time.monotonic()
             try:
                 if self._epoch is None:
@@ -188,6 +191,11 @@ class Agent:
             except Exception:
                 logger.exception("A heartbeat failed")
             await asyncio.sleep(max(0.05, self.config.heartbeat_s - (time.monotonic() - started)))
+        # Answering errors at once, it would look idle and attract requests until its membership expired.
+        logger.error("The engine is dead (%s): this instance leaves the cluster", self.engine.dead_error)
+        for task in self._tasks - {asyncio.current_task()}:
+            task.cancel()
+        await self._leave()
 
     async def _register(self) -> None:
         # An engine in a long step (or compiling) answers late; the membership must not wait for it.
