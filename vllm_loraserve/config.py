@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
-InstanceName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]{0,127}$")]
+InstanceName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]{0,127}\Z")]
 
 
 ADDITIONAL_CONFIG_KEY = "loraserve"
@@ -147,6 +149,8 @@ def parse_config(raw: Mapping[str, Any] | LoRAServeConfig | None) -> LoRAServeCo
             msgspec.convert(value, known[key].type, strict=True)
         except msgspec.ValidationError as error:
             raise ConfigError(f"loraserve-config: {key}={value!r}: {error}") from None
+        if (problem := _problem(key, value)) is not None:
+            raise ConfigError(f"loraserve-config: {key}={value!r}: {problem}")
     config = msgspec.convert(dict(raw), LoRAServeConfig, strict=True)
     if config.arena_gib is not None and config.arena_rank_rows is not None:
         raise ConfigError(
@@ -154,3 +158,36 @@ def parse_config(raw: Mapping[str, Any] | LoRAServeConfig | None) -> LoRAServeCo
             "given; give the arena one size"
         )
     return config
+
+
+def _problem(key: str, value: Any) -> str | None:
+    """What types can't say about the value of a key, as a clause; None: nothing is wrong with it."""
+    if not all(math.isfinite(number) for number in _floats(value)):
+        return "expected a finite number"
+    if value is not None and key == "coordinator" and not _is_endpoint(value):
+        return "expected a ZMQ endpoint, tcp://HOST:PORT or ipc://PATH"
+    if value is not None and key == "advertise_url" and not _is_base_url(value):
+        return "expected an HTTP base URL, http://HOST:PORT"
+    return None
+
+
+def _floats(value: Any) -> Iterator[float]:
+    for one in value.values() if isinstance(value, Mapping) else (value,):
+        if isinstance(one, float):
+            yield one
+
+
+def _is_endpoint(text: str) -> bool:
+    if text.startswith("ipc://"):
+        return text != "ipc://"
+    host, _, port = text.removeprefix("tcp://").rpartition(":")
+    # The table is published on the next port.
+    return text.startswith("tcp://") and bool(host) and port.isdecimal() and 0 < int(port) < 65535
+
+
+def _is_base_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
+    except ValueError:  # of a port
+        return False

@@ -509,6 +509,16 @@ def test_a_transfer_key_that_can_not_be_used_is_refused_before_the_model_loads(t
         assert "transfer_key_file=" in str(refused.value)
 
 
+def test_curve_keys_that_can_not_be_used_are_refused_before_the_model_loads(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORASERVE_KEYS", str(tmp_path / "nothing"))
+    alone = SimpleNamespace(additional_config={"loraserve": {}}, max_cpu_loras=1)
+    assert prepare_engine_args(alone) is not None
+    args = SimpleNamespace(additional_config={"loraserve": {"coordinator": "tcp://127.0.0.1:5700"}}, max_cpu_loras=1)
+    with pytest.raises(ConfigError, match=r"LORASERVE_KEYS: .*nothing/member.key_secret' can't be read") as refused:
+        prepare_engine_args(args)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_server_that_can_not_be_one_instance_is_refused_before_the_model_loads():
     joined, alone = LoRAServeConfig(coordinator="tcp://127.0.0.1:1"), LoRAServeConfig()
     for engines, servers, says in (

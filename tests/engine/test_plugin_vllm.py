@@ -154,6 +154,16 @@ def test_flags_merge_in_any_order(parse: Callable[..., Any]) -> None:
         (["--loraserve-config", "[8]"], ["expected a JSON object", "[8]"]),
         (["--additional-config", '{"loraserve": {"max_rank": 0}}'], ["max_rank=0", ">= 1"]),
         (["--additional-config", '{"loraserve": 5}'], ["expected a JSON object", "5"]),
+        (["--loraserve-config.coordinator", "foo"], ["coordinator='foo'", "tcp://HOST:PORT"]),
+        (["--loraserve-config.coordinator", "tcp://h"], ["coordinator='tcp://h'", "tcp://HOST:PORT"]),
+        (["--loraserve-config.coordinator", "tcp://:5700"], ["coordinator='tcp://:5700'", "tcp://HOST:PORT"]),
+        (["--loraserve-config.coordinator", "tcp://h:65535"], ["coordinator='tcp://h:65535'", "tcp://HOST:PORT"]),
+        (["--loraserve-config.advertise_url", "nonsense"], ["advertise_url='nonsense'", "http://HOST:PORT"]),
+        (["--loraserve-config.advertise_url", "http://h:x"], ["advertise_url='http://h:x'", "http://HOST:PORT"]),
+        (["--loraserve-config", '{"instance": "a\\n"}'], ["instance='a\\n'", "regex"]),
+        (["--loraserve-config", '{"arena_gib": Infinity}'], ["arena_gib=inf", "finite"]),
+        (["--loraserve-config", '{"host_gib": Infinity}'], ["host_gib=inf", "finite"]),
+        (["--loraserve-config", '{"shares": {"a": Infinity}}'], ["shares={'a': inf}", "finite"]),
     ],
 )
 def test_bad_option_is_one_line(

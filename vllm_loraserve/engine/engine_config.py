@@ -37,6 +37,7 @@ def prepare_engine_args(args: Any) -> LoRAServeConfig | None:
     raw = args.additional_config[ADDITIONAL_CONFIG_KEY]
     config = parse_config(raw)
     _check_transfer_key(config)
+    _check_member_keys(config)
     _check_operating_points(config)
     args.enable_lora = True
     if not args.max_cpu_loras:
@@ -82,6 +83,18 @@ def _check_transfer_key(config: LoRAServeConfig) -> None:
         load_key(config.transfer_key_file)
     except AuthenticationError as error:
         raise ConfigError(f"loraserve-config: transfer_key_file={config.transfer_key_file!r}: {error}") from None
+
+
+def _check_member_keys(config: LoRAServeConfig) -> None:
+    """Refuses CURVE keys with which no coordinator could be asked, before a model is loaded."""
+    if config.coordinator is None:
+        return
+    from vllm_loraserve.coordinator.curve import KEYS_VARIABLE, KeysError, default_member_keys
+
+    try:
+        default_member_keys()
+    except KeysError as error:
+        raise ConfigError(f"loraserve-config: coordinator={config.coordinator!r}, {KEYS_VARIABLE}: {error}") from None
 
 
 def _check_operating_points(config: LoRAServeConfig) -> None:
