@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_loraserve import SUPPORTED_VLLM
+
+logger = logging.getLogger("vllm.loraserve.plugin")
 
 
 @dataclass(frozen=True)
@@ -96,16 +99,24 @@ def refusal() -> str | None:
     return _refusal
 
 
+def _ours(module: str, function: str) -> Callable[..., Any]:
+    """A function of a module in `engine/` that is imported when it is first called: such a module may import parts of
+    vLLM that another version lacks."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"vllm_loraserve.engine.{module}"), function)(*args)
+
+    return call
+
+
 def hooks() -> tuple[Hook, ...]:
     """The table. The first two rows are needed to refuse in a clear line, so they come first."""
-    from vllm_loraserve.engine import api_server, engine_config, flags, request_errors, worker_hooks
-
     return (
         Hook(
             name="command line flags",
             target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
             kind="hook",
-            wrap=lambda original: flags.wrap_add_cli_args(original, refusal),
+            wrap=lambda original: _ours("flags", "wrap_add_cli_args")(original, refusal),
             parameters=("parser",),
             used_by=("vllm.engine.arg_utils:AsyncEngineArgs.add_cli_args", "EngineArgs.add_cli_args(parser)"),
             patch="0001-engine-args-cli-extensions.patch",
@@ -114,7 +125,7 @@ def hooks() -> tuple[Hook, ...]:
             name="engine configuration",
             target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
             kind="hook",
-            wrap=lambda original: engine_config.wrap_create_engine_config(original, refusal),
+            wrap=lambda original: _ours("engine_config", "wrap_create_engine_config")(original, refusal),
             parameters=("self", "usage_context", "headless"),
             patch="0002-engine-args-config-extensions.patch",
         ),
@@ -134,7 +145,7 @@ def hooks() -> tuple[Hook, ...]:
             name="worker LoRA manager",
             target="vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
             kind="hook",
-            wrap=worker_hooks.wrap_lora_manager,
+            wrap=_ours("worker_hooks", "wrap_lora_manager"),
             used_by=(
                 "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model",
                 "self.lora_manager = LRUCacheWorkerLoRAManager(\n",
@@ -145,7 +156,7 @@ def hooks() -> tuple[Hook, ...]:
             name="LoRA kernels",
             target="vllm.platforms:current_platform.get_punica_wrapper",
             kind="hook",
-            wrap=worker_hooks.wrap_get_punica_wrapper,
+            wrap=_ours("worker_hooks", "wrap_get_punica_wrapper"),
             parameters=("cls",),
             used_by=(
                 "vllm.lora.punica_wrapper.punica_selector:get_punica_wrapper",
@@ -157,7 +168,7 @@ def hooks() -> tuple[Hook, ...]:
             name="start and stop of the API server",
             target="vllm.entrypoints.launchers.api_server.entry:serve_http",
             kind="hook",
-            wrap=api_server.wrap_serve_http,
+            wrap=_ours("api_server", "wrap_serve_http"),
             parameters=("app", "sock", "enable_ssl_refresh", "peer_loads", "uvicorn_kwargs"),
             used_by=(
                 "vllm.entrypoints.launchers.api_server.entry:build_and_serve",
@@ -170,7 +181,7 @@ def hooks() -> tuple[Hook, ...]:
             name="reasons of ended requests",
             target="vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
             kind="hook",
-            wrap=request_errors.wrap_process_outputs,
+            wrap=_ours("request_errors", "wrap_process_outputs"),
             parameters=("self", "engine_core_outputs", "engine_core_timestamp", "iteration_stats", "weight_version"),
             used_by=("vllm.v1.engine.output_processor:OutputProcessor.process_outputs", "req_state.queue.put("),
             when="server",
@@ -192,7 +203,7 @@ def hooks() -> tuple[Hook, ...]:
             name="resolve unknown adapters",
             target="vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
             kind="hook",
-            wrap=api_server.wrap_check_model,
+            wrap=_ours("api_server", "wrap_check_model"),
             parameters=("self", "request"),
             used_by=(
                 "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
@@ -205,7 +216,7 @@ def hooks() -> tuple[Hook, ...]:
             name="resolve unknown adapters of pooling requests",
             target="vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model",
             kind="hook",
-            wrap=api_server.wrap_check_pooling_model,
+            wrap=_ours("api_server", "wrap_check_pooling_model"),
             parameters=("self", "request"),
             used_by=(
                 "vllm.entrypoints.pooling.base.serving:PoolingBaseServing._check_model",
@@ -251,17 +262,16 @@ def unsupported_version() -> str | None:
 
 
 def register() -> None:
-    """Puts the hooks of every process in place; may be called any number of times in one process."""
-    global _refusal
-    from vllm.logger import init_logger
+    """Puts the hooks of every process in place; may be called any number of times in one process.
 
+    Raises nothing: vLLM calls it in every process, whether the flag will be given or not.
+    """
+    global _refusal
     table = tuple(hook for hook in hooks() if hook.when == "always")
-    _refusal = unsupported_version() or _problem(table)
+    _refusal = unsupported_version() or _problem(table) or _install(table)
     if _refusal is not None:
-        init_logger("vllm.loraserve.plugin").warning("%s", _refusal)
-        table = tuple(hook for hook in table[:2] if hook.check() is None)
-    for hook in table:
-        hook.install()
+        logger.warning("%s", _refusal)
+        _install(tuple(hook for hook in table[:2] if hook.check() is None))
 
 
 def install_server_hooks() -> str | None:
@@ -269,8 +279,16 @@ def install_server_hooks() -> str | None:
     table = tuple(hook for hook in hooks() if hook.when == "server")
     if (problem := _problem(table)) is not None:
         return problem
+    return _install(table)
+
+
+def _install(table: tuple[Hook, ...]) -> str | None:
+    """Installs in order; the first one that can't be is named, in one line, and ends it."""
     for hook in table:
-        hook.install()
+        try:
+            hook.install()
+        except ImportError as error:
+            return f"vllm-loraserve doesn't fit this vLLM: hook {hook.name!r}: {error}"
     return None
 
 

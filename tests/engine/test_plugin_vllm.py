@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,6 +108,37 @@ def test_unsupported_version_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, 
 
         with pytest.raises(ValueError, match=r"supports vLLM .*; installed is 0\.45\.1"):
             EngineArgs(model="x", additional_config={"loraserve": {}}).create_engine_config()
+    finally:
+        monkeypatch.undo()
+        plugin.register()
+    assert plugin.refusal() is None
+
+
+@pytest.mark.parametrize("missing", ["vllm.lora.resolver", "vllm.v1.engine.output_processor"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.45.1"])
+def test_a_vllm_that_lacks_a_module_works_on_without_the_flag(
+    missing: str, version: str, monkeypatch: pytest.MonkeyPatch, parse: Callable[..., Any]
+) -> None:
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_loraserve import plugin
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setitem(sys.modules, missing, None)
+    # As in a new process, ours have imported nothing of vLLM yet.
+    for name in [name for name in sys.modules if name.startswith("vllm_loraserve.engine.")]:
+        monkeypatch.delitem(sys.modules, name)
+    try:
+        plugin.register()
+        assert not parse("--model", "x").enable_lora
+        asked = EngineArgs(model="x", additional_config={"loraserve": {}})
+        with pytest.raises(SystemExit) as ended:
+            asked.create_engine_config(SimpleNamespace(name="OPENAI_API_SERVER"))
+        (line,) = str(ended.value).splitlines()
+        said = f"import of {missing} halted" if version == "0.32.0" else "installed is 0.45.1"
+        assert line.startswith("vllm serve: error: vllm-loraserve ")
+        assert said in line, line
     finally:
         monkeypatch.undo()
         plugin.register()
