@@ -1,8 +1,8 @@
 """A stand-in for a vLLM server: does what its script says, step by step, and stops at gates instead of sleeping.
 
 Steps: `json` (a complete answer that names the stub), `status:N` (an error answer), `hold` (wait until `release`),
-`headers` (begin an event stream), `event` (send the next event), `flood:N` (N events of
-64 KiB), `half` (send half an event), `done` (end the stream),
+`headers` (begin an event stream), `event` (send the next event), `error:N` (an error event, as vLLM sends it),
+`comment` (a keep-alive), `flood:N` (N events of 64 KiB), `half` (send half an event), `done` (end the stream),
 `die` (reset the connection). Run as a program it prints its port, then `arrived` for every request.
 """
 
@@ -90,6 +90,9 @@ class Stub:
         finally:
             self.running -= 1
 
+    def _error(self, status: int) -> dict[str, object]:
+        return {"error": {"message": f"stub {self.name}", "type": "Stub", "param": None, "code": status}}
+
     async def _run(self, request: web.Request, script: list[str]) -> web.StreamResponse:
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         sent = 0
@@ -100,13 +103,16 @@ class Stub:
             elif verb == "json":
                 return web.json_response({"served_by": self.name})
             elif verb == "status":
-                error = {"message": f"stub {self.name}", "type": "Stub", "param": None, "code": int(argument)}
-                return web.json_response({"error": error}, status=int(argument))
+                return web.json_response(self._error(int(argument)), status=int(argument))
             elif verb == "headers":
                 await stream.prepare(request)
             elif verb == "event":
                 await stream.write(EVENT.format(name=self.name, n=sent).encode())
                 sent += 1
+            elif verb == "error":
+                await stream.write(f"data: {json.dumps(self._error(int(argument)))}\n\n".encode())
+            elif verb == "comment":
+                await stream.write(b": keep-alive\n\n")
             elif verb == "flood":
                 for _ in range(int(argument)):
                     await stream.write(b"data: " + b"x" * ((64 << 10) - 8) + b"\n\n")

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import ClientError
 
 from vllm_loraserve.router.errors import ApiError
-from vllm_loraserve.router.proxy import LARGEST_EVENT, complete_events, request_head
+from vllm_loraserve.router.proxy import LARGEST_EVENT, complete_events, error_status, first_field, request_head
 
 from .conftest import PATIENCE_S, Serve, Served, routes
 
@@ -222,6 +222,98 @@ async def test_server_error_is_tried_on_one_other_instance(serve: Serve, status:
     async with served.client.post("/v1/completions", json={"model": "one"}) as r:
         assert r.status == status
     assert sum(len(stub.bodies) for stub in served.stubs) == 2  # a poisonous request does not visit all three
+
+
+@pytest.mark.parametrize("before", [[], ["comment", "comment"]])
+@pytest.mark.parametrize("status", [500, 503, 404])
+async def test_an_error_as_the_first_event_is_tried_on_one_other_instance(
+    serve: Serve, status: int, before: list[str]
+) -> None:
+    """vLLM has begun its answer before it learns that its engine is dead, or that the adapter can't be loaded."""
+    served = await serve(3)
+    served.publish([routes("one", a=1.0)])
+    served.stubs[0].script = ["headers", *before, f"error:{status}", "done"]
+    for stub in served.stubs[1:]:
+        stub.script = ["headers", *before, "event", "done"]
+    async with served.client.post("/v1/completions", json={"model": "one", "stream": True}) as r:
+        assert r.status == 200
+        assert [line for line in await events(r) if b"choices" in line] != []
+    for stub in served.stubs:
+        stub.script = served.stubs[0].script
+        stub.bodies.clear()
+    async with served.client.post("/v1/completions", json={"model": "one", "stream": True}) as r:
+        assert (r.status, r.content_type) == (status, "application/json")  # nothing was sent yet that would forbid it
+        assert (await r.json())["error"]["code"] == status
+    assert sum(len(stub.bodies) for stub in served.stubs) == 2
+    await settled(served)
+
+
+async def test_death_after_comments_only_is_invisible(serve: Serve) -> None:
+    """A server that keeps its clients waiting has not yet said anything."""
+    served = await serve(2)
+    served.publish([routes("one", a=1.0)])
+    served.stubs[0].script = ["headers", "comment", "hold", "die"]
+    served.stubs[1].script = ["headers", "event", "done"]
+    answer = asyncio.ensure_future(served.client.post("/v1/completions", json={"model": "one", "stream": True}))
+    await served.stubs[0].arrived.acquire()
+    served.stubs[0].release()
+    async with await answer as r:
+        assert await events(r) == [b'data: {"choices": [{"text": "b-0"}]}\n', b"data: [DONE]\n"]
+    await settled(served)
+
+
+@pytest.mark.parametrize("script", [["error:400"], ["event", "error:500"]])
+async def test_an_error_event_that_no_other_instance_would_better_is_passed_on(serve: Serve, script: list[str]) -> None:
+    served = await serve(2)
+    for stub in served.stubs:
+        stub.script = ["headers", *script, "done"]
+    async with served.client.post("/v1/completions", data=BODY) as r:
+        assert r.status == 200
+        assert b'"error"' in (await events(r))[len(script) - 1]
+    assert sum(len(stub.bodies) for stub in served.stubs) == 1
+
+
+@pytest.mark.parametrize(
+    ("events", "status"),
+    [
+        (b'data: {"error": {"message": "x", "type": "InternalServerError", "param": null, "code": 500}}\n\n', 500),
+        (b": x\r\n\r\n" + b'event: error\r\ndata: {"error": {"code": 503}}\r\n\r\n', 503),
+        (b'event: error\ndata: {"type": "error", "error": {"type": "internal_error", "message": "x"}}\n\n', 500),
+        (b'event: error\ndata: {"type": "error", "error": {"type": "overloaded_error"}}\n\n', 0),
+        (b'data: {"choices": [{"text": "\\"error\\""}]}\n\n', 0),
+        (b'data: {"error": null, "id": 3}\n\n', 0),
+        (b'data: {"error": {"code": "500"}}\n\n', 0),
+        (b'data: {"error"\n\n', 0),
+        (b'data: "error" \xff\n\n', 0),
+        (b"event: response.created\n\n", 0),
+        (b": keep-alive\n\n", 0),
+    ],
+)
+def test_error_events_are_told_from_others(events: bytes, status: int) -> None:
+    assert error_status(first_field(events)) == status
+
+
+async def test_an_instance_that_answers_errors_only_is_avoided_for_a_while(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its API server outlives its engine, and would draw all requests, being idle."""
+    monkeypatch.setattr("vllm_loraserve.router.upstream.FIRST_PAUSE_S", PATIENCE_S)
+    monkeypatch.setattr("vllm_loraserve.router.upstream.LONGEST_PAUSE_S", PATIENCE_S)
+    served = await serve(2)
+    served.publish([routes("one", a=1.0)])
+    for script, count, expected in (
+        (["status:503"], 5, 5),  # busy, but there
+        (["status:500"], 2, 2),
+        (["json"], 1, 1),
+        (["status:500"], 2, 2),
+        (["headers", "error:500", "done"], 5, 1),  # the third in a row
+    ):
+        served.stubs[0].script = script
+        served.stubs[0].bodies.clear()
+        for _ in range(count):
+            async with served.client.post("/v1/completions", json={"model": "one"}) as r:
+                assert r.status == 200
+        assert len(served.stubs[0].bodies) == expected, script
 
 
 async def test_an_adapter_that_one_instance_cannot_find_is_asked_for_elsewhere(serve: Serve) -> None:

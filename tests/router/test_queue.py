@@ -240,7 +240,7 @@ async def test_failed_instances_are_avoided_then_tried_by_one_request() -> None:
     assert (await made.acquire(target)).name == "b"  # the pause has doubled
     clock.now += 0.5
     trial = await made.acquire(target)
-    trial.succeeded()
+    trial.answered(200, clock.now)
     made.release(trial)
     assert {(await made.acquire(target)).name for _ in range(3)} == {"a"}
 
@@ -312,7 +312,7 @@ async def test_random_lives_of_many_requests_end_at_zero(predictor: Predictor | 
                     if work is not None and rng.random() < 0.5:
                         work.first_token()
                     if rng.random() < 0.7:
-                        upstream.succeeded()
+                        upstream.answered(200, clock.now)
                         return
                     upstream.failed(clock.now)
                     tried.append(upstream.name)

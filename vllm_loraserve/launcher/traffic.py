@@ -38,7 +38,7 @@ class Answer:
     text: str = ""
     error: str = ""
     ttft_s: float | None = None
-    """From sending to the first token; only of streamed answers."""
+    """From sending to the first token; only of streamed answers, also of those that broke off after it."""
     total_s: float = 0.0
     tokens: int = 0
     """Generated tokens."""
@@ -63,6 +63,7 @@ def mixed(models: Sequence[str], count: int) -> list[Request]:
 async def ask(client: AsyncOpenAI, request: Request) -> Answer:
     """Sends one request (temperature 0); what goes wrong is in the answer, not raised."""
     began = time.monotonic()
+    first: float | None = None
     given: dict[str, Any] = {
         "model": request.model,
         "messages": [{"role": "user", "content": request.prompt}],
@@ -75,7 +76,7 @@ async def ask(client: AsyncOpenAI, request: Request) -> Answer:
             usage = whole.usage.completion_tokens if whole.usage else 0
             text = whole.choices[0].message.content or ""
             return Answer(request, text, total_s=time.monotonic() - began, tokens=usage)
-        first, text, usage = None, "", 0
+        text, usage = "", 0
         stream = await client.chat.completions.create(**given, stream=True, stream_options={"include_usage": True})
         async for chunk in stream:
             if chunk.usage:
@@ -85,7 +86,8 @@ async def ask(client: AsyncOpenAI, request: Request) -> Answer:
                 text += piece
         return Answer(request, text, ttft_s=first and first - began, total_s=time.monotonic() - began, tokens=usage)
     except Exception as error:
-        return Answer(request, error=f"{type(error).__name__}: {error}", total_s=time.monotonic() - began)
+        why = f"{type(error).__name__}: {error}"
+        return Answer(request, error=why, ttft_s=first and first - began, total_s=time.monotonic() - began)
 
 
 async def send(

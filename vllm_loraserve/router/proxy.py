@@ -1,9 +1,10 @@
 """Forwarding one request: resolve its model, get a place, send the bytes on, try again while the client has seen none.
 
 The body goes through unchanged; of it only `model` is decoded. Nothing reaches the client before the instance has
-shown that it answers: an ordinary answer is complete, a stream has produced its first event. Up to then a lost
-connection or a dying instance means another instance, `max_attempts` in all; after it a stream is ended by an error
-event. Complete events only are passed on, each as soon as it is there, so that the error event is always well formed.
+shown that it answers: an ordinary answer is complete, a stream has produced its first event that is neither a comment
+nor an error. Up to then a lost connection or a dying instance means another instance, `max_attempts` in all; after it a
+stream is ended by an error event. Complete events only are passed on, each as soon as it is there, so that the error
+event is always well formed.
 
 A client that leaves cancels the handler; leaving the `async with` around the instance's answer closes that connection,
 which makes vLLM abort the request. One that stays and does not read is treated so after `client_timeout_s`. Places are
@@ -96,6 +97,18 @@ class Head(msgspec.Struct):
 
 
 _head = msgspec.json.Decoder(Head)
+
+
+class _ErrorInfo(msgspec.Struct):
+    code: int | str | None = None
+    type: str | None = None
+
+
+class _ErrorEvent(msgspec.Struct):
+    error: _ErrorInfo
+
+
+_error_event = msgspec.json.Decoder(_ErrorEvent)
 
 
 class ClientLeft(Exception):
@@ -251,10 +264,9 @@ class Proxy:
             raise _taken_back(attempt) from None
         finally:
             upstream.attempts.discard(attempt)
-        upstream.succeeded()
+        upstream.answered(answer.status, time.monotonic())
         response = web.Response(status=answer.status, body=whole, headers=_kept_headers(answer.headers))
-        # A 404 for an adapter of the table: that instance could not find it, having lost touch with the registry.
-        if answer.status in RETRIED_STATUSES or (answer.status == 404 and call.rank > 0):
+        if _may_differ_elsewhere(answer.status, call):
             raise _Refused(response)
         self._metrics.first_byte(call.rank, time.monotonic() - call.came)
         return response
@@ -262,7 +274,11 @@ class Proxy:
     async def _stream(
         self, request: web.Request, upstream: Upstream, answer: ClientResponse, attempt: Attempt, call: Call
     ) -> web.StreamResponse:
-        """Passes server-sent events on. Raises only before the client has seen a byte, or because it left."""
+        """Passes server-sent events on. Raises only before the client has seen a byte, or because it left.
+
+        vLLM begins its answer before it knows that it can serve it: what it would have said with a status comes as the
+        first event then, and is treated, and at last passed on, like a plain answer of that status.
+        """
         stream = web.StreamResponse(status=answer.status, headers=_kept_headers(answer.headers))
         stream.headers["X-Request-Id"] = call.id
         read = answer.content.readany
@@ -288,6 +304,12 @@ class Proxy:
             ended = not data
             # An unfinished event at the end, or an empty stream, is the instance's own doing: passed on as it came.
             data, tail = (tail, b"") if ended else complete_events(tail + data)
+            if not begun and not ended:
+                if not (line := first_field(data)):
+                    data = b""  # comments say that the instance's server lives, not that its engine answers
+                elif (status := error_status(line)) and _may_differ_elsewhere(status, call):
+                    upstream.answered(status, came)
+                    raise _Refused(_as_plain_answer(status, line))
             if data or ended:
                 at_once = begun and not ended and _goes_at_once(request.transport, data)
                 writing: contextlib.AbstractAsyncContextManager[None]
@@ -296,7 +318,7 @@ class Proxy:
                     async with writing:
                         if not begun:
                             begun = True
-                            upstream.succeeded()
+                            upstream.answered(answer.status, came)
                             if call.work is not None:
                                 call.work.first_token()
                             self._metrics.first_byte(call.rank, came - call.came)
@@ -371,6 +393,34 @@ def complete_events(data: bytes) -> tuple[bytes, bytes]:
     if len(data) - end > LARGEST_EVENT:
         end = len(data)
     return data[:end], data[end:]
+
+
+def first_field(events: bytes) -> bytes:
+    """The first `data:` line of server-sent events, else their first line that is no comment; empty: only comments."""
+    fields = [line for line in events.splitlines() if line and not line.startswith(b":")]
+    return next((line for line in fields if line.startswith(b"data:")), fields[0] if fields else b"")
+
+
+def error_status(line: bytes) -> int:
+    """The HTTP status that an error event (its `data:` line) stands for; 0 when it is none."""
+    if b'"error"' not in line:
+        return 0
+    try:
+        error = _error_event.decode(line.removeprefix(b"data:")).error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return 0
+    if isinstance(error.code, int):
+        return error.code
+    return 500 if error.type == "internal_error" else 0  # on Anthropic's paths, where errors have no code
+
+
+def _may_differ_elsewhere(status: int, call: Call) -> bool:
+    """A 404 for an adapter of the table: that instance could not find it, having lost touch with the registry."""
+    return status in RETRIED_STATUSES or (status == 404 and call.rank > 0)
+
+
+def _as_plain_answer(status: int, line: bytes) -> web.Response:
+    return web.Response(status=status, body=line.removeprefix(b"data:").strip(), content_type="application/json")
 
 
 def _kept_headers(given: CIMultiDictProxy[str]) -> CIMultiDict[str]:

@@ -2,7 +2,9 @@
 
 The circuit breaker is closed while requests succeed. A lost or refused connection opens it for `FIRST_PAUSE_S`,
 doubled with every further failure up to `LONGEST_PAUSE_S`; after the pause one request is let through to try, and
-its success closes the breaker. An answered request, whatever its status, proves the connection.
+its success closes the breaker. `ERRORS_IN_A_ROW` answers of 500 with no other answer between them open it too: an API
+server outlives its engine and, always idle, would draw all requests. One such answer may be the request's own fault. A
+503 is no such error: the instance is there, and serves the request when it can.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from vllm_loraserve.router.ledger import Ledger
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
+ERRORS_IN_A_ROW = 3
+ERRORS = frozenset((500, 502, 504))
 
 
 class Upstream:
@@ -23,6 +27,7 @@ class Upstream:
         "attempts",
         "entry",
         "epoch",
+        "errors",
         "failures",
         "gone",
         "in_flight",
@@ -38,6 +43,8 @@ class Upstream:
         self.in_flight = 0
         self.ledger = Ledger()
         self.failures = 0
+        self.errors = 0
+        """Answers of 500 since the last that was none."""
         self.opened_until = 0.0
         self.trial = False
         self.epoch = epoch
@@ -71,9 +78,14 @@ class Upstream:
         self.in_flight -= 1
         self.trial = False
 
-    def succeeded(self) -> None:
-        """The instance answered: the breaker closes."""
-        self.failures = 0
+    def answered(self, status: int, now: float) -> None:
+        """The instance answered with this HTTP status: the breaker closes, or opens after so many errors in a row."""
+        if status not in ERRORS:
+            self.failures = self.errors = 0
+            return
+        self.errors += 1
+        if self.failures or self.errors >= ERRORS_IN_A_ROW:
+            self.failed(now)
 
     def failed(self, now: float) -> None:
         """The connection was refused, timed out or died: the breaker opens, or stays open for longer."""
