@@ -1,11 +1,14 @@
 """The controller's decisions over time: placement, lazy migration, drains, restarts."""
 
+import sqlite3
+
 import pytest
 from coordinator_bench import FakeInstance, record
 
 from vllm_loraserve.coordinator.control import fitting
 from vllm_loraserve.coordinator.membership import Refused
 from vllm_loraserve.coordinator.messages import Capacity, Residency
+from vllm_loraserve.coordinator.registry import RegistryError
 
 
 def add(bench, *names, rank=8):
@@ -314,3 +317,71 @@ def test_what_is_fetched_ahead_fits_the_host_tier_or_else_the_arena():
     host = Capacity(slots=1, rank_rows=64, host_adapters=7, host_bytes=10 * 16000)
     assert len(list(fitting(records, host))) == 7, "slots bound what runs together, not what is held"
     assert len(list(fitting(records, Capacity(slots=8, rank_rows=64, host_bytes=3 * 16000)))) == 3
+
+
+class FullDisk:
+    """A connection that refuses to write while `full`."""
+
+    def __init__(self, db):
+        self._db, self.full = db, True
+
+    def execute(self, statement, *values):
+        if self.full and not statement.startswith("SELECT"):
+            raise sqlite3.OperationalError("database or disk is full")
+        return self._db.execute(statement, *values)
+
+    def close(self):
+        self._db.close()
+
+
+def on_disk(bench):
+    return dict(sqlite3.connect(bench.registry.path).execute("SELECT name, state FROM adapters"))
+
+
+def in_memory(bench):
+    return {r.name: r.state for r in bench.registry.all()}
+
+
+def test_a_removal_that_can_not_be_written_is_done_when_it_can(bench):
+    b = bench()
+    b.join("one")
+    add(b, "a", "b")
+    b.run(2)
+    done = b.controller.remove("a", 0.0, b.now)
+    disk = b.registry._db = FullDisk(b.registry._db)
+    b.run(5)
+    assert not done.is_set()
+    assert in_memory(b) == on_disk(b) == {"a": "draining", "b": "active"}
+    assert set(b.routes()["b"]) == {"one"}, "the rest of the cluster goes on"
+    disk.full = False
+    b.run(5)
+    assert done.is_set()
+    assert in_memory(b) == on_disk(b) == {"b": "active"}
+
+
+def test_what_can_not_be_written_has_not_happened(bench):
+    b = bench()
+    b.join("one")
+    add(b, "a")
+    b.run(2)
+    disk = b.registry._db = FullDisk(b.registry._db)
+    for change in (lambda: b.controller.remove("a", 0.0, b.now), lambda: add(b, "c")):
+        with pytest.raises(RegistryError, match=r"can't be written \(database or disk is full\)"):
+            change()
+    b.run(5)
+    assert in_memory(b) == on_disk(b) == {"a": "active"}
+    assert set(b.routes()["a"]) == {"one"}
+    disk.full = False
+    done = b.controller.remove("a", 0.0, b.now)
+    b.run(5)
+    assert done.is_set()
+
+
+def test_an_instance_joins_and_leaves_while_nothing_can_be_written(bench):
+    b = bench()
+    b.join("one")
+    b.registry._db = FullDisk(b.registry._db)
+    b.join("two")
+    assert [m.name for m in b.controller.members.all()] == ["one", "two"]
+    b.controller.leave("two", b.instances["two"].incarnation, b.now)
+    assert [m.name for m in b.controller.members.all()] == ["one"]

@@ -46,7 +46,7 @@ from vllm_loraserve.coordinator.messages import (
 )
 from vllm_loraserve.coordinator.placement_loop import PAGE_ROWS, PlacementLoop
 from vllm_loraserve.coordinator.rebalance import effective_routes
-from vllm_loraserve.coordinator.registry import Registry
+from vllm_loraserve.coordinator.registry import Registry, RegistryError
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ RESUMED_DRAIN_S = 30.0
 """A drain that a restart interrupted ends when no instance reports a running request any more, or so long after."""
 RELEASE_PATIENCE_S = 10.0
 """A removal waits so long, after its drain, for instances to confirm the release."""
+WRITE_AGAIN_S = 2.0
+"""Before a removal that the registry could not write is tried again."""
 
 
 class ControlOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +86,8 @@ class Drain(msgspec.Struct):
     started: float
     deadline: float
     releasing: bool = False
+    retry_at: float = -math.inf
+    """Not before that, as the registry could not be written."""
     done: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
 
 
@@ -153,8 +157,8 @@ class Controller:
                 f"Instance '{hello.instance}' serves '{hello.base_model}', but this cluster '{self.base_model}'; "
                 "start it with that model, or give it a coordinator of its own.",
             )
+        self.registry.set_meta("base_model", hello.base_model)
         self.base_model = hello.base_model
-        self.registry.set_meta("base_model", self.base_model)
 
     def _adopt_residents(self, member: Member) -> None:
         """After a restart of ours: what an instance holds is where it was placed."""
@@ -261,8 +265,8 @@ class Controller:
             )
         drain = self._drains.get(name)
         if drain is None:
-            drain = self._drains[name] = Drain(now, now + drain_s)
             self.registry.update(name, state="draining")
+            drain = self._drains[name] = Drain(now, now + drain_s)
             self.placement.phi.pop(name, None)
             self.placement.standby.pop(name, None)
             for member in self.members.all():
@@ -287,9 +291,14 @@ class Controller:
                 for member in self.members.all():
                     self.commands.tell(member.name, "release", record, now)
             waiting = any(c.adapter.name == name for _, c in self.commands.pending())
-            if waiting and now < drain.deadline:
+            if (waiting and now < drain.deadline) or now < drain.retry_at:
                 continue
-            self.registry.remove(name)
+            try:
+                self.registry.remove(name)
+            except RegistryError as error:
+                drain.retry_at = now + WRITE_AGAIN_S
+                logger.error("Adapter '%s' is not removed yet: %s", name, error)
+                continue
             self.commands.forget_adapter(name)
             del self._drains[name]
             drain.done.set()

@@ -2,21 +2,26 @@
 
 A record is on disk before its addition is acknowledged (synchronous=FULL), so a kill at any instant loses nothing that
 anybody was told. Adapter ids come from AUTOINCREMENT: never used twice, not even for the same name. Instances are kept
-only as a hint of whom to wait for after a restart.
+only as a hint of whom to wait for after a restart. What is in memory follows the file: a write that fails (a full disk)
+raises RegistryError and has changed neither; only that hint may get lost.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import sqlite3
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from vllm_loraserve.coordinator.messages import AdapterRecord
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -93,6 +98,12 @@ class Registry:
         fields["target_modules"] = tuple(json.loads(fields["target_modules"]))
         return msgspec.convert(fields, AdapterRecord)
 
+    def _write(self, statement: str, values: Sequence[object]) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise RegistryError(f"The registry '{self.path}' can't be written ({error}); see to its disk.") from error
+
     def get(self, name: str) -> AdapterRecord | None:
         """The record of `name`."""
         return self._records.get(name)
@@ -109,13 +120,13 @@ class Registry:
         return len(self._records)
 
     def add(self, record: AdapterRecord) -> AdapterRecord:
-        """Stores a new adapter and returns it with its `adapter_id`; KeyError if the name is taken."""
+        """Stores a new adapter and returns it with its `adapter_id`; KeyError if the name is taken, RegistryError."""
         if record.name in self._records:
             raise KeyError(record.name)
         fields = msgspec.structs.asdict(record)
         fields["target_modules"] = json.dumps(record.target_modules)
         names = _COLUMNS.split(", ")
-        cursor = self._db.execute(
+        cursor = self._write(
             f"INSERT INTO adapters ({_COLUMNS}) VALUES ({', '.join('?' * len(names))})", [fields[n] for n in names]
         )
         assert cursor.lastrowid is not None
@@ -127,26 +138,34 @@ class Registry:
     def update(
         self, name: str, *, source: str | None = None, state: str | None = None, reason: str | None = None
     ) -> AdapterRecord:
-        """Changes what may change of a record: where it is read from, and its state. Content never."""
+        """Changes what may change of a record: where it is read from, and its state. Content never. RegistryError."""
         changes = {k: v for k, v in (("source", source), ("state", state), ("reason", reason)) if v is not None}
         record = msgspec.structs.replace(self._records[name], **changes)
         assignments = ", ".join(f"{key}=?" for key in changes)
-        self._db.execute(f"UPDATE adapters SET {assignments} WHERE name=?", [*changes.values(), name])
+        self._write(f"UPDATE adapters SET {assignments} WHERE name=?", [*changes.values(), name])
         self._records[name] = record
         return record
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter; KeyError if unknown."""
+        """Forgets an adapter; KeyError if unknown, RegistryError."""
+        if name not in self._records:
+            raise KeyError(name)
+        self._write("DELETE FROM adapters WHERE name=?", (name,))
         del self._records[name], self._ranks[name]
-        self._db.execute("DELETE FROM adapters WHERE name=?", (name,))
 
     def remember_instance(self, name: str, url: str, last_seen: float) -> None:
-        """Notes a live instance (seconds since the epoch), for the wait after a restart."""
-        self._db.execute("INSERT OR REPLACE INTO instances VALUES (?, ?, ?)", (name, url, last_seen))
+        """Notes a live instance (seconds since the epoch), for the wait after a restart; best effort."""
+        self._hint("INSERT OR REPLACE INTO instances VALUES (?, ?, ?)", (name, url, last_seen))
 
     def forget_instance(self, name: str) -> None:
-        """Its membership ended."""
-        self._db.execute("DELETE FROM instances WHERE name=?", (name,))
+        """Its membership ended; best effort."""
+        self._hint("DELETE FROM instances WHERE name=?", (name,))
+
+    def _hint(self, statement: str, values: Sequence[object]) -> None:
+        try:
+            self._write(statement, values)
+        except RegistryError as error:
+            logger.warning("%s A restart may wait for other instances than those there were.", error)
 
     def known_instances(self) -> set[str]:
         """Instances that were members when the last coordinator ended."""
@@ -158,8 +177,8 @@ class Registry:
         return None if row is None else row[0]
 
     def set_meta(self, key: str, value: str) -> None:
-        """Stores a small setting."""
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+        """Stores a small setting; RegistryError."""
+        self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     def close(self) -> None:
         """Closes the file and lets another coordinator have it."""

@@ -48,6 +48,7 @@ from vllm_loraserve.coordinator.messages import (
     Request,
     Status,
 )
+from vllm_loraserve.coordinator.registry import RegistryError
 
 logger = logging.getLogger(__name__)
 
@@ -273,6 +274,9 @@ class CoordinatorServer:
             raise Refused("unknown_message", f"{type(message).__name__} is not a request.")
         except Refused as refused:
             return Error(code=refused.code, message=str(refused))
+        except RegistryError as error:
+            logger.error("%s failed: %s", type(message).__name__, error)
+            return Error(code="internal", message=str(error))
         except Exception as error:
             logger.exception("%s failed", type(message).__name__)
             return Error(
@@ -299,6 +303,9 @@ class CoordinatorServer:
             reply = await (self._add(message) if isinstance(message, AddAdapter) else self._remove(message))
         except Refused as refused:
             reply = Error(code=refused.code, message=str(refused))
+        except RegistryError as error:
+            logger.error("%s '%s' failed: %s", type(message).__name__, message.name, error)
+            reply = Error(code="internal", message=str(error))
         except Exception as error:
             logger.exception("%s '%s' failed", type(message).__name__, message.name)
             reply = Error(
