@@ -111,6 +111,36 @@ async def test_kill_9_and_restart_has_every_adapter_and_instance_as_soon_as_they
         assert places(table) == places(before)
 
 
+HUNG = """
+import sys, threading
+from vllm_loraserve.cli import main
+from vllm_loraserve.coordinator import server
+def look(*args, **kw):
+    print("looking", flush=True)
+    threading.Event().wait()
+server.inspect_source = look
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+async def test_sources_that_hang_do_not_keep_it_from_ending(tmp_path):
+    endpoint = free_endpoint()
+    command = [sys.executable, "-c", HUNG, "coordinator", "--bind", endpoint, "--database", str(tmp_path / "r.sqlite")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            async with CoordinatorClient(endpoint) as client:
+                await up(client)
+                adding = [asyncio.create_task(client.request(AddAdapter(name=n, source=n))) for n in "ab"]
+                for _ in adding:
+                    assert await asyncio.to_thread(process.stdout.readline) == "looking\n"
+                process.terminate()
+                assert await asyncio.to_thread(process.wait, PATIENCE_S) == 0
+                for task in adding:
+                    task.cancel()
+        finally:
+            process.kill()
+
+
 async def test_second_coordinator_on_one_database_is_refused_in_one_line(start, tmp_path):
     start()
     async with CoordinatorClient(start.endpoint, timeout_s=PATIENCE_S) as client:

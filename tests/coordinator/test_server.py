@@ -308,6 +308,41 @@ async def test_heartbeats_are_answered_while_an_adapter_is_inspected(running, tm
     assert (await adding).created
 
 
+async def test_sources_that_hang_are_answered_and_keep_no_other_waiting(running, tmp_path, monkeypatch):
+    import vllm_loraserve.coordinator.server as module
+
+    server, client = running
+    write_adapter(tmp_path / "adapters" / "a")
+    await join(client)
+    real = module.inspect_source
+    answer = threading.Event()
+
+    def look(name, *args, **kw):
+        if name.startswith("hung"):
+            assert answer.wait(PATIENCE_S)
+        return real(name, *args, **kw)
+
+    monkeypatch.setattr(module, "inspect_source", look)
+    monkeypatch.setattr(server._inspections, "timeout_s", 0.05)
+
+    async def refusal(name, source):
+        with pytest.raises(CoordinatorError) as refused:
+            await client.request(AddAdapter(name=name, source=source))
+        return refused.value.code, str(refused.value)
+
+    for i in range(module.INSPECTIONS + 1):
+        code, said = await refusal(f"hung-{i}", f"s{i}")
+        assert code == "internal"
+        assert f"'s{i}' could not be read within 0.05 s" in said
+    monkeypatch.setattr(server._inspections, "timeout_s", PATIENCE_S)
+    assert "'s0' hangs" in (await refusal("other", "s0"))[1]
+    assert (await client.request(AddAdapter(name="a", source="a"))).created
+    answer.set()
+    async with asyncio.timeout(PATIENCE_S):
+        while "hangs" in (await refusal("hung-0", "s0"))[1]:
+            await asyncio.sleep(0.01)
+
+
 async def test_get_table_and_counters(running):
     _, client = running
     await join(client)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections import Counter
@@ -21,10 +22,11 @@ import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from vllm_loraserve.coordinator.admission import inspect_source
-from vllm_loraserve.coordinator.client import publish_endpoint
+from vllm_loraserve.coordinator.client import INSPECTION_S, publish_endpoint
 from vllm_loraserve.coordinator.control import Controller
 from vllm_loraserve.coordinator.curve import CoordinatorKeys, is_loopback
 from vllm_loraserve.coordinator.insight import explain, plan
+from vllm_loraserve.coordinator.inspections import Inspections
 from vllm_loraserve.coordinator.membership import Refused
 from vllm_loraserve.coordinator.messages import (
     HEADER,
@@ -54,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.2
 PUBLISH_S = 1.0
+INSPECTIONS = 2
+"""Checkpoints that are read at a time."""
 COALESCE_S = 0.02
 """Changes within so short a time become one table."""
 
@@ -100,7 +104,7 @@ class CoordinatorServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Request)
-        self._inspections = asyncio.Semaphore(2)
+        self._inspections = Inspections(INSPECTIONS, INSPECTION_S)
         self._name_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     # ---- life ----
@@ -319,8 +323,8 @@ class CoordinatorServer:
         # Two additions of one name are looked at one after the other: the second sees the first's content.
         lock = self._name_locks.setdefault(message.name, asyncio.Lock())
         try:
-            async with lock, self._inspections:
-                inspected = await asyncio.to_thread(
+            async with lock:
+                look = functools.partial(
                     inspect_source,
                     message.name,
                     message.source,
@@ -330,6 +334,7 @@ class CoordinatorServer:
                     base_model=controller.base_model,
                     allow_download=self.options.allow_download,
                 )
+                inspected = await self._inspections.run(message.source, look)
                 record, created = controller.add(inspected, time.monotonic())
         finally:
             del lock  # names come from clients; an exception's frames would keep the lock, and it the name
