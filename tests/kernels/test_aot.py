@@ -67,6 +67,19 @@ def test_expand_does_not_spill(regime, dtype, capability):
     assert resident * built.registers * 32 * config.expand_warps <= REGISTERS_PER_SM
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_planes_loaded_together_wait_less_and_still_fit(capability):
+    """The candidate for layers whose K is split most: 16 planes, 8 of them loaded at once."""
+    single = dataclasses.replace(config_for("decode"), split_k=16)
+    together = dataclasses.replace(single, expand_planes=8)
+    one, eight = (compile_expand(c, dtype="bfloat16", capability=capability) for c in (single, together))
+    assert eight.spill_instructions == 0
+    assert eight.registers <= 128
+    assert 4 * eight.registers * 32 * together.expand_warps <= REGISTERS_PER_SM
+    assert 4 * eight.shared_bytes <= SHARED_PER_SM[capability]
+    assert 3 * eight.barriers <= one.barriers
+
+
 @pytest.mark.parametrize("regime", ["decode", "prefill"])
 def test_odd_layers_compile_without_spills(regime):
     """Widths that are no multiple of 16 bytes, and an expand that overwrites y."""

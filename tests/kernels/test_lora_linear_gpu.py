@@ -3,11 +3,13 @@
 The same checks run interpreted in `interpreted/`, without bf16.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from vllm_loraserve.kernels.lora_linear import lora_linear
+from vllm_loraserve.kernels.lora_linear import device_shape, lora_linear, plan_launch
 from vllm_loraserve.kernels.metadata import StepMetadata
 from vllm_loraserve.kernels.paged import reference_linear
 from vllm_loraserve.kernels.synthetic import synthetic_linear
@@ -52,6 +54,21 @@ def test_matches_float64_and_repeats_bit_for_bit(in_size, out_sizes, tokens, dty
     outs = [y.clone() for _ in range(3)]
     for out in outs:
         lora_linear(out, x, linear, metadata)
+    check(outs[0], y, x, linear, token_slots)
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+@pytest.mark.parametrize(("split_k", "planes"), [(16, 4), (16, 8), (16, 16), (32, 8), (32, 16)])
+def test_planes_loaded_together_match_float64_and_repeat_bit_for_bit(split_k, planes):
+    linear, metadata = build(14336, (4096,), torch.bfloat16)
+    token_slots = np.random.default_rng(0).integers(-1, len(RANKS), 64).astype(np.int32)
+    launch = plan_launch(linear, metadata.build(token_slots), 64, device_shape(CUDA), graph_tokens=512)
+    config = dataclasses.replace(launch.config, split_k=split_k, expand_planes=planes)
+    x = torch.randn(64, 14336, device=CUDA).bfloat16()
+    y = torch.randn(64, 4096, device=CUDA).bfloat16()
+    outs = [y.clone() for _ in range(3)]
+    for out in outs:
+        lora_linear(out, x, linear, metadata, config=config)
     check(outs[0], y, x, linear, token_slots)
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 

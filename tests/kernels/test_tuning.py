@@ -1,5 +1,7 @@
 """The launch formulas: grids fixed by capacity, split-K sized to K, powers of two."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -69,3 +71,14 @@ def test_a_configuration_for_other_blocks_is_refused():
     tall = metadata.build(np.zeros(200, np.int32))
     with pytest.raises(ValueError, match="the plan was made for blocks of 64"):
         plan_launch(linear, tall, 200, H100, graph_tokens=8, config=config)
+
+
+def test_planes_loaded_at_once_must_divide_the_split():
+    linear = synthetic_linear(in_size=4096, out_sizes=(64,), ranks=[[8]], max_rank=8, dtype=torch.float16)
+    metadata = StepMetadata(slots=1, max_rank=8, graph_tokens=8, device="cpu")
+    config = plan_launch(linear, metadata.build(np.zeros(4, np.int32)), 4, H100, graph_tokens=8).config
+    assert (config.split_k, config.expand_planes) == (8, 1), "what was measured"
+    assert dataclasses.replace(config, expand_planes=8).expand_planes == 8
+    for planes in (0, 3, 16):
+        with pytest.raises(ValueError, match=f"expand_planes={planes} must be a power of two up to split_k=8"):
+            dataclasses.replace(config, expand_planes=planes)

@@ -28,6 +28,8 @@ class Compiled:
     registers: int
     spill_instructions: int
     """Loads and stores of local memory in the machine code."""
+    barriers: int
+    """Waits of a whole thread block in the machine code."""
     shared_bytes: int
     async_copies: int
     async_copies_16_bytes: int
@@ -75,6 +77,7 @@ def compile_expand(
         "BLOCK_N": config.block_n,
         "BLOCK_RANK": config.block_rank,
         "SPLIT_K": config.split_k,
+        "PLANES": config.expand_planes,
         "ADD_INPUTS": add_inputs,
         "ALIGNED": aligned,
     }
@@ -126,10 +129,11 @@ def _compile(
         options={"num_warps": warps, "num_stages": stages},
     )
     ptx = built.asm["ptx"]
-    registers, spills = _machine_code(built.asm["cubin"])
+    registers, spills, barriers = _machine_code(built.asm["cubin"])
     return Compiled(
         registers=registers,
         spill_instructions=spills,
+        barriers=barriers,
         shared_bytes=built.metadata.shared,
         async_copies=len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
         async_copies_16_bytes=len(re.findall(r"cp\.async\.c[ag]\.shared[^;]*,\s*0x10\b", ptx)),
@@ -137,8 +141,8 @@ def _compile(
     )
 
 
-def _machine_code(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and local-memory instructions of a compiled kernel."""
+def _machine_code(cubin: bytes) -> tuple[int, int, int]:
+    """Registers per thread, local-memory instructions and barriers of a compiled kernel."""
     import triton.backends.nvidia as nvidia
 
     tool = Path(next(iter(nvidia.__path__))) / "bin" / "cuobjdump"
@@ -150,4 +154,4 @@ def _machine_code(cubin: bytes) -> tuple[int, int]:
     registers = re.search(r"\bREG:(\d+)", text)
     if registers is None or "EXIT" not in text:
         raise RuntimeError(f"cuobjdump reported neither resources nor machine code: {text[:200]!r}")
-    return int(registers[1]), len(re.findall(r"\b(?:STL|LDL)\b", text))
+    return int(registers[1]), len(re.findall(r"\b(?:STL|LDL)\b", text)), len(re.findall(r"\bBAR\.", text))

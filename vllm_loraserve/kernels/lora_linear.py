@@ -232,6 +232,7 @@ def run_expand(
         BLOCK_N=config.block_n,
         BLOCK_RANK=config.block_rank,
         SPLIT_K=config.split_k,
+        PLANES=config.expand_planes,
         ADD_INPUTS=add_inputs,
         ALIGNED=linear.aligned,
         num_warps=config.expand_warps,

@@ -12,6 +12,27 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _sum_planes(h_ptrs, mask, stride, SPLIT_K: tl.constexpr, PLANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sum of SPLIT_K planes that lie `stride` elements apart, at `h_ptrs` in the first; in an order that the two
+    constants alone decide."""
+    if PLANES == 1:
+        h = tl.load(h_ptrs, mask=mask, other=0.0)
+        for _ in tl.static_range(SPLIT_K - 1):
+            h_ptrs += stride
+            h += tl.load(h_ptrs, mask=mask, other=0.0)
+    else:
+        # Each load above is brought into the layout of `tl.dot` through shared memory by itself, one after the other;
+        # here PLANES are in flight at once and the sum alone is brought over.
+        some_ptrs = h_ptrs[None, :, :] + (tl.arange(0, PLANES).to(tl.int64) * stride)[:, None, None]
+        some = tl.load(some_ptrs, mask=mask[None, :, :], other=0.0)
+        for _ in tl.static_range(SPLIT_K // PLANES - 1):
+            some_ptrs += PLANES * stride
+            some += tl.load(some_ptrs, mask=mask[None, :, :], other=0.0)
+        h = tl.sum(some, 0)
+    return h
+
+
 # Sizes that change from batch to batch must not select compiled variants.
 @triton.jit(do_not_specialize=["n_blocks", "table_stride", "ranks_stride", "h_rows"])
 def expand_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are decided at launch
@@ -37,6 +58,7 @@ def expand_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
     BLOCK_N: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PLANES: tl.constexpr,
     ADD_INPUTS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -76,10 +98,7 @@ def expand_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
                 h_mask = in_tile[:, None] & in_rank[None, :]
                 plane = tl.cast(slice_id * SPLIT_K, tl.int64) * h_rows + start
                 h_ptrs = h_ptr + (plane + offs_m)[:, None] * h_ranks + offs_r[None, :]
-                h = tl.load(h_ptrs, mask=h_mask, other=0.0)
-                for _ in tl.static_range(SPLIT_K - 1):
-                    h_ptrs += tl.cast(h_rows, tl.int64) * h_ranks
-                    h += tl.load(h_ptrs, mask=h_mask, other=0.0)
+                h = _sum_planes(h_ptrs, h_mask, tl.cast(h_rows, tl.int64) * h_ranks, SPLIT_K, PLANES)
                 acc = tl.dot(h.to(b.dtype), b, acc, input_precision="ieee")
             y_ptrs = y_ptr + rows[:, None] * y_stride + (y_offset + offs_n)[None, :]
             y_mask = in_tile[:, None] & in_slice[None, :]

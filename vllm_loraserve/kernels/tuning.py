@@ -60,6 +60,14 @@ class LaunchConfig:
     block_rank: int
     expand_warps: int
     expand_stages: int
+    expand_planes: int = 1
+    """Partial planes that expand loads at once: a power of two, at most `split_k`. More than one trades registers for
+    fewer trips through shared memory; not measured yet."""
+
+    def __post_init__(self) -> None:
+        planes = self.expand_planes
+        if planes < 1 or planes & (planes - 1) or self.split_k % planes:
+            raise ValueError(f"expand_planes={planes} must be a power of two up to split_k={self.split_k}")
 
 
 def prefill_blocks(token_slots: npt.NDArray[np.int32], slot_ranks: npt.NDArray[np.int32]) -> tuple[int, int]:

@@ -142,29 +142,42 @@ def test_slot_reuse_does_not_show_the_former_adapter(linear):
     check(linear, metadata, [3] * 5)
 
 
-@pytest.mark.parametrize("split_k", [1, 2, 4])
+SPLITS = [(1, 1), (2, 1), (4, 1), (4, 2), (4, 4), (8, 4), (8, 8), (16, 1), (16, 4), (16, 8), (16, 16)]
+"""(splits of K, planes that expand loads at once). 16 splits leave some without any of the 512 inputs."""
+
+
+@pytest.mark.parametrize(("split_k", "planes"), SPLITS)
 @pytest.mark.parametrize("block_n", [32, 128])
-def test_any_split_and_block_width(linear, split_k, block_n):
+def test_any_split_and_block_width(linear, split_k, planes, block_n):
     metadata = metadata_for(linear, graph_tokens=64)
     token_slots = np.asarray([0, 3, 1, 1, 2], np.int32)
     plan = metadata.build(token_slots)
     launch = plan_launch(linear, plan, 5, device_shape(torch.device("cpu")), graph_tokens=64)
-    config = dataclasses.replace(launch.config, split_k=split_k, block_n=block_n, block_rank=16)
-    check(linear, metadata, token_slots, config=config)
+    config = dataclasses.replace(
+        launch.config, split_k=split_k, expand_planes=planes, block_n=block_n, block_rank=16, block_k=64
+    )
+    uninitialised = torch.full((launch.planes[0], split_k, *launch.planes[2:]), float("nan"))
+    check(linear, metadata, token_slots, config=config, planes=uninitialised)
 
 
-def test_the_result_is_bit_equal_whatever_the_company(linear):
+@pytest.mark.parametrize(("split_k", "planes"), [(None, None), (8, 1), (8, 4), (8, 8)])
+def test_the_result_is_bit_equal_whatever_the_company(linear, split_k, planes):
     """Batch invariance: fixed split of K and fixed blocks, so a token's row does not depend on other
-    tokens."""
+    tokens. (The formulas do not split 512 inputs.)"""
     metadata = metadata_for(linear, graph_tokens=16, batch_invariant=True)
     x = torch.randn(1, 512).half()
+    config = None
+    if split_k:
+        options = {"graph_tokens": 16, "batch_invariant": True}
+        launch = plan_launch(linear, metadata.plan, 1, device_shape(x.device), **options)
+        config = dataclasses.replace(launch.config, split_k=split_k, expand_planes=planes, block_k=64)
 
     def row(others):
         slots = np.asarray([3, *others], np.int32)
         metadata.build(slots)
         rows = torch.cat([x, torch.randn(len(others), 512).half()])
         y = torch.zeros(len(slots), 384).half()
-        lora_linear(y, rows, linear, metadata)
+        lora_linear(y, rows, linear, metadata, config=config)
         return y[0]
 
     alone = row([])
