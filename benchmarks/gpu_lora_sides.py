@@ -22,7 +22,7 @@ from vllm_loraserve.kernels.metadata import StepMetadata
 from vllm_loraserve.kernels.paged import PagedLinear
 from vllm_loraserve.kernels.stock_sources import configured
 from vllm_loraserve.kernels.synthetic import padded_weights, synthetic_linear
-from vllm_loraserve.kernels.tuning import GRAPH_TOKENS, LaunchConfig
+from vllm_loraserve.kernels.tuning import ENGINE_MAX_RANK, GRAPH_TOKENS, LaunchConfig
 
 STOCK_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that `--max-lora-rank` takes."""
@@ -146,7 +146,7 @@ def make_linear(
         in_size=layer.in_size,
         out_sizes=layer.out_sizes,
         ranks=[list(batch.slot_ranks)] * len(layer.out_sizes),
-        max_rank=max(batch.max_rank, *batch.slot_ranks),
+        max_rank=ENGINE_MAX_RANK,
         dtype=dtype,
         device=device,
         seed=seed,

@@ -3,6 +3,7 @@
 Its times mean nothing here and are not looked at.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,8 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: the benchmark cannot run")
+
+from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.kernels.cost import Batch, LayerShape, layout_only, metadata_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_lora_kernels.py"
@@ -77,6 +82,24 @@ def test_a_wrong_kernel_stops_the_benchmark(tmp_path):
     done = run(*arguments, TRITON_INTERPRET="1", PYTHONPATH=path)
     assert done.returncode != 0
     assert "wrong results, timings would be worthless" in done.stderr
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a module of `benchmarks/`."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
+def test_counts_and_timings_take_page_tables_of_the_engines_size(benchmark):
+    """The launches that a CUDA graph captures follow from the room in the page table, not from the adapters."""
+    layer, batch = LayerShape("o", 1024, (64,)), Batch("D5", (0,) * 4, (16,), 16)
+    engine = LoRAServeConfig().max_rank
+    assert layout_only(layer, batch).max_rank == metadata_of(batch).max_rank == engine
+    ours = benchmark("gpu_lora_sides").Ours(layer, batch, 1, torch.device("cpu"), torch.float16)
+    assert ours.linears[0].max_rank == ours.metadata.max_rank == engine
+    assert ours.launch.planes[3] == engine
+    assert ours.launch.config.block_rank == 32
 
 
 def test_without_a_gpu_it_says_what_to_do():

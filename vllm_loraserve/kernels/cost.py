@@ -28,7 +28,7 @@ from vllm_loraserve.kernels.lora_linear import plan_launch
 from vllm_loraserve.kernels.metadata import StepMetadata
 from vllm_loraserve.kernels.paged import PagedLinear
 from vllm_loraserve.kernels.stock_sources import recorded
-from vllm_loraserve.kernels.tuning import GRAPH_TOKENS, DeviceShape, cdiv
+from vllm_loraserve.kernels.tuning import ENGINE_MAX_RANK, GRAPH_TOKENS, DeviceShape, cdiv
 
 FP32 = 4
 Ints = npt.NDArray[np.integer]
@@ -84,13 +84,13 @@ class Batch:
 
 
 def layout_only(layer: LayerShape, batch: Batch, *, page_rows: int = 8) -> PagedLinear:
-    """The layer with real ranks and page numbers, but without an arena behind them."""
+    """The layer with real ranks, page numbers and the engine's room for ranks, but without an arena behind them."""
     offsets, at = [], 0
     for size in layer.out_sizes:
         offsets.append((at, at + page_rows * layer.in_size))
         at += page_rows * (layer.in_size + size)
     slots = len(batch.slot_ranks)
-    pages = cdiv(max(batch.max_rank, *batch.slot_ranks), page_rows)
+    pages = cdiv(ENGINE_MAX_RANK, page_rows)
     return PagedLinear(
         arena=torch.empty(0, dtype=torch.bfloat16),
         page_table=torch.arange(slots * pages, dtype=torch.int32).view(slots, pages),
@@ -107,8 +107,9 @@ def layout_only(layer: LayerShape, batch: Batch, *, page_rows: int = 8) -> Paged
 
 def metadata_of(batch: Batch, *, graph_tokens: int = GRAPH_TOKENS) -> StepMetadata:
     """The step metadata that the wrapper would have built for the batch."""
-    top = max(batch.max_rank, *batch.slot_ranks)
-    metadata = StepMetadata(slots=len(batch.slot_ranks), max_rank=top, graph_tokens=graph_tokens, device="cpu")
+    metadata = StepMetadata(
+        slots=len(batch.slot_ranks), max_rank=ENGINE_MAX_RANK, graph_tokens=graph_tokens, device="cpu"
+    )
     for slot, rank in enumerate(batch.slot_ranks):
         metadata.set_slot_rank(slot, rank)
     metadata.build(np.asarray(batch.token_slots, np.int32))

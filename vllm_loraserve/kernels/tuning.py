@@ -26,6 +26,9 @@ INVARIANT_SPLIT_K = 8
 """Fixed partition of K when batch invariance is asked for: results must not depend on the size of the
 batch."""
 MAX_SPLIT_K = 16
+ENGINE_MAX_RANK = 256
+"""Rank that the engine's page tables have room for unless told otherwise (`LoRAServeConfig.max_rank`). Launches that a
+CUDA graph captures follow from it and not from the adapters' ranks, so counts and timings take it too."""
 MIN_K_PER_SPLIT = 512
 
 
