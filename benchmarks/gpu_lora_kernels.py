@@ -3,7 +3,7 @@
     python benchmarks/gpu_lora_kernels.py --json benchmarks/results/gpu_lora_kernels.json [--vllm-source DIR]
 
 Needs PyTorch, Triton and one CUDA device, not vLLM itself: `--vllm-source` names an unpacked vLLM wheel, whose kernel
-sources are loaded (default: the installed vLLM). Sections (`--only`), each written to the JSON as soon as it is done:
+sources are loaded (default: the installed vLLM). Sections (`--only`), each case written to the JSON when it is done:
 
     constants     what the device can do: memory and L2 bandwidth, exiting thread blocks, graph nodes
     correctness   both sides against float64, bf16 and fp16, unused pages poisoned with NaN
@@ -13,6 +13,9 @@ sources are loaded (default: the installed vLLM). Sections (`--only`), each writ
     slots         16 active adapters of 16..256 slots
     step          a whole stack of layers, base GEMMs and LoRA, in one graph (decode and prefill)
     sweep         block sizes for ours, best first: what `tuning.py` should say
+
+and `goals`, judged anew on all that the JSON holds (`gpu_lora_goals.py`). With `--only`, cases that are timed again
+take the place of their earlier figures and all others stay.
 
 `--tiny --device cpu` with TRITON_INTERPRET=1 runs all of it on toy shapes to test the logic; those times mean nothing.
 """
@@ -25,7 +28,6 @@ import datetime
 import gc
 import json
 import platform
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -35,16 +37,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from gpu_lora_goals import judge, lines
 from gpu_lora_sides import (
     Ours,
     Stock,
     errors_against_reference,
     expand_sweep,
     inputs,
-    our_sweep,
     random_weights,
     shrink_sweep,
     stock_rank_for,
+    sweep_axes,
     weight_sets,
 )
 from gpu_lora_timing import Timer, device_constants
@@ -52,13 +55,15 @@ from gpu_lora_timing import Timer, device_constants
 from vllm_loraserve.kernels.cost import Batch, LayerShape, count_ours
 from vllm_loraserve.kernels.lora_linear import device_shape
 from vllm_loraserve.kernels.stock_sources import configured, load_stock
-from vllm_loraserve.kernels.tuning import GRAPH_TOKENS
+from vllm_loraserve.kernels.tuning import ENGINE_MAX_RANK, GRAPH_TOKENS, LaunchConfig
 from vllm_loraserve.kernels.workloads import MODELS, batches, interference, slots_sweep, spread
 
 PEAK_FLOPS = 800e12
 """Dense bf16 of an H100 SXM in practice; only the share of the roofline depends on it."""
-STOP_RATIO = 1.15
-"""Below this against tuned stock on D1..D3, kernels are not where time should go (memory is)."""
+CASE = ("model", "layer", "batch", "rank", "slots")
+"""What tells the rows of a section apart."""
+SAME = ("measured", "device", "torch", "triton", "vllm", "table_rank")
+"""What figures in one JSON must have in common."""
 TINY_MODELS = {"toy": (LayerShape("kv", 64, (32, 16), 1),)}
 TINY_BATCHES = (
     Batch("D1 toy decode", spread(6, 3), (8, 16, 3), 16),
@@ -97,16 +102,24 @@ class Run:
             "triton": __import__("triton").__version__,
             "vllm": self.stock.version,
             "python": platform.python_version(),
-            "command": " ".join(sys.argv),
+            "table_rank": ENGINE_MAX_RANK,
+            "commands": [" ".join(sys.argv)],
         }
         if options.json and options.json.exists() and options.only:
-            self.result = json.loads(options.json.read_text()) | self.result
+            self.result = continued(options.json, self.result)
 
     def save(self, section: str, value: Any) -> None:
         self.result[section] = value
+        self.result["goals"] = judge(self.result)
         if self.options.json:
             self.options.json.parent.mkdir(parents=True, exist_ok=True)
             self.options.json.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def add(self, section: str, row: dict[str, Any]) -> dict[str, Any]:
+        """Save one row, in place of an earlier one of the same case; returns it."""
+        others = [r for r in self.result.get(section, []) if any(r.get(name) != row.get(name) for name in CASE)]
+        self.save(section, [*others, row])
+        return row
 
     def cases(self) -> Iterator[tuple[str, LayerShape, Batch]]:
         for model, layers in self.models.items():
@@ -122,13 +135,22 @@ class Run:
             torch.cuda.empty_cache()
 
 
-def constants(run: Run) -> dict[str, Any]:
+def continued(file: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """What `file` holds, to be added to; an error if those figures were taken under other conditions."""
+    old: dict[str, Any] = json.loads(file.read_text())
+    for name in SAME:
+        if old.get(name) != new[name]:
+            raise SystemExit(f"{file} has {name} {old.get(name)!r}, now it is {new[name]!r}: name another --json")
+    return old | new | {"commands": old["commands"] + new["commands"]}
+
+
+def constants(run: Run) -> None:
     found = device_constants(run.timer, tiny=run.tiny)
     say(found)
-    return found
+    run.save("constants", found)
 
 
-def correctness(run: Run) -> list[dict[str, Any]]:
+def correctness(run: Run) -> None:
     rows = []
     dtypes = (run.dtype,) if run.tiny else (torch.bfloat16, torch.float16)
     every = [] if run.tiny else [EVERY_RANK]
@@ -150,7 +172,7 @@ def correctness(run: Run) -> list[dict[str, Any]]:
     say(f"correctness: {len(rows)} cases, worst {worst}, {len(bad)} wrong")
     if bad:
         raise SystemExit(f"wrong results, timings would be worthless: {bad[:3]}")
-    return rows
+    run.save("correctness", rows)
 
 
 def tune_stock(
@@ -248,41 +270,25 @@ def say(text: object) -> None:
     print(text, flush=True)
 
 
-def linears(run: Run) -> dict[str, Any]:
-    rows = [{"model": model} | time_sides(run, layer, batch) for model, layer, batch in run.cases()]
+def linears(run: Run) -> None:
+    rows = [run.add("linears", {"model": model} | time_sides(run, layer, batch)) for model, layer, batch in run.cases()]
     table(run, "one linear", rows, ("model", "layer", "batch"))
-    judged = [row["ratio"]["stock tuned"] for row in rows if row["batch"].startswith(("D1", "D2", "D3"))]
-    summary = {"rows": rows}
-    if judged and run.timer.measures:
-        middle = statistics.median(judged)
-        summary["decode_ratio_to_tuned"] = middle
-        verdict = "go on with kernels" if middle >= STOP_RATIO else "stop kernel work: memory is where the gain is"
-        say(f"median D1..D3 against tuned stock: {middle:.2f} (bar {STOP_RATIO}): {verdict}")
-    return summary
 
 
-def interference_curve(run: Run) -> list[dict[str, Any]]:
+def interference_curve(run: Run) -> None:
     """Stock at rank 128 whatever is in the batch, ours by what is in it."""
     rows = []
     for model, layers in run.models.items():
         for rank in (8, 16) if run.tiny else (8, 16, 32, 64, 128):
             batch = Batch(f"toy {rank}", spread(6, 3), (8, 8, rank), 16) if run.tiny else interference(rank)
-            rows += [{"model": model, "rank": rank} | time_sides(run, layer, batch, tuned=False) for layer in layers]
-    for (model, layer), of in grouped(rows).items() if run.timer.measures else ():
-        times = [row["us"]["ours"] for row in of]
-        say(f"interference {model} {layer}: ours {times[-1] / times[0]:.2f}x from rank 8 to the largest")
+            rows += [
+                run.add("interference", {"model": model, "rank": rank} | time_sides(run, layer, batch, tuned=False))
+                for layer in layers
+            ]
     table(run, "one large adapter among small ones", rows, ("model", "layer", "rank"))
-    return rows
 
 
-def grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], row["layer"]), []).append(row)
-    return groups
-
-
-def slots(run: Run) -> list[dict[str, Any]]:
+def slots(run: Run) -> None:
     """Cost against the number of slots, 16 of them active, on the first linear of the first model."""
     model, layers = next(iter(run.models.items()))
     rows = []
@@ -290,12 +296,12 @@ def slots(run: Run) -> list[dict[str, Any]]:
         batch = (
             Batch(f"toy {count}", spread(6, 3), (8, 16, 3) + (0,) * (count - 3), 16) if run.tiny else slots_sweep(count)
         )
-        rows.append({"model": model, "slots": count} | time_sides(run, layers[0], batch, tuned=False))
+        row = {"model": model, "slots": count} | time_sides(run, layers[0], batch, tuned=False)
+        rows.append(run.add("slots", row))
     table(run, "slots", rows, ("model", "layer", "slots"))
-    return rows
 
 
-def step(run: Run) -> list[dict[str, Any]]:
+def step(run: Run) -> None:
     """Every layer of a model: base GEMM and LoRA of each linear, all in one graph; ratios are of whole steps."""
     rows = []
     for model, layers in run.models.items():
@@ -308,10 +314,10 @@ def step(run: Run) -> list[dict[str, Any]]:
             for _ in range(count)
         ]
         for batch in run.batches:
-            rows.append({"model": model, "layer": "all", "batch": batch.name} | time_step(run, layers, batch, base))
+            row = {"model": model, "layer": "all", "batch": batch.name} | time_step(run, layers, batch, base)
+            rows.append(run.add("step", row))
             run.free()
     table(run, "whole step", rows, ("model", "batch"))
-    return rows
 
 
 def time_step(run: Run, layers: tuple[LayerShape, ...], batch: Batch, base: list[list[torch.Tensor]]) -> dict[str, Any]:
@@ -346,36 +352,48 @@ def time_step(run: Run, layers: tuple[LayerShape, ...], batch: Batch, base: list
     return {"layers": count, "us": times, "ratio": ratio}
 
 
-def sweep(run: Run) -> list[dict[str, Any]]:
-    """Block sizes for ours, every (layer, batch): the five best beside what the formulas choose."""
+def sweep(run: Run) -> None:
+    """Block sizes for ours, every (layer, batch): the five best beside what the formulas choose. One group of sizes
+    after the other is tried, each around the best of those before it."""
     rows = []
     quick = Timer(run.device, repeats=3, min_seconds=0.005)
     for model, layer, batch in run.cases():
         sets = 1 if run.tiny else weight_sets(layer, batch, 4, most=32, budget_bytes=run.options.gib * 2**30)
         chosen = Ours(layer, batch, sets, run.device, run.dtype, graph_tokens=run.graph_tokens)
         x, y = inputs(layer, batch, run.device, run.dtype)
-        found: list[tuple[float, dict[str, Any]]] = []
-        candidates = [((0, 0), None), *our_sweep(chosen.launch.config, len(batch.token_slots))]
-        for blocks, config in candidates[:3] if run.tiny else candidates:
-            try:
-                options = {"config": config, "blocks": blocks if config else None, "graph_tokens": run.graph_tokens}
-                side = Ours(layer, batch, sets, run.device, run.dtype, linears=chosen.linears, **options)
-                work = {"": partial(call_all, side, y, x, sets)}
-                found.append((quick.compare(work, sets)[""], dataclasses.asdict(side.launch.config)))
-            except Exception as error:  # a tile too large for the device's shared memory
-                say(f"ours {blocks} {config}: {type(error).__name__}")
-        formula = found[0][0]
-        best = sorted(found, key=lambda pair: pair[0])[:5]
-        rows.append(
-            {
-                "model": model,
-                "layer": layer.name,
-                "batch": batch.name,
-                "us": {"ours": formula, "best": best[0][0]},
-                "ratio": {"best": best[0][0] / formula},
-                "best": [{"us": us} | config for us, config in best],
-            }
-        )
+        found: dict[LaunchConfig, float] = {}
+        axes = sweep_axes(layer.in_size, len(batch.token_slots))
+        for axis in (lambda config: [config], *axes):
+            around = min(found, key=found.__getitem__, default=chosen.launch.config)
+            candidates = [config for config in axis(around) if config not in found]
+            for config in candidates[:1] if run.tiny else candidates:
+                try:
+                    options = {"config": config, "blocks": (config.block_m, config.block_r)}
+                    side = Ours(
+                        layer,
+                        batch,
+                        sets,
+                        run.device,
+                        run.dtype,
+                        linears=chosen.linears,
+                        graph_tokens=run.graph_tokens,
+                        **options,
+                    )
+                    found[config] = quick.compare({"": partial(call_all, side, y, x, sets)}, sets)[""]
+                except Exception as error:  # a tile too large for the device's shared memory
+                    say(f"ours {config}: {type(error).__name__}")
+        formula = found[chosen.launch.config]
+        best = sorted(found, key=found.__getitem__)[:5]
+        row = {
+            "model": model,
+            "layer": layer.name,
+            "batch": batch.name,
+            "tried": len(found),
+            "us": {"ours": formula, "best": found[best[0]]},
+            "ratio": {"best": found[best[0]] / formula},
+            "best": [{"us": found[config]} | dataclasses.asdict(config) for config in best],
+        }
+        rows.append(run.add("sweep", row))
         del chosen
         run.free()
     table(
@@ -384,10 +402,9 @@ def sweep(run: Run) -> list[dict[str, Any]]:
         rows,
         ("model", "layer", "batch"),
     )
-    return rows
 
 
-SECTIONS: dict[str, Callable[[Run], Any]] = {
+SECTIONS: dict[str, Callable[[Run], None]] = {
     "constants": constants,
     "correctness": correctness,
     "linears": linears,
@@ -418,7 +435,8 @@ def main() -> int:
         parser.error(f"unknown sections {unknown}; there are {', '.join(SECTIONS)}")
     run = Run(options)
     for name in wanted:
-        run.save(name, SECTIONS[name](run))
+        SECTIONS[name](run)
+    say("\n" + "\n".join(lines(judge(run.result))))
     return 0
 
 

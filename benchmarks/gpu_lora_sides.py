@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,22 +198,38 @@ def expand_sweep(tokens: int, rank: int) -> Iterator[dict[str, int]]:
         yield {"block_m": block_m, "block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": 2}
 
 
-def our_sweep(base: LaunchConfig, tokens: int) -> Iterator[tuple[tuple[int, int], LaunchConfig]]:
-    """Block sizes to try for ours: (tokens per tile, rank rows per item) and the rest of the launch."""
-    heights = ((16, 16), (32, 16), (16, 32)) if tokens <= GRAPH_TOKENS else ((64, 64), (64, 32), (128, 64), (32, 32))
-    for block_m, block_r in heights:
-        at_blocks = dataclasses.replace(base, block_m=block_m, block_r=block_r)
-        for block_k, stages in ((64, 4), (128, 3), (128, 4), (256, 3)):
-            for split_k in sorted({1, base.split_k, max(1, base.split_k // 2), min(16, base.split_k * 2)}):
-                yield (
-                    (block_m, block_r),
-                    dataclasses.replace(at_blocks, block_k=block_k, shrink_stages=stages, split_k=split_k),
-                )
-        for block_n, block_rank, warps in itertools.product((64, 128, 256), (16, 32, 64), (4, 8)):
-            yield (
-                (block_m, block_r),
-                dataclasses.replace(at_blocks, block_n=block_n, block_rank=block_rank, expand_warps=warps),
-            )
+Axis = Callable[[LaunchConfig], list[LaunchConfig]]
+"""Candidates around a configuration that differ from it in one group of sizes."""
+
+
+def sweep_axes(in_size: int, tokens: int) -> tuple[Axis, ...]:
+    """Sizes to try for ours, group by group, in this order: the groups hang together only loosely, and all combinations
+    would take hours."""
+    decode = tokens <= GRAPH_TOKENS
+    blocks = ((16, 16), (32, 16), (16, 32)) if decode else ((64, 64), (64, 32), (128, 64), (32, 32))
+
+    def vary(config: LaunchConfig, names: tuple[str, ...], choices: Iterable[tuple[int, ...]]) -> list[LaunchConfig]:
+        return [dataclasses.replace(config, **dict(zip(names, choice, strict=True))) for choice in choices]
+
+    def tile(config: LaunchConfig) -> list[LaunchConfig]:
+        return vary(config, ("block_m", "block_r"), blocks)
+
+    def shrink_loop(config: LaunchConfig) -> list[LaunchConfig]:
+        steps = ((64, 4), (64, 6), (128, 3), (128, 4), (128, 6), (256, 2), (256, 3), (256, 4))
+        return vary(config, ("block_k", "shrink_stages"), steps)
+
+    def splits(config: LaunchConfig) -> list[LaunchConfig]:
+        most = max(1, in_size // config.block_k)
+        around = {1, config.split_k // 2, config.split_k, config.split_k * 2} | ({32} if decode else set())
+        pairs = [(split, planes) for split in sorted(around) for planes in (1, 4, 8, 16) if planes <= split <= most]
+        return vary(config, ("split_k", "expand_planes"), pairs)
+
+    def expand_tile(config: LaunchConfig) -> list[LaunchConfig]:
+        return vary(
+            config, ("block_n", "block_rank", "expand_warps"), itertools.product((64, 128, 256), (16, 32, 64), (4, 8))
+        )
+
+    return tile, shrink_loop, splits, expand_tile
 
 
 def errors_against_reference(
