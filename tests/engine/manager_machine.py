@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,13 @@ class ManagerMachine(RuleBasedStateMachine):
         else:
             self.manager.remove_adapter(lora_id)
 
+    @rule(lora_id=st.integers(1, 8), ranks=RANKS)
+    def replace_aside(self, lora_id: int, ranks: dict[str, int]) -> None:
+        """A load in place on a side thread: whoever uses the adapter next gets the new content."""
+        if lora_id in self.ranks and lora_id not in self.pinned:
+            self._write(lora_id, ranks)
+            self.manager.prepare(self._request(lora_id))
+
     @rule(lora_id=st.integers(1, 8))
     def unload(self, lora_id: int) -> None:
         self.manager.remove_adapter(lora_id)
@@ -195,6 +204,33 @@ class ManagerMachine(RuleBasedStateMachine):
             assert self.manager.pin_adapter(lora_id)
             self.pinned.add(lora_id)
 
+    def _expected_reads(self, used: set[int]) -> list[int]:
+        self.read: list[int] = []
+        return sorted(lora_id for lora_id in used if not self.manager.is_prepared(lora_id))
+
+    @contextmanager
+    def _crowded(self, crowd: bool) -> Iterator[bool]:
+        """While the block runs reads are noted in `read`, and (crowd) loads on other threads take all the room of the
+        host tier that they can get at the moment when an adapter is about to be activated."""
+        host, prepare, touch = self.manager.host, self.manager.prepare, self.manager.host.touch
+
+        def noted(request: Any) -> Any:
+            self.read.append(request.lora_int_id)
+            self.read.sort()
+            return prepare(request)
+
+        def evicting(key: Any, amount: float = 1.0) -> None:
+            touch(key, amount)
+            with host.lock:
+                for candidate in host._candidates("crowd") if crowd else ():
+                    host._evict(candidate.key)
+
+        self.manager.prepare, host.touch = noted, evicting
+        try:
+            yield crowd
+        finally:
+            del self.manager.prepare, host.touch
+
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
         """A batch of base and adapter tokens through every LoRA layer."""
@@ -208,7 +244,10 @@ class ManagerMachine(RuleBasedStateMachine):
         used = set(chosen) - {0}
         tokens = data.draw(st.lists(st.sampled_from(chosen), min_size=len(chosen), max_size=12), label="tokens")
         tokens += [lora_id for lora_id in chosen if lora_id not in tokens]
-        requests = {self._request(lora_id) for lora_id in ()} or [self._request(lora_id) for lora_id in used]
+        # vLLM keeps the flag in the request of every step that follows.
+        inplace = data.draw(st.booleans(), label="load_inplace")
+        requests = [self._request(lora_id, load_inplace=inplace) for lora_id in used]
+        reads = self._expected_reads(used)
         mapping = LoRAMapping(tuple(tokens), tuple(tokens), is_prefill=True)
         beside_pinned = self._fits(used)
         kept = self.pinned & set(self.manager._adapter_manager._active_adapters.cache)
@@ -218,7 +257,9 @@ class ManagerMachine(RuleBasedStateMachine):
             except (ArenaFullError, RuntimeError):
                 return
             raise AssertionError("more than fits was accepted")
-        self.manager.set_active_adapters(requests, mapping)
+        with self._crowded(data.draw(st.booleans(), label="loads aside evict")) as crowd:
+            self.manager.set_active_adapters(requests, mapping)
+        assert crowd or self.read == reads, "only what is not in memory is read in a step"
         model_manager = self.manager._adapter_manager
         if beside_pinned:
             assert kept <= set(model_manager._active_adapters.cache), "a pinned one went without need"

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 TOKENS = 16
@@ -129,6 +131,11 @@ def let_go(worker: Any) -> None:
     del manager.prepare
 
 
+def waits_for_a_step(worker: Any, adapter: int) -> bool:
+    """Whether a load has ended whose content no step has used yet."""
+    return adapter in worker.model_runner.lora_manager._prepared
+
+
 class Engine:
     """The second engine, and what is asked of it more than once."""
 
@@ -175,6 +182,25 @@ class Engine:
             await asyncio.sleep(0.01)
 
 
+async def replaced(engine: Engine, folder: Path, prompt: str) -> list[list[int]]:
+    """An active adapter gets other content in place, from another path and then at the same one; vLLM's server keeps
+    the request with `load_inplace` for all that come later."""
+    from vllm.lora.request import LoRARequest
+
+    paths = {name: request.lora_path for name, request in engine.requests.items() if request is not None}
+    shutil.copytree(paths["gone"], folder)
+    answers = []
+    for path in (paths["late"], str(folder)):
+        engine.requests["changing"] = LoRARequest("changing", 9, path, load_inplace=True)
+        await engine.vllm.add_lora(engine.requests["changing"])
+        answers += [await engine.answer("changing", prompt) for _ in range(2)]
+    shutil.copytree(paths["two"], folder, dirs_exist_ok=True)
+    await engine.vllm.add_lora(engine.requests["changing"])
+    while not (await engine.vllm.collective_rpc(waits_for_a_step, args=(9,)))[0]:
+        await asyncio.sleep(0.01)
+    return [*answers, await engine.answer("changing", prompt)]
+
+
 async def interrupted(asked: dict[str, Any], requests: dict[str, Any]) -> dict[str, Any]:
     """The second engine."""
     engine = Engine(asked, requests)
@@ -215,6 +241,8 @@ async def interrupted(asked: dict[str, Any], requests: dict[str, Any]) -> dict[s
     await vllm.wake_up()
     result["asleep"].append(await vllm.is_sleeping())
     result["slept"] = [begin, *[tokens async for tokens in running]][-1]
+
+    result["replaced"] = await replaced(engine, Path(asked["folder"]) / "changing", prompt)
 
     # Blocks that the connector kept. This one's know no adapter, so that each adapter has a prompt of its own.
     before = counter("external_prefix_cache_hits")

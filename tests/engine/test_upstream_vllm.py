@@ -82,6 +82,8 @@ def test_features_of_vllm_with_adapters(model_dir: Path, make_adapter: Callable[
     assert second["again"] == alone["gone"]
     assert second["asleep"] == [True, False], "(asleep, after waking)"
     assert second["slept"] == alone["two"]
+    late, gone, two = alone["late"], alone["gone"], alone["two"]
+    assert second["replaced"] == [late, late, gone, gone, two], "each in place of the one before"
     assert second["kept"] == second["given"]
     assert second["kept"][0] != second["kept"][1]
     before, after = second["hits"]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
@@ -38,6 +39,13 @@ logger = logging.getLogger(__name__)
 
 _SETTLED_S = 2.0
 _MOST_DIGESTS = 10_000
+
+
+def settled(request: LoRARequest, inplace: bool = False) -> LoRARequest:
+    """The request without `load_inplace`, which asks vLLM to read the adapter again in every step."""
+    if request.load_inplace == inplace:
+        return request
+    return msgspec.structs.replace(request, load_inplace=inplace)
 
 
 class ServedAdapter(LoRAModel):

@@ -21,7 +21,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm_loraserve.adapters.page_cache import PageCache
 from vllm_loraserve.adapters.source import resolve_source
 from vllm_loraserve.config import LoRAServeConfig
-from vllm_loraserve.engine.adapter_loader import AdapterLoader, ModelFacts, ServedAdapter
+from vllm_loraserve.engine.adapter_loader import AdapterLoader, ModelFacts, ServedAdapter, settled
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.load_threads import ensure_wanted
 from vllm_loraserve.engine.lora_memory import host_tier_bytes
@@ -135,35 +135,49 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
         self._adapter_manager._validate_token_classification_lora(adapter)
         ensure_wanted()
         self._prepared[lora_request.lora_int_id] = adapter
+        self._forget_prepared()
         if self.peers is not None:
             self.peers.served(lora_request)
         return adapter
 
+    def _forget_prepared(self) -> None:
+        """Drops what left the host tier before anybody used it; not what is to replace a registered adapter, which
+        would pass for current then."""
+        for lora_id in list(self._prepared):
+            if lora_id not in self.host and self._adapter_manager.adapter(lora_id) is None:
+                self._prepared.pop(lora_id, None)
+
     def is_prepared(self, lora_id: int) -> bool:
         """Whether `add_adapter` would read nothing but memory."""
+        if lora_id in self._prepared:
+            # Also where it is active: with what it was before, which nobody asks for now.
+            return lora_id in self.host
         manager = self._adapter_manager
         registered = manager.adapter(lora_id)
         if lora_id in manager._active_adapters or (registered is not None and registered.shared_pages):
             return True
-        return (registered is not None or lora_id in self._prepared) and lora_id in self.host
+        return registered is not None and lora_id in self.host
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Register and activate; the engine's thread. Reads the checkpoint only if nothing prepared it."""
         manager, lora_id = self._adapter_manager, lora_request.lora_int_id
-        with gpu_sync_allowed():
-            prepared = self._prepared.pop(lora_id, None)
-            known = manager.adapter(lora_id)
-            lost = not (lora_id in manager._active_adapters or lora_id in self.host)
-            if known is None or lora_request.load_inplace or (lost and not known.shared_pages):
-                if prepared is None or lora_id not in self.host or lora_request.load_inplace:
-                    prepared = self._prepare_now(lora_request)
-                self._register(prepared)
-            elif prepared is not None and not manager.is_current(lora_id):
+        # A load aside could evict what is found here before it is copied.
+        with gpu_sync_allowed(), self.host.keeping(lora_id):
+            if lora_request.load_inplace or not self.is_prepared(lora_id):
+                self._register(self._prepare_now(lora_request))
+            elif (prepared := self._prepared.pop(lora_id, None)) is not None and self._is_news(prepared):
                 self._register(prepared)
             else:
                 manager.get_adapter(lora_id)
             manager.activate_adapter(lora_id)
         return True
+
+    def _is_news(self, prepared: ServedAdapter) -> bool:
+        """Whether a prepared adapter differs from the one that is registered under its id."""
+        known = self._adapter_manager.adapter(prepared.id)
+        if known is None or known.loras or prepared.loras:
+            return True
+        return not self._adapter_manager.is_current(prepared.id)
 
     def _prepare_now(self, lora_request: LoRARequest) -> ServedAdapter:
         adapter = self.prepare(lora_request)
@@ -192,21 +206,9 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
                 f"({manager.lora_slots})."
             )
         manager.in_use = frozenset(wanted)
-        for lora_id, request in wanted.items():
-            if manager.adapter(lora_id) is not None and request.load_inplace:
-                # In place means once, when it is added; not in every step that uses it.
-                if lora_id not in manager._active_adapters:
-                    self._reactivate(lora_id, request)
-                else:
-                    manager.activate_adapter(lora_id)
-                continue
-            self.add_adapter(request)
-
-    def _reactivate(self, lora_id: int, request: LoRARequest) -> None:
-        if lora_id in self.host:
-            self._adapter_manager.activate_adapter(lora_id)
-        else:
-            self.add_adapter(request)
+        for request in wanted.values():
+            # In place means once, when it is added; vLLM keeps the flag in the request of every later step.
+            self.add_adapter(settled(request))
 
     def pin_adapter(self, adapter_id: int) -> bool:
         pinned = super().pin_adapter(adapter_id)

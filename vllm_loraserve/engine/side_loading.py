@@ -7,6 +7,7 @@ that `add_adapter` will then find instead of reading.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ from vllm.lora.request import LoRARequest
 from vllm_loraserve.adapters.checkpoint import open_checkpoint
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine import channel
+from vllm_loraserve.engine.adapter_loader import settled
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.load_threads import LoadThreads, SupersededError, ensure_wanted, wanted
 from vllm_loraserve.engine.loader_thread import step_aside
@@ -111,7 +113,8 @@ class SideLoadingMixin:
 
     def _on_order(self, order: channel.Order) -> None:
         if isinstance(order, channel.Prepare):
-            request = msgspec.msgpack.decode(order.request, type=LoRARequest)
+            # By its content an adapter is read again, not because a request of a load in place asks for it.
+            request = settled(msgspec.msgpack.decode(order.request, type=LoRARequest))
             self._start_load(request, order.attempt)
 
     def _start_load(self, request: LoRARequest, attempt: int) -> None:
@@ -188,23 +191,30 @@ class SideLoadingMixin:
                 if peers is None or not peers.knows(lora_request):
                     self._look_at(lora_request)
                 if lora_request.load_inplace or not self.loads.pending(adapter, lora_request.lora_path):
-                    self._start_load(_settled(lora_request), attempt=0)
+                    self._start_load(settled(lora_request), attempt=0)
             return True
+        host = getattr(self, "host", None)
+        # What is found ready must not be evicted before it is active: the step would read it, and nobody know.
+        with host.keeping(adapter) if host is not None else contextlib.nullcontext():
+            return self._add_in_step(lora_request)
+
+    def _add_in_step(self, lora_request: LoRARequest) -> bool:
+        adapter = lora_request.lora_int_id
         path = self._paths.get(adapter)
         if path == lora_request.lora_path and self.is_prepared(adapter):  # type: ignore[attr-defined]
-            return super().add_adapter(_settled(lora_request))  # type: ignore[misc]
+            return bool(super().add_adapter(settled(lora_request)))  # type: ignore[misc]
         begin = time.monotonic()
         self.loads.supersede(adapter)
         replaced = path is not None and path != lora_request.lora_path
         # Warm-up adapters, for one, were never loaded aside, and have nothing to read.
         reads = replaced or not self.is_prepared(adapter)  # type: ignore[attr-defined]
-        added = super().add_adapter(_settled(lora_request, inplace=replaced))  # type: ignore[misc]
+        added = super().add_adapter(settled(lora_request, inplace=replaced))  # type: ignore[misc]
         if reads:
             rank = self._vllm_config.parallel_config.rank
             self._report(channel.Stalled(rank, adapter, time.monotonic() - begin))
         self._paths[adapter] = lora_request.lora_path
         self._sweep()
-        return added
+        return bool(added)
 
     def _look_at(self, lora_request: LoRARequest) -> None:
         """Refuses in the caller's turn what the files' headers show to be wrong; raises as the loader does."""
@@ -273,13 +283,6 @@ def _status_of(error: BaseException) -> int:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _settled(request: LoRARequest, inplace: bool = False) -> LoRARequest:
-    """The request without `load_inplace`, which asks vLLM to read the adapter again in every step."""
-    if request.load_inplace == inplace:
-        return request
-    return msgspec.structs.replace(request, load_inplace=inplace)
 
 
 def _check_exists(request: LoRARequest) -> None:
