@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -57,6 +59,17 @@ def test_pages_go_in_whole_and_stay_apart(layout: Layout) -> None:
     assert not arena.group_pages(0)[held["w"][0]].any()
     assert torch.equal(arena.group_pages(1)[held["y"][1]], sources["y"][1])  # type: ignore[arg-type]
     arena.check_integrity()
+
+
+def test_host_memory_is_taken_at_once(layout: Layout) -> None:
+    """vLLM's CPU worker sizes the KV cache by what this process has resident."""
+    arena = Arena(layout, 8192, torch.device("cpu"))
+    assert arena.slab is not None
+    maps = Path("/proc/self/smaps").read_text()
+    inside = maps.split(f"\n{arena.slab.address:08x}-", 1)[1].split("\nVmFlags", 1)[0]
+    sizes = {line.split(":")[0]: int(line.split()[1]) for line in inside.splitlines() if line.endswith(" kB")}
+    resident = sizes["Rss"] + sizes.get("Private_Hugetlb", 0) + sizes.get("Shared_Hugetlb", 0)
+    assert resident * 1024 >= arena.nbytes > 1 << 20
 
 
 def test_groups_share_one_allocation(layout: Layout) -> None:

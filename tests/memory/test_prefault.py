@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
 
 from vllm_loraserve.adapters.layout import ModuleShape, build_layout
 from vllm_loraserve.memory import prefault
-from vllm_loraserve.memory.arena import Arena
 from vllm_loraserve.memory.host_tier import HostTier
 from vllm_loraserve.memory.prefault import Prefault, populate
 from vllm_loraserve.memory.slab import HostSlab
@@ -99,14 +97,3 @@ def test_the_host_tier_has_room_ready_for_the_next_adapter(slab):
     entry = tier.create(1, "sha", (8, 8))
     assert tier._prefault.settle(60)
     assert entry.offset + entry.size + 2 * MIB <= given(slab) < entry.offset + entry.size + 3 * MIB
-
-
-def test_the_arena_has_pages_ready_in_every_group():
-    arena = Arena(layout(), 256, torch.device("cpu"))
-    sizes = [arena.layout.page_bytes(group) for group in range(2)]
-    arena.warm([2, 1])
-    assert arena._prefault.settle(60)
-    assert arena.allocate([3, 0], "x") is not None
-    assert arena._prefault.settle(60)
-    assert [arena._prefault.touched(group) for group in range(2)] == [5 * sizes[0], sizes[1]]
-    arena.check_integrity()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 WARM_ADAPTERS = 2
-"""Memory for so many adapters of --max-lora-rank is touched ahead of use."""
+"""The host tier's memory for so many adapters of --max-lora-rank is touched ahead of use."""
 
 
 class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
@@ -67,7 +67,6 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
         )
         usual = manager.layout.uniform_pages(self.lora_config.max_lora_rank)
         self.host.warm(WARM_ADAPTERS * manager.layout.size_bytes(usual))
-        manager.arena.warm([WARM_ADAPTERS * count for count in usual])
         cache = self.options.page_cache_dir
         self.loader = AdapterLoader(
             self._facts(manager),

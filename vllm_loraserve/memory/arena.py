@@ -14,7 +14,6 @@ import torch
 from vllm_loraserve.adapters.layout import Layout
 from vllm_loraserve.memory import extension
 from vllm_loraserve.memory.allocator import PageAllocator
-from vllm_loraserve.memory.prefault import Prefault
 from vllm_loraserve.memory.slab import DeviceSlab, HostSlab, Slab
 
 logger = logging.getLogger(__name__)
@@ -50,20 +49,6 @@ class Arena:
             self._offsets.append(at)
             at += self.pages_per_group * layout.page_bytes(group)
         self.allocators = [PageAllocator(self.pages_per_group) for _ in layout.groups]
-        self._prefault: Prefault | None = None
-
-    def warm(self, ahead: Sequence[int]) -> None:
-        """From now on `ahead[g]` pages of every group beyond those ever used have their memory before they are needed.
-
-        Only host memory is given page by page; on a device this does nothing.
-        """
-        if self.device.type == "cpu":
-            sizes = [self.layout.page_bytes(group) for group in range(len(self.layout.groups))]
-            zones = [
-                (self.flat.data_ptr() + at, self.pages_per_group * s)
-                for at, s in zip(self._offsets, sizes, strict=True)
-            ]
-            self._prefault = Prefault(zones, [count * size for count, size in zip(ahead, sizes, strict=True)])
 
     @property
     def rank_rows(self) -> int:
@@ -90,13 +75,9 @@ class Arena:
         """`counts[g]` pages of every group g, or None (and no change) when a group has too few."""
         if any(count > allocator.free_pages for count, allocator in zip(counts, self.allocators, strict=True)):
             return None
-        pages = [
+        return [
             allocator.allocate(count, owner) or [] for count, allocator in zip(counts, self.allocators, strict=True)
         ]
-        if self._prefault is not None:
-            for group, owned in enumerate(pages):
-                self._prefault.used(group, (max(owned, default=-1) + 1) * self.layout.page_bytes(group))
-        return pages
 
     def free(self, pages: Sequence[Sequence[int]], owner: Hashable) -> None:
         """Give back what `allocate` returned."""
@@ -145,7 +126,8 @@ def _runs(pages: Sequence[int]) -> list[tuple[int, int, int]]:
 
 def _allocate(nbytes: int, device: torch.device) -> tuple[Slab | None, torch.Tensor]:
     if device.type == "cpu":
-        slab = HostSlab(nbytes, pinned=False)
+        # Taken now: vLLM's CPU worker gives the KV cache all that this process has not touched before it measures.
+        slab = HostSlab(nbytes, pinned=False, populate=True)
         return slab, torch.from_numpy(slab.array())[:nbytes]
     if device.type == "cuda" and extension.load() is not None:
         try:
