@@ -1,7 +1,8 @@
-"""Which registered adapter goes when --max-cpu-loras is reached; all else of the manager runs in a real vLLM."""
+"""Which registered adapter goes at --max-cpu-loras, and how a device copies; the rest runs in a real vLLM."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,3 +43,75 @@ def test_last_copies_go_last_and_what_is_in_use_or_pinned_never(
     )
     assert PagedLoRAModelManager.remove_oldest_adapter(manager) == (gone is not None)
     assert removed == ([gone] if gone is not None else [])
+
+
+class Event:
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.done = True
+
+
+def test_a_device_copies_behind_the_step_and_its_source_stays_until_then() -> None:
+    from vllm_loraserve.engine.model_manager import PagedLoRAModelManager
+    from vllm_loraserve.engine.pending_copies import PendingCopies
+
+    events: list[Event] = []
+    reading: set[int] = set()
+
+    def event() -> Event:
+        events.append(Event())
+        return events[-1]
+
+    @contextmanager
+    def read(adapter: int) -> Any:
+        reading.add(adapter)
+        yield SimpleNamespace(ranks=(8,), pages=(1,), generation=1)
+        reading.discard(adapter)
+
+    manager: Any = SimpleNamespace(
+        device=SimpleNamespace(type="cuda"),
+        copies=PendingCopies(event),
+        host=SimpleNamespace(reading=read, targets=lambda entry: [None]),
+        residents=SimpleNamespace(to_evict=lambda *_: [], bring_in=lambda *_: [[0]]),
+        _victims=lambda adapter: [],
+        _take_slot=lambda adapter: None,
+    )
+    for adapter in (1, 2):
+        assert PagedLoRAModelManager._bring_in(manager, adapter, SimpleNamespace()) == [[0]]  # type: ignore[arg-type]
+    assert reading == {1, 2}, "nobody waited, and both are being copied"
+    events[0].done = True
+    PagedLoRAModelManager._bring_in(manager, 3, SimpleNamespace())  # type: ignore[arg-type]
+    assert reading == {2, 3}
+    manager.copies.drain(wait=True)
+    assert (reading, len(manager.copies)) == (set(), 0)
+    assert all(each.done for each in events)
+
+
+def test_a_copy_that_could_not_be_queued_holds_nothing() -> None:
+    from vllm_loraserve.engine.arena_residents import ArenaFullError
+    from vllm_loraserve.engine.model_manager import PagedLoRAModelManager
+    from vllm_loraserve.engine.pending_copies import PendingCopies
+
+    ended: list[int] = []
+
+    @contextmanager
+    def read(adapter: int) -> Any:
+        try:
+            yield SimpleNamespace(ranks=(8,), pages=(1,), generation=1)
+        finally:
+            ended.append(adapter)
+
+    def full(*_: Any) -> list[int]:
+        raise ArenaFullError("no room")
+
+    manager: Any = SimpleNamespace(
+        copies=PendingCopies(Event), host=SimpleNamespace(reading=read), residents=SimpleNamespace(to_evict=full),
+        _victims=lambda adapter: [],
+    )  # fmt: skip
+    with pytest.raises(ArenaFullError):
+        PagedLoRAModelManager._bring_in(manager, 1, SimpleNamespace())  # type: ignore[arg-type]
+    assert ended == [1]

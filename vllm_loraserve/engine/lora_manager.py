@@ -126,6 +126,7 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
     def prepare(self, lora_request: LoRARequest) -> ServedAdapter:
         """Bring an adapter into the host tier. Thread-safe, off the engine's thread; `add_adapter` then only
         copies pages. Raises AdapterError or HostTierFullError."""
+        self._adapter_manager.copies.drain()
         adapter = self.peers.bring(lora_request) if self.peers is not None else None
         if adapter is None:
             adapter = self.loader.prepare(lora_request)

@@ -8,9 +8,9 @@ thread, a copy of whole pages). Modules that pages do not cover stay on vLLM's p
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
@@ -21,6 +21,7 @@ from vllm_loraserve.engine.arena_residents import ArenaFullError, ArenaResidents
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.lora_memory import ScratchReserve, log_arena, scratch_bytes, worker_layout
 from vllm_loraserve.engine.paged_layers import SlotTables, attach, is_paged, stacked_bytes, without_stacked_weights
+from vllm_loraserve.engine.pending_copies import PendingCopies
 from vllm_loraserve.engine.stock_layers import track_slots
 from vllm_loraserve.memory.arena import Arena, arena_rank_rows
 from vllm_loraserve.memory.eviction import Candidate, Demand, eviction_order, load_seconds
@@ -45,6 +46,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         self.in_use: frozenset[int] = frozenset()
         """Adapters of the step at hand: never evicted."""
         self._demand: Demand[int] = Demand()
+        self.copies = PendingCopies()
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
 
     # --- start-up ---------------------------------------------------------------------------------------
@@ -139,7 +141,9 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         return True
 
     def _bring_in(self, lora_id: int, adapter: ServedAdapter) -> list[list[int]]:
-        with self.host.reading(lora_id) as entry:
+        self.copies.drain()
+        with ExitStack() as reading:
+            entry = reading.enter_context(self.host.reading(lora_id))
             if entry is None:
                 raise LookupError(f"LoRA {lora_id} is not in the host tier; prepare it first")
             # A replacement may have reached the host tier since this adapter was registered.
@@ -149,8 +153,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             self._take_slot(lora_id)
             pages = self.residents.bring_in(lora_id, adapter.pages, self.host.targets(entry), entry.generation)
             if self.device.type != "cpu":
-                # The host pages may be evicted once nobody reads them.
-                torch.cuda.current_stream().synchronize()
+                self.copies.hold(reading.pop_all())
         return pages
 
     def _take_slot(self, lora_id: int) -> None:
@@ -220,11 +223,13 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         return True
 
     def remove_adapter(self, adapter_id: int) -> bool:
+        self.copies.drain()
         self._demand.forget(adapter_id)
         self.host.remove(adapter_id)
         return super().remove_adapter(adapter_id)
 
     def remove_all_adapters(self) -> None:
+        self.copies.drain(wait=True)
         for lora_id in [lora for lora in self.lora_index_to_id if lora is not None]:
             self._deactivate_adapter(lora_id)
         for lora_id in list(self._registered_adapters.cache):
