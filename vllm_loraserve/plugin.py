@@ -38,8 +38,9 @@ class Hook:
     """Names of the parameters that the replaced callable must have, in order."""
     used_by: tuple[str, str] | None = None
     """(`module:attribute.path`, text): where vLLM uses the target, and how; the source there must contain the text."""
-    when: Literal["always", "server"] = "always"
-    """always: by `register`; server: by `install_server_hooks`, in an API-server process that uses the flag."""
+    when: Literal["always", "server", "worker"] = "always"
+    """always: by `register`; server: by `install_server_hooks`, in an API-server process that uses the flag; worker: by
+    `install_worker_hooks`, where a LoRA manager of ours is made."""
     patch: str | None = None
     """Diff under `patches/` that would make the hook unnecessary."""
 
@@ -236,6 +237,15 @@ def hooks() -> tuple[Hook, ...]:
             patch="0007-adapter-in-finished-request-stats.patch",
         ),
         Hook(
+            name="demand per adapter of pooling requests",
+            target="vllm.v1.engine.async_llm:AsyncLLM.encode",
+            kind="hook",
+            wrap=None,
+            used_by=("vllm.v1.engine.async_llm:AsyncLLM.encode", "lora_request: LoRARequest | None = None,"),
+            when="server",
+            patch="0007-adapter-in-finished-request-stats.patch",
+        ),
+        Hook(
             name="load of the instance",
             target="vllm.v1.metrics.loggers:AggregateStatLoggerBase.record",
             kind="semi",
@@ -244,7 +254,60 @@ def hooks() -> tuple[Hook, ...]:
             used_by=("vllm.v1.metrics.loggers:StatLoggerManager.record", "for stat_logger in self.stat_loggers:"),
             when="server",
         ),
+        *_layer_hooks(),
     )
+
+
+def _layer_hooks() -> tuple[Hook, ...]:
+    """Where LoRA layers keep adapters: made without stacks by class, then set and reset on each layer (not its class)
+    by `paged_layers.attach` and `stock_layers.track_slots`."""
+    patch = "0009-lora-layer-storage.patch"
+    linear = "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA"
+    merged = "vllm.lora.layers.column_parallel_linear:MergedColumnParallelLinearWithLoRA"
+    slots = {
+        "linear": linear,
+        "merged linear": merged,
+        "embedding": "vllm.lora.layers.vocab_parallel_embedding:VocabParallelEmbeddingWithLoRA",
+        "lm_head": "vllm.lora.layers.logits_processor:LogitsProcessorWithLoRA",
+    }
+    made = tuple(
+        Hook(
+            name=f"storage of {what} layers",
+            target=f"{cls}.create_lora_weights",
+            kind="hook",
+            wrap=_ours("paged_layers", "wrap_create_lora_weights"),
+            parameters=("self", "max_loras", "lora_config", "model_config"),
+            used_by=(f"{cls}.create_lora_weights", "device=self.device,"),
+            when="worker",
+            patch=patch,
+        )
+        for what, cls in (("linear", linear), ("merged linear", merged))
+    )
+    methods = {"set_lora": ("self", "index", "lora_a", "lora_b"), "reset_lora": ("self", "index")}
+    changed = tuple(
+        Hook(
+            name=f"{method} of {what} layers",
+            target=f"{cls}.{method}",
+            kind="hook",
+            wrap=None,
+            parameters=parameters,
+            used_by=("vllm.lora.model_manager:LoRAModelManager.activate_adapter", f"module.{method}("),
+            when="worker",
+            patch=patch,
+        )
+        for what, cls in slots.items()
+        for method, parameters in methods.items()
+    )
+    read = Hook(
+        name="stacked weights of linear layers",
+        target=f"{linear}._apply_lora_to_output",
+        kind="hook",
+        wrap=None,
+        used_by=(f"{linear}._apply_lora_to_output", "output, x, self.lora_a_stacked, self.lora_b_stacked, 1.0"),
+        when="worker",
+        patch=patch,
+    )
+    return *made, *changed, read
 
 
 def unsupported_version() -> str | None:
@@ -276,10 +339,22 @@ def register() -> None:
 
 def install_server_hooks() -> str | None:
     """Puts the API server's hooks in place, or says in one line why they don't fit."""
-    table = tuple(hook for hook in hooks() if hook.when == "server")
-    if (problem := _problem(table)) is not None:
-        return problem
-    return _install(table)
+    return _check_and_install("server")
+
+
+def install_worker_hooks() -> str | None:
+    """Puts the hooks of LoRA layers in place, or says in one line why they don't fit."""
+    return _check_and_install("worker")
+
+
+def worker_problem() -> str | None:
+    """Why the hooks of LoRA layers don't fit, in one line; for whom it is too early to put them in place."""
+    return _problem(tuple(hook for hook in hooks() if hook.when == "worker"))
+
+
+def _check_and_install(when: str) -> str | None:
+    table = tuple(hook for hook in hooks() if hook.when == when)
+    return _problem(table) or _install(table)
 
 
 def _install(table: tuple[Hook, ...]) -> str | None:

@@ -163,7 +163,7 @@ def _require_hooks(refusal: Callable[[], str | None], server: bool) -> None:
     """Raises ConfigError when the plugin can't be used here; completes the hooks of an API-server process."""
     from vllm_loraserve import plugin
 
-    reason = refusal() or (plugin.install_server_hooks() if server else None)
+    reason = refusal() or plugin.worker_problem() or (plugin.install_server_hooks() if server else None)
     if reason is not None:
         raise ConfigError(reason)
 

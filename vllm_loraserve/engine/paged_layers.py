@@ -7,10 +7,10 @@ vLLM's storage and kernels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from vllm.lora.layers import (
@@ -23,7 +23,6 @@ from vllm.lora.layers import (
     ReplicatedLinearWithLoRA,
     RowParallelLinearWithLoRA,
 )
-from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from vllm_loraserve.adapters.checkpoint import LoRATensors
 from vllm_loraserve.adapters.convert import ModulePlan, Pair
@@ -48,31 +47,39 @@ def is_paged(layer: BaseLayerWithLoRA) -> bool:
     return type(layer) in PAGED_CLASSES
 
 
+_without_stacked = False
+
+
 @contextmanager
 def without_stacked_weights() -> Iterator[None]:
     """While the block runs, a paged layer that vLLM makes gets its stacked weights on the meta device.
 
     vLLM's own code still decides their shapes, which is how we know, exactly, what stock would take.
     """
-
-    def on_meta(original: Callable[..., None]) -> Callable[..., None]:
-        def create_lora_weights(self: Any, *args: Any, **kwargs: Any) -> None:
-            device = self.device
-            if is_paged(self):
-                self.device = torch.device("meta")
-            try:
-                original(self, *args, **kwargs)
-            finally:
-                self.device = device
-
-        return create_lora_weights
-
-    with ExitStack() as stack:
-        for cls in {BaseLinearLayerWithLoRA, *PAGED_CLASSES}:
-            original = cls.__dict__.get("create_lora_weights")
-            if original is not None:
-                stack.enter_context(patch.object(cls, "create_lora_weights", on_meta(original)))
+    global _without_stacked
+    _without_stacked = True
+    try:
         yield
+    finally:
+        _without_stacked = False
+
+
+def wrap_create_lora_weights(original: Callable[..., None]) -> Callable[..., None]:
+    """A linear layer's `create_lora_weights`; what it does otherwise only `without_stacked_weights` decides."""
+
+    @functools.wraps(original)
+    def create_lora_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not _without_stacked or not is_paged(self):
+            original(self, *args, **kwargs)
+            return
+        device = self.device
+        self.device = torch.device("meta")
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            self.device = device
+
+    return create_lora_weights
 
 
 def stacked_bytes(layer: Any) -> int:

@@ -48,6 +48,10 @@ def lora_manager_class(config: LoRAServeConfig | None, stock: Any) -> Callable[.
     """The manager class for an engine with these options (None: the flag is off)."""
     if config is None:
         return stock
+    from vllm_loraserve import plugin
+
+    if (problem := plugin.install_worker_hooks()) is not None:
+        raise RuntimeError(problem)
     from vllm_loraserve.engine.side_loading import side_loading
 
     if not offered(MANAGER):
