@@ -9,7 +9,7 @@ import pytest
 from transfer.helpers import KEY, wanted
 from transfer.holder import adapter_pages
 
-from vllm_loraserve.transfer.errors import PeerLostError, TransferError
+from vllm_loraserve.transfer.errors import PeerLostError
 from vllm_loraserve.transfer.flight import Flight, RateLimiter
 from vllm_loraserve.transfer.peer import Peer
 from vllm_loraserve.transfer.slab_store import SlabStore
@@ -69,9 +69,9 @@ def test_a_machine_that_is_switched_off_during_a_read_is_given_up(device, endpoi
 
         flight.advance = advance  # type: ignore[method-assign]
         begun = time.monotonic()
-        with pytest.raises(TransferError) as caught:
+        with pytest.raises(PeerLostError) as caught:  # neither the way alone, nor the end of the time given
             peer.fetch(wanted("a"), target, flight)
         print(f"given up after {time.monotonic() - begun:.1f} s: {caught.value}")
-        assert "the time given" not in str(caught.value)
+        assert "retries exceeded" in str(caught.value) or "no READ completed" in str(caught.value)
         assert target.catalogue() == []
         assert target.free_bytes == target.slab.size

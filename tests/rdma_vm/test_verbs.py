@@ -15,8 +15,8 @@ from transfer.holder import adapter_pages
 from vllm_loraserve.memory import extension
 from vllm_loraserve.transfer.errors import (
     CorruptPageError,
-    GenerationChangedError,
     PeerLostError,
+    RungFailedError,
     TransferError,
 )
 from vllm_loraserve.transfer.flight import Flight
@@ -122,7 +122,7 @@ def test_a_wrong_key_reads_nothing(peer, target):
     lease = leased(peer)
     forged = [RemoteRange(r.address, r.length, (r.rkey + 0x100) & 0xFFFFFFFF) for r in lease.remote]
     error = read_status(peer, Leased(lease=lease.lease, pages=lease.pages, slab=0, remote=tuple(forged)), target)
-    assert isinstance(error, GenerationChangedError)
+    assert isinstance(error, RungFailedError)
     assert "remote access error" in str(error)
 
 
@@ -130,7 +130,7 @@ def test_reading_past_the_registered_pages_is_refused_by_the_device(peer, target
     lease = leased(peer)
     beyond = [RemoteRange(r.address + 4096, r.length, r.rkey) for r in lease.remote]
     error = read_status(peer, Leased(lease=lease.lease, pages=lease.pages, slab=0, remote=tuple(beyond)), target)
-    assert isinstance(error, GenerationChangedError)
+    assert isinstance(error, RungFailedError)
 
 
 def test_a_key_of_another_peer_s_lease_opens_nothing(server, peer, target):
@@ -138,7 +138,7 @@ def test_a_key_of_another_peer_s_lease_opens_nothing(server, peer, target):
         theirs = leased(other)
         leased(peer)
         error = read_status(peer, theirs, target)
-        assert isinstance(error, GenerationChangedError)
+        assert isinstance(error, RungFailedError)
         assert read_status(other, theirs, target) is None  # its owner may
 
 
@@ -146,13 +146,13 @@ def test_after_release_the_key_is_dead(peer, target):
     lease = leased(peer)
     assert read_status(peer, lease, target) is None
     peer.release(lease)
-    assert isinstance(read_status(peer, lease, target), GenerationChangedError)
+    assert isinstance(read_status(peer, lease, target), RungFailedError)
 
 
 def test_revocation_ends_reading_at_once(server, peer, target):
     lease = leased(peer)
     assert server.revoke("a") == 1
-    assert isinstance(read_status(peer, lease, target), GenerationChangedError)
+    assert isinstance(read_status(peer, lease, target), RungFailedError)
 
 
 def test_memory_is_never_registered_for_writing(device, server, peer, target):

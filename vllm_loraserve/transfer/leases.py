@@ -8,10 +8,13 @@ bookkeeping: time is passed in, sockets are elsewhere.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable
 
 from vllm_loraserve.transfer.pages import AdapterPages, PageStore
+
+logger = logging.getLogger(__name__)
 
 
 class Lease:
@@ -30,6 +33,15 @@ class Lease:
     def valid(self) -> bool:
         """False from the moment the lease ends."""
         return not self._ended
+
+    def guard(self, on_end: Callable[[], None]) -> bool:
+        """`on_end` is to run when the lease ends; False where it has ended already: then it has just run."""
+        with self._lock:
+            if not self._ended:
+                self.on_end = on_end
+                return True
+        on_end()
+        return False
 
     def enter(self, interrupt: Callable[[], None] | None = None) -> bool:
         """A server thread begins to read the pages on the holder's behalf; False where the lease has ended.
@@ -104,11 +116,19 @@ class LeaseTable:
                     lease.expires = now + self.ttl
 
     def _end(self, chosen: Callable[[Lease], bool], *, interrupt: bool = True) -> int:
+        """How many of the chosen leases that ended; one whose `on_end` fails keeps none of the others."""
         with self._lock:
             ending = [lease for lease in self._leases.values() if chosen(lease)]
             for lease in ending:
                 del self._leases[lease.number]
-        return sum(lease.end(interrupt=interrupt) for lease in ending)
+        ended = 0
+        for lease in ending:
+            try:
+                ended += lease.end(interrupt=interrupt)
+            except Exception:
+                ended += 1
+                logger.exception("transfer: the end of a lease on %s did not go well", lease.pages.name)
+        return ended
 
     def end(self, lease: Lease) -> None:
         """The holder gives it back: it has all it wants, whoever is still inside is about to leave."""
@@ -117,6 +137,10 @@ class LeaseTable:
     def end_session(self, session: int) -> int:
         """The holder is gone; how many leases that ended."""
         return self._end(lambda lease: lease.session == session)
+
+    def end_registered(self, session: int) -> int:
+        """The session's registrations go with its queue pair; how many leases that ended."""
+        return self._end(lambda lease: lease.session == session and lease.on_end is not None)
 
     def end_adapter(self, name: str) -> int:
         """Hard revocation: returns when nobody can read these pages any more; how many leases that ended."""

@@ -184,6 +184,7 @@ class Peer:
                 "not_held": NotHeldError,
                 "layout": LayoutMismatchError,
                 "digest": DigestMismatchError,
+                "revoked": GenerationChangedError,
             }
             raise kinds.get(reply.code, RungFailedError)(f"{self.endpoint}: {reply.message}")
         raise PeerLostError(f"{self.endpoint} answered a lease with {type(reply).__name__}")
@@ -285,8 +286,12 @@ class Peer:
             try:
                 sums = rung.read(self, lease, destination, flight)
             except RungFailedError as error:
-                # A revoked lease may show as a broken connection; then it is the source that changed, not the way.
-                self._check(lease, str(error))
+                # A revoked lease may show as a broken connection, and so may a dead peer: then it is the source, not
+                # the way.
+                try:
+                    self._check(lease, str(error))
+                except PeerLostError as lost:
+                    raise PeerLostError(f"{error}; {lost}") from None
                 raise
             self.verify(lease, destination, sums)
             flight.check()

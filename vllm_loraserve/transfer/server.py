@@ -280,6 +280,7 @@ class TransferServer:
                 return wire.Catalogue(adapters=tuple(seen.values()))
             case wire.ConnectQueuePair():
                 if session.verbs is not None:  # the client gave its queue pair up; so go the registrations
+                    self._leases.end_registered(session.number)
                     session.verbs.close()
                     session.verbs = None
                 session.verbs = self._verbs.connect(request)
@@ -309,10 +310,12 @@ class TransferServer:
                     self._leases.end(lease)
                     return wire.Refused(code="unsupported", message="no queue pair is connected on this session")
                 try:
-                    remote, lease.on_end = session.verbs.register(store.slab, pages.ranges)
+                    remote, deregister = session.verbs.register(store.slab, pages.ranges)
                 except RungFailedError as error:
                     self._leases.end(lease)
                     return wire.Refused(code="unsupported", message=str(error))
+                if not lease.guard(deregister):
+                    return wire.Refused(code="revoked", message=f"{request.name} was taken back meanwhile")
             return wire.Leased(lease=lease.number, pages=pages, slab=index, remote=remote)
         return refusal or wire.Refused(code="not_held", message=f"{request.name} is not held here")
 

@@ -15,13 +15,7 @@ from typing import Any, Literal
 
 from vllm_loraserve.memory.slab import Slab
 from vllm_loraserve.transfer import wire
-from vllm_loraserve.transfer.errors import (
-    DeadlineError,
-    GenerationChangedError,
-    PeerLostError,
-    RungFailedError,
-    TransferError,
-)
+from vllm_loraserve.transfer.errors import PeerLostError, RungFailedError, TransferError
 from vllm_loraserve.transfer.flight import Flight
 from vllm_loraserve.transfer.pages import Destination, Range, match
 from vllm_loraserve.transfer.rungs.base import Link
@@ -226,7 +220,7 @@ class VerbsRung:
                 return n
             flight.check()
             if time.monotonic() >= give_up:
-                raise DeadlineError(f"no READ completed for {READ_S:.0f} s")
+                raise RungFailedError(f"no READ completed for {READ_S:.0f} s")
             if events:
                 connection.cq.req_notify()
 
@@ -237,10 +231,11 @@ class VerbsRung:
             if completion.status == enums.IBV_WC_SUCCESS:
                 continue
             status = int(completion.status)
+            # Whether the peer is well, and our lease still valid, the control connection says (`Peer.fetch`).
             if status == int(enums.IBV_WC_REM_ACCESS_ERR):
-                raise GenerationChangedError("the peer took the memory back (remote access error)")
+                raise RungFailedError("the peer's device refuses the memory (remote access error)")
             if status == int(enums.IBV_WC_RETRY_EXC_ERR):
-                raise PeerLostError("the peer's device does not answer (retries exceeded)")
+                raise RungFailedError("the peer's device does not answer (retries exceeded)")
             raise RungFailedError(f"{connection.device.name}: a READ failed with status {status}")
         return int(count)
 
