@@ -157,6 +157,13 @@ def parse_config(raw: Mapping[str, Any] | LoRAServeConfig | None) -> LoRAServeCo
             f"loraserve-config: arena_gib={config.arena_gib:g} and arena_rank_rows={config.arena_rank_rows} are both "
             "given; give the arena one size"
         )
+    if config.transfer_key_file is not None and config.transfer_advertise is None:
+        host = config.transfer_host.strip("[]")
+        if host in ("", "0.0.0.0", "::", "*"):
+            raise ConfigError(
+                f"loraserve-config: transfer_host={config.transfer_host!r} is no address that peers can reach; set "
+                "transfer_advertise to this host's name or address"
+            )
     return config
 
 

@@ -558,6 +558,10 @@ async def test_meter_counts_pooling_requests_too():
 def test_two_sizes_for_the_arena_are_refused_before_the_model_loads():
     with pytest.raises(ConfigError, match="arena_gib=1 and arena_rank_rows=64 are both given"):
         parse_config({"arena_gib": 1.0, "arena_rank_rows": 64})
+    for host in ("0.0.0.0", "::"):
+        with pytest.raises(ConfigError, match="set transfer_advertise"):
+            parse_config({"transfer_key_file": "/k", "transfer_host": host})
+        parse_config({"transfer_key_file": "/k", "transfer_host": host, "transfer_advertise": "node-1"})
 
 
 def test_instance_names():

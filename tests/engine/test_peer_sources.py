@@ -1,6 +1,7 @@
 """Two workers' host tiers over real connections: an adapter of one is brought to the other, or left to its file."""
 
 import threading
+import time
 
 import pytest
 
@@ -44,6 +45,13 @@ def random_weights(t: HostTier, entry: HostEntry, seed: int) -> None:
 def content(t: HostTier, key: int) -> bytes:
     entry = t.get(key)
     return bytes(t.slab.view(entry.offset, entry.size))
+
+
+def until(condition) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -176,6 +184,20 @@ def test_a_file_system_that_does_not_answer_holds_up_no_other_adapter(worker, mo
         assert ours.may_evict(6), "what was known"
     finally:
         gate.set()
+
+
+def test_a_peer_that_no_table_names_any_more_is_let_go(worker):
+    theirs = tier()
+    holder, asker = worker("one", theirs), worker("two", tier())
+    fill(theirs, 5, "sha", seed=1)
+    holder.served(LoRARequest("a", 5, "/a"))
+    for name in "ab":
+        asker.locate(name, f"/{name}", "sha", [("one", holder.endpoint)])
+    assert asker.bring(LoRARequest("a", 9, "/a")) is not None
+    asker.locate("a", "/a", "sha", [])
+    assert list(asker._peers._peers) == [holder.endpoint], "b is there still"
+    asker.locate("b", "/b", "sha", [])
+    until(lambda: not asker._peers._peers)
 
 
 def test_a_stranger_gets_nothing(worker, tmp_path):

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from transfer.helpers import KEY, LAYOUT, PATIENCE_S, make_pages, until, wanted
-from vllm_loraserve.transfer.errors import TransferError
+from vllm_loraserve.transfer import wire
+from vllm_loraserve.transfer.errors import PeerLostError, TransferError
 from vllm_loraserve.transfer.flight import Flight
 from vllm_loraserve.transfer.peer import Peer
+from vllm_loraserve.transfer.peers import PeerTable
+from vllm_loraserve.transfer.server import TransferServer
 from vllm_loraserve.transfer.slab_store import SlabStore
 
 
@@ -88,3 +91,28 @@ def test_sessions_leave_nothing(server, source):
     for _ in range(40):
         once()
     none_left(server, before)
+
+
+def test_peers_that_die_leave_nothing(target, holder):
+    """Each comes again, if at all, at another endpoint: nobody asks for the old one any more."""
+    table = PeerTable(KEY, "me", order=("memfd", "tcp"))
+    before = counts()
+    for number in range(3):
+        dead = holder(1, f"dead-{number}")
+        peer = table.get(dead.endpoint)
+        peer.fetch(wanted(), target, Flight(PATIENCE_S))
+        dead.kill()
+        with pytest.raises(PeerLostError):
+            peer.ask(wire.Ping())
+        dead.close()
+    until(lambda: all(now <= had for now, had in zip(counts(), before, strict=True)))
+    assert (table._peers, table._connecting) == ({}, {})
+    table.close()
+
+
+def test_a_ping_notices_a_peer_that_died(source):
+    table = PeerTable(KEY, "me", order=("memfd",))
+    with TransferServer([source], KEY, "one", verbs="off", lease_s=0.3) as server:
+        table.get(server.endpoint).rungs()
+    until(lambda: not table._peers)
+    table.close()

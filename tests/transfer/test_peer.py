@@ -423,3 +423,14 @@ def test_another_protocol_version_is_refused(server):
         reply = wire.receive_reply(sock)
     assert isinstance(reply, wire.Refused)
     assert reply.message == "this instance speaks version 1"
+
+
+def test_an_address_of_the_sixth_version(source, target):
+    with (
+        TransferServer([source], KEY, "one", verbs="off", host="::1", offer_unix=False) as server,
+        Peer(server.endpoint, KEY, "two") as peer,
+    ):
+        assert server.endpoint.startswith("[::1]:")
+        assert peer.fetch(wanted("a"), target, Flight(PATIENCE_S))[1] == "tcp"
+    with TransferServer([source], KEY, "one", verbs="off", advertise="fd00::7") as server:
+        assert server.endpoint.startswith("[fd00::7]:")

@@ -155,19 +155,31 @@ def test_what_is_to_run_at_the_end_runs_where_the_lease_ended_meanwhile(pages):
 
 def test_handover_keeps_the_last_copy():
     handover = Handover()
-    assert not handover.may_go("a")
-    assert handover.may_go("a", checkpoint_readable=True)
-    handover.located("a", ["two"])  # a copy that was not made from ours may itself rely on ours
-    assert not handover.may_go("a")
-    handover.landed("a", "two")
-    assert handover.may_go("a")
-    handover.located("a", ["three"])  # two has lost it since
-    assert not handover.may_go("a")
-    handover.located("a", ["two", "three"])
-    assert handover.may_go("a")
+    assert not handover.may_go("a", "sha")
+    assert handover.may_go("a", "sha", checkpoint_readable=True)
+    handover.located("a", "sha", ["two"])  # a copy that was not made from ours may itself rely on ours
+    assert not handover.may_go("a", "sha")
+    handover.landed("a", "sha", "two")
+    assert handover.may_go("a", "sha")
+    handover.located("a", "sha", ["three"])  # two has lost it since
+    assert not handover.may_go("a", "sha")
+    handover.located("a", "sha", ["two", "three"])
+    assert handover.may_go("a", "sha")
     handover.forget("a")
-    handover.located("a", ["two"])
-    assert not handover.may_go("a")  # other content
+    handover.located("a", "sha", ["two"])
+    assert not handover.may_go("a", "sha")
+
+
+def test_a_copy_of_other_content_under_the_name_confirms_nothing():
+    """A peer's confirmation of the old content may come after the new has landed here."""
+    handover = Handover()
+    handover.located("a", "new", ["two"])
+    handover.landed("a", "old", "two")
+    assert not handover.may_go("a", "new")
+    handover.landed("a", "new", "two")
+    assert handover.may_go("a", "new")
+    handover.located("a", "newer", ["two"])
+    assert not handover.may_go("a", "new")
 
 
 @given(st.lists(st.tuples(st.sampled_from(["copy", "table", "evict"]), st.integers(0, 3), st.integers(0, 3))))
@@ -180,13 +192,13 @@ def test_whatever_instances_hear_and_when_one_copy_stays(events):
     for what, i, j in events:
         if what == "copy" and holds[i] and not holds[j]:
             holds[j] = True
-            handovers[i].landed("a", names[j])
+            handovers[i].landed("a", "sha", names[j])
         elif what == "table":
             tables.append(list(holds))
             for k, handover in enumerate(handovers):
                 held = tables[-1 - (j % len(tables))]
-                handover.located("a", [name for n, name in enumerate(names) if held[n] and n != k])
-        elif what == "evict" and holds[i] and handovers[i].may_go("a"):
+                handover.located("a", "sha", [name for n, name in enumerate(names) if held[n] and n != k])
+        elif what == "evict" and holds[i] and handovers[i].may_go("a", "sha"):
             holds[i] = False
             handovers[i].forget("a")
         assert any(holds)

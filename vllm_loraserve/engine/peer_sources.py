@@ -140,8 +140,13 @@ class PeerSources:
             if self._rank < len(ranks):
                 locations.append(Location(instance, ranks[self._rank]))
         with self._lock:
+            _, before = self._located.get((name, path), ("", ()))
             self._located[name, path] = (digest, tuple(locations))
-        self._handover.located(name, [location.instance for location in locations])
+            named = {location.endpoint for _, row in self._located.values() for location in row}
+        for location in before:
+            if location.endpoint not in named:
+                self._peers.forget(location.endpoint)
+        self._handover.located(name, digest, [location.instance for location in locations])
 
     def knows(self, request: LoRARequest) -> bool:
         """Whether the adapter is one of the cluster's, so that it may come though its checkpoint is gone here."""
@@ -178,7 +183,10 @@ class PeerSources:
         with self._lock:
             name = self._names.get(key) if isinstance(key, int) else None
             readable = name is None or self._readable.get(name, True)
-        return name is None or self._handover.may_go(name, checkpoint_readable=readable)
+        entry = self._tier.get(key)
+        if name is None or entry is None:
+            return True
+        return self._handover.may_go(name, entry.digest, checkpoint_readable=readable)
 
     def look_at_checkpoints(self, *, every_s: float = 0.0, patience_s: float | None = None) -> None:
         """Learns whether the checkpoints of the adapters held here can be read, unless that is known since `every_s`.

@@ -17,28 +17,31 @@ class Handover:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._confirmed: dict[str, set[str]] = {}
-        """name -> peers that have verified a copy of ours."""
-        self._holders: dict[str, set[str]] = {}
-        """name -> who holds it elsewhere, by the last table and what was confirmed since."""
+        self._confirmed: dict[tuple[str, str], set[str]] = {}
+        """(name, digest) -> peers that have verified a copy of ours."""
+        self._holders: dict[tuple[str, str], set[str]] = {}
+        """(name, digest) -> who holds it elsewhere, by the last table and what was confirmed since."""
 
-    def landed(self, name: str, peer: str) -> None:
+    def landed(self, name: str, digest: str, peer: str) -> None:
         """`peer` has verified a copy of ours (`PageStore.landed`)."""
         with self._lock:
-            self._confirmed.setdefault(name, set()).add(peer)
-            self._holders.setdefault(name, set()).add(peer)
+            self._confirmed.setdefault((name, digest), set()).add(peer)
+            self._holders.setdefault((name, digest), set()).add(peer)
 
-    def located(self, name: str, holders: Iterable[str]) -> None:
-        """The location table's row, without ourselves: a peer that is not in it any more does not count."""
+    def located(self, name: str, digest: str, holders: Iterable[str]) -> None:
+        """The location table's row, without ourselves: a peer that is not in it any more does not count, nor does any
+        for other content of the name."""
         with self._lock:
-            self._holders[name] = set(holders)
+            self._holders = {key: peers for key, peers in self._holders.items() if key[0] != name}
+            self._holders[name, digest] = set(holders)
 
     def forget(self, name: str) -> None:
-        """Our copy is gone, or is other content now: nobody has copied this one."""
+        """Our copy is gone: nobody has copied the next one."""
         with self._lock:
-            self._confirmed.pop(name, None)
+            self._confirmed = {key: peers for key, peers in self._confirmed.items() if key[0] != name}
 
-    def may_go(self, name: str, *, checkpoint_readable: bool = False) -> bool:
-        """Whether our copy may be dropped now."""
+    def may_go(self, name: str, digest: str, *, checkpoint_readable: bool = False) -> bool:
+        """Whether our copy of this content may be dropped now."""
         with self._lock:
-            return checkpoint_readable or bool(self._confirmed.get(name, set()) & self._holders.get(name, set()))
+            confirmed, holders = (known.get((name, digest), set()) for known in (self._confirmed, self._holders))
+            return checkpoint_readable or bool(confirmed & holders)

@@ -27,7 +27,7 @@ class HostMeta(msgspec.Struct, frozen=True):
 
 
 class HostTierStore:
-    """One host tier, by adapter name. `on_landed(name, peer)`: a peer has confirmed a copy (see `handover.py`).
+    """One host tier, by adapter name. `on_landed(name, digest, peer)`: a peer has confirmed a copy (see `handover.py`).
 
     landing_key: (name, digest) -> the key under which this content is to land; None: `key_of` alone says so, which a
     name that gets new content while the old is on its way would lead astray.
@@ -39,7 +39,7 @@ class HostTierStore:
         *,
         name_of: Callable[[Hashable], str | None],
         key_of: Callable[[str], Hashable | None],
-        on_landed: Callable[[str, str], None] | None = None,
+        on_landed: Callable[[str, str, str], None] | None = None,
         landing_key: Callable[[str, str], Hashable | None] | None = None,
     ) -> None:
         self.tier, self._name_of, self._key_of, self._on_landed = tier, name_of, key_of, on_landed
@@ -84,7 +84,7 @@ class HostTierStore:
 
     def landed(self, pages: AdapterPages, peer: str) -> None:
         if self._on_landed is not None:
-            self._on_landed(pages.name, peer)
+            self._on_landed(pages.name, pages.digest, peer)
 
     def find(self, wanted: Wanted) -> AdapterPages | None:
         """The adapter where the tier holds it with this layout and digest."""

@@ -68,7 +68,7 @@ class Peer:
     """One other instance. Connects in the constructor; raises PeerLostError or AuthenticationError.
 
     endpoint: host:port of its TransferServer. order: rungs to consider, best first. timeout: seconds for one
-    question.
+    question. on_lost: called once by the thread of `keep_alive` when the connection has ended.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Peer:
         order: Sequence[str] = DEFAULT_ORDER,
         streams: int = 0,
         timeout: float = 5.0,
+        on_lost: Callable[[Peer], None] | None = None,
     ) -> None:
         host, _, port = endpoint.rpartition(":")
         if not host or not port.isdigit():
@@ -93,6 +94,8 @@ class Peer:
         self._closed = False
         self._ping: threading.Thread | None = None
         self._stop = threading.Event()
+        self._on_lost = on_lost
+        self._ending = threading.Lock()
         self._owns_local = local is None
         self._local = local or LocalDevice()
         self._rungs = make_rungs(order, self._local, streams)
@@ -135,7 +138,7 @@ class Peer:
                 return wire.receive_reply(self._sock)
             except TransferError as error:
                 # An answer that comes late would be taken for the answer to the next question.
-                self._closed = True
+                self.hang_up()
                 raise PeerLostError(f"{self.endpoint}: {error}") from None
 
     def keep_alive(self) -> None:
@@ -150,7 +153,13 @@ class Peer:
                 self.ask(wire.Ping())
             except PeerLostError as error:
                 logger.info("transfer: %s", error)
-                return
+        if self._on_lost is not None:
+            self._on_lost(self)
+
+    def hang_up(self) -> None:
+        """No more questions; the thread of `keep_alive` tells `on_lost`. Returns at once."""
+        self._closed = True
+        self._stop.set()
 
     def catalogue(self) -> tuple[AdapterPages, ...]:
         """Every adapter that the peer offers now."""
@@ -307,10 +316,11 @@ class Peer:
         """Ends the session; the peer takes all leases back. Twice is harmless."""
         self._stop.set()
         self._closed = True
-        for rung in self._rungs:
-            rung.close()
-        self._sock.close()
-        if self._ping is not None:
+        with self._ending:
+            for rung in self._rungs:
+                rung.close()
+            self._sock.close()
+        if self._ping is not None and self._ping is not threading.current_thread():
             self._ping.join(timeout=self.timeout + 1)
         if self._owns_local:
             self._local.close()

@@ -42,32 +42,58 @@ class PeerTable:
         with self._lock:
             if self._closed:
                 raise PeerLostError("the pool is closed")
+            if (peer := self._peers.get(endpoint)) is not None and peer.alive:
+                return peer
             gate = self._connecting.setdefault(endpoint, threading.Lock())
-        with gate:  # one connection at a time to an endpoint; other endpoints do not wait for it
+        try:
+            with gate:  # one connection at a time to an endpoint; other endpoints do not wait for it
+                return self._connect(endpoint)
+        finally:
             with self._lock:
-                peer = self._peers.get(endpoint)
-                if peer is not None and peer.alive:
-                    return peer
-                self._peers.pop(endpoint, None)
-            if peer is not None:
-                peer.close()
-            try:
-                peer = Peer(endpoint, self._key, self._instance, self.local, order=self._order, streams=self._streams)
-            except (PeerLostError, AuthenticationError):
-                self.rest(endpoint)
-                raise
-            peer.keep_alive()
-            with self._lock:
-                if not self._closed:
-                    self._peers[endpoint] = peer
-                    return peer
-            peer.close()
-            raise PeerLostError("the pool is closed")
+                self._connecting.pop(endpoint, None)
+
+    def _connect(self, endpoint: str) -> Peer:
+        with self._lock:
+            if (peer := self._peers.get(endpoint)) is not None and peer.alive:
+                return peer
+        try:
+            made = Peer(
+                endpoint,
+                self._key,
+                self._instance,
+                self.local,
+                order=self._order,
+                streams=self._streams,
+                on_lost=self._drop,
+            )
+        except (PeerLostError, AuthenticationError):
+            self.rest(endpoint)
+            raise
+        made.keep_alive()
+        with self._lock:
+            before = self._peers.get(endpoint)
+            if not self._closed and (before is None or not before.alive):
+                self._peers[endpoint] = made
+                return made
+        made.close()
+        if before is not None and before.alive:
+            return before
+        raise PeerLostError("the pool is closed")
+
+    def _drop(self, peer: Peer) -> None:
+        """The connection is lost: what it holds (a mapping of the peer's whole slab, for one) goes now, since a worker
+        that comes again has another endpoint."""
+        peer.close()  # before it is out of the table, so that `close` waits for it
+        with self._lock:
+            if self._peers.get(peer.endpoint) is peer:
+                del self._peers[peer.endpoint]
 
     def rest(self, endpoint: str) -> None:
         """The endpoint failed: for a while others go first."""
+        now = self._clock()
         with self._lock:
-            self._rests[endpoint] = self._clock() + self._rest_s
+            self._rests = {other: end for other, end in self._rests.items() if end > now}
+            self._rests[endpoint] = now + self._rest_s
 
     def rested_first(self, endpoints: Sequence[str]) -> list[str]:
         """The same endpoints, those that failed lately last; the order is kept otherwise."""
@@ -76,12 +102,12 @@ class PeerTable:
             return sorted(endpoints, key=lambda endpoint: self._rests.get(endpoint, 0.0) > now)
 
     def forget(self, endpoint: str) -> None:
-        """The instance left the cluster."""
+        """The instance left the cluster. Returns at once; the connection is closed aside."""
         with self._lock:
-            peer = self._peers.pop(endpoint, None)
+            peer = self._peers.get(endpoint)
             self._rests.pop(endpoint, None)
         if peer is not None:
-            peer.close()
+            peer.hang_up()
 
     def close(self) -> None:
         """Ends every session. Twice is harmless."""

@@ -86,7 +86,8 @@ class TransferServer:
         self._boot_id = boot_id()
         self._verbs = VerbsServer.find(verbs)
         self._nixl = nixl.NixlServer(instance, [s.slab for s in self._stores]) if offer_nixl else None
-        self._listener = socket.create_server((host, port), backlog=128)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host.strip("[]"), port), family=family, backlog=128)
         self._unix_name = ""
         self._unix: socket.socket | None = None
         if offer_unix:
@@ -95,7 +96,8 @@ class TransferServer:
             self._unix.bind("\0" + self._unix_name)
             self._unix.listen(64)
         bound = self._listener.getsockname()
-        self.endpoint = f"{advertise or bound[0]}:{bound[1]}"
+        shown = (advertise or bound[0]).strip("[]")
+        self.endpoint = f"[{shown}]:{bound[1]}" if ":" in shown else f"{shown}:{bound[1]}"
         """host:port for peers."""
         self._spawn(self._accept, self._listener)
         if self._unix is not None:
