@@ -36,6 +36,7 @@ Cuda load_cuda() {
              bind(lib, "cuDeviceTotalMem_v2", c.device_memory) && bind(lib, "cuGetErrorName", c.error_name) &&
              bind(lib, "cuDevicePrimaryCtxRetain", c.context_retain) &&
              bind(lib, "cuCtxPushCurrent_v2", c.context_push) && bind(lib, "cuCtxPopCurrent_v2", c.context_pop) &&
+             bind(lib, "cuCtxGetCurrent", c.context_current) &&
              bind(lib, "cuMemAlloc_v2", c.mem_alloc) && bind(lib, "cuMemFree_v2", c.mem_free) &&
              bind(lib, "cuMemGetAddressRange_v2", c.address_range) &&
              bind(lib, "cuMemHostRegister_v2", c.host_register) &&

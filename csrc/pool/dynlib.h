@@ -64,6 +64,7 @@ struct Cuda {
   CUresult (*context_retain)(CUcontext*, CUdevice);
   CUresult (*context_push)(CUcontext);
   CUresult (*context_pop)(CUcontext*);
+  CUresult (*context_current)(CUcontext*);
   CUresult (*mem_alloc)(CUdeviceptr*, size_t);
   CUresult (*mem_free)(CUdeviceptr);
   CUresult (*address_range)(CUdeviceptr*, size_t*, CUdeviceptr);

@@ -1,13 +1,19 @@
 // Page copies and checksums: the C++ twins of the kernels (host) and the launches of the kernels (device).
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 
 #include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <mutex>
+#include <exception>
+#include <thread>
+#include <vector>
 
 #include "device.h"
 #include "error.h"
+#include "hash.h"
 #include "page_hash.h"
 #include "pool.h"
 
@@ -86,6 +92,10 @@ __attribute__((target("avx2"))) void stream_avx2(unsigned char* target, const un
     _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
                         _mm256_load_si256(reinterpret_cast<const __m256i*>(source + i)));
 }
+
+void streamed() { _mm_sfence(); }
+#else
+void streamed() {}
 #endif
 
 struct Variant {
@@ -130,6 +140,7 @@ uint64_t hash(const unsigned char* data, uint64_t length) {
   return lsp::finish(sum, length);
 }
 
+constexpr uint64_t PARALLEL_BYTES = 8 << 20;   // in one call; for less a thread costs more than it brings
 constexpr uint64_t STREAMING_BYTES = 4 << 20;  // in one call; less stays in the cache for whoever reads it next
 
 // Copies and hashes in one pass over memory. `streaming`: past the caches, for more than fits into them.
@@ -143,7 +154,7 @@ uint64_t copy_hash(unsigned char* target, const unsigned char* source, uint64_t 
       v->stream(target + done, source + done);
       sum += v->chunk(source + done, done / lsp::CHUNK);  // in the nearest cache since the line above
     }
-    _mm_sfence();
+    streamed();
   }
   while (length - done >= lsp::CHUNK) {
     uint64_t whole = (length - done) / lsp::CHUNK * lsp::CHUNK, block = whole < BLOCK ? whole : BLOCK;
@@ -184,6 +195,19 @@ struct Scratch {
 };
 Scratch scratch[MAX_DEVICES];
 
+// Waits for what was begun on the stream, since it uses the caller's memory, however the call ends.
+class Drained {
+ public:
+  explicit Drained(int device) : device_(device) {}
+  ~Drained() {
+    if (lsp::CUstream s = lsp::stream(device_)) lsp::cuda().stream_sync(s);
+  }
+  Drained(const Drained&) = delete;
+
+ private:
+  int device_;
+};
+
 int launch(int device, const char* name, unsigned blocks_x, unsigned blocks_y, void** arguments) {
   lsp::CUfunction function = lsp::kernel(device, name);
   if (!function) return -EIO;
@@ -214,6 +238,7 @@ int run_page_copy(int device, const char* name, uint64_t a, const int64_t* pages
   Scratch& s = scratch[device];
   std::lock_guard<std::mutex> lock(s.busy);
   if (int e = s.reserve(count * sizeof(int64_t))) return e;
+  Drained drained(device);
   if (int e = upload(device, s.address, pages, count * sizeof(int64_t))) return e;
   uint64_t n = count;
   void* arguments[] = {&a, &s.address, &n, &page_bytes, &b};
@@ -221,9 +246,10 @@ int run_page_copy(int device, const char* name, uint64_t a, const int64_t* pages
   return launch(device, name, blocks_for(page_bytes, 256 * 64), rows, arguments);
 }
 
-int check_pages(const int64_t* pages, size_t count, uint64_t page_bytes) {
+int check_pages(uint64_t one, uint64_t other, const int64_t* pages, size_t count, uint64_t page_bytes) {
   if (page_bytes == 0 || page_bytes % 16)
     return lsp::fail(-EINVAL, "page_bytes %llu is not a multiple of 16", (unsigned long long)page_bytes);
+  if ((one | other) % 16) return lsp::fail(-EINVAL, "the addresses of pages and rows must be multiples of 16");
   if (count && !pages) return lsp::fail(-EINVAL, "no page table");
   for (size_t i = 0; i < count; ++i)
     if (pages[i] < 0) return lsp::fail(-EINVAL, "page number %lld at %zu is negative", (long long)pages[i], i);
@@ -231,6 +257,8 @@ int check_pages(const int64_t* pages, size_t count, uint64_t page_bytes) {
 }
 
 }  // namespace
+
+lsp::ChunkHash lsp::chunk_hash() { return variant()->chunk; }
 
 LSP_API const char* lsp_hash_variant(void) { return variant()->name; }
 
@@ -246,7 +274,7 @@ LSP_API int lsp_hash_force(const char* name) {
 
 LSP_API int lsp_gather(int device, uint64_t base, const int64_t* pages, size_t count, uint64_t page_bytes,
                        uint64_t out) {
-  if (int e = check_pages(pages, count, page_bytes)) return e;
+  if (int e = check_pages(base, out, pages, count, page_bytes)) return e;
   if (count == 0) return 0;
   if (device >= 0) return run_page_copy(device, "lsp_gather_kernel", base, pages, count, page_bytes, out);
   for (size_t i = 0; i < count; ++i)
@@ -256,7 +284,7 @@ LSP_API int lsp_gather(int device, uint64_t base, const int64_t* pages, size_t c
 
 LSP_API int lsp_scatter(int device, uint64_t in, const int64_t* pages, size_t count, uint64_t page_bytes,
                         uint64_t base) {
-  if (int e = check_pages(pages, count, page_bytes)) return e;
+  if (int e = check_pages(in, base, pages, count, page_bytes)) return e;
   if (count == 0) return 0;
   if (device >= 0) return run_page_copy(device, "lsp_scatter_kernel", in, pages, count, page_bytes, base);
   for (size_t i = 0; i < count; ++i)
@@ -277,6 +305,7 @@ LSP_API int lsp_checksums(int device, const uint64_t* addresses, const uint64_t*
   std::lock_guard<std::mutex> lock(s.busy);
   size_t array = count * sizeof(uint64_t);
   if (int e = s.reserve(3 * array)) return e;
+  Drained drained(device);
   lsp::CUdeviceptr where = s.address, long_ = s.address + array, result = s.address + 2 * array;
   uint64_t longest = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -299,12 +328,22 @@ LSP_API int lsp_checksums(int device, const uint64_t* addresses, const uint64_t*
   return 0;
 }
 
-LSP_API int lsp_copy_checksums(const lsp_segment* segments, size_t count, uint64_t* sums) {
+LSP_API int lsp_copy_checksums(const lsp_segment* segments, size_t count, int threads, uint64_t* sums) {
   uint64_t total = 0;
   for (size_t i = 0; i < count; ++i) total += segments[i].length;
   bool streaming = total >= STREAMING_BYTES;
-  for (size_t i = 0; i < count; ++i)
-    sums[i] = copy_hash(bytes(segments[i].target), bytes(segments[i].source), segments[i].length, streaming);
+  std::atomic<size_t> next{0};
+  auto work = [&] {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+      sums[i] = copy_hash(bytes(segments[i].target), bytes(segments[i].source), segments[i].length, streaming);
+  };
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; total >= PARALLEL_BYTES && i < threads; ++i) others.emplace_back(work);
+  } catch (const std::exception&) {  // no thread to be had: those that there are do it
+  }
+  work();
+  for (std::thread& other : others) other.join();
   return 0;
 }
 
@@ -317,6 +356,7 @@ LSP_API int lsp_copy(int device, const lsp_segment* segments, size_t count) {
   if (!on.ok()) return on.error();
   lsp::CUstream s = lsp::stream(device);
   if (!s) return -EIO;
+  Drained drained(device);
   for (size_t i = 0; i < count; ++i)
     if (int e = lsp::cuda_check(lsp::cuda().copy_async(segments[i].target, segments[i].source, segments[i].length, s),
                                 "cuMemcpyAsync"))

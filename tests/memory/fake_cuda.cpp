@@ -1,6 +1,8 @@
 // A stand-in for libcuda.so.1 on a machine without a GPU: "device" memory is host memory, kernels are run by
 // kernel_emulator.cpp, and misuse that a real driver punishes (no current context, foreign addresses, leaks) is an
-// error. It proves the extension's own logic and arguments, nothing about a device. LORASERVE_FAKE_BYTES: its memory.
+// error. It proves the extension's own logic and arguments, nothing about a device. LORASERVE_FAKE_BYTES: its memory;
+// LORASERVE_FAKE_DEVICES: how many there are. An asynchronous copy happens when its stream is waited for; one of
+// LORASERVE_FAKE_BAD_COPY bytes is refused.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -9,7 +11,9 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
+#include <vector>
 
 #include "kernel_emulator.cpp"
 
@@ -26,11 +30,24 @@ std::mutex guard;
 std::map<Address, Allocation> allocations;
 std::map<unsigned long long, size_t> handles;
 size_t used = 0;
-thread_local int depth = 0;  // contexts pushed on this thread
+std::map<void*, void*> registered;  // host memory -> the context that it was registered in
+char contexts[8];
+std::set<int> retained;
+thread_local std::vector<void*> pushed;
+#define depth static_cast<int>(pushed.size())
+struct Copy {
+  Address target, source;
+  size_t size;
+};
+std::vector<Copy> begun;
+
+unsigned long long setting(const char* name, unsigned long long otherwise) {
+  const char* text = getenv(name);
+  return text ? strtoull(text, nullptr, 10) : otherwise;
+}
 
 size_t limit() {
-  const char* text = getenv("LORASERVE_FAKE_BYTES");
-  return text ? strtoull(text, nullptr, 10) : size_t{2} << 30;
+  return setting("LORASERVE_FAKE_BYTES", 2ull << 30);
 }
 void* reserve(size_t size) {
   void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -46,8 +63,10 @@ std::map<Address, Allocation>::iterator holder(Address address) {
 
 API int cuInit(unsigned) { return OK; }
 API int cuDriverGetVersion(int* v) { return *v = 13000, OK; }
-API int cuDeviceGetCount(int* n) { return *n = 1, OK; }
-API int cuDeviceGet(int* d, int ordinal) { return *d = ordinal, ordinal == 0 ? OK : INVALID; }
+API int cuDeviceGetCount(int* n) { return *n = static_cast<int>(setting("LORASERVE_FAKE_DEVICES", 1)), OK; }
+API int cuDeviceGet(int* d, int ordinal) { 
+  return *d = ordinal, ordinal < static_cast<int>(setting("LORASERVE_FAKE_DEVICES", 1)) ? OK : INVALID;
+}
 API int cuDeviceGetName(char* name, int size, int) { return snprintf(name, size, "stand-in"), OK; }
 API int cuDeviceGetAttribute(int* value, int which, int) {
   *value = which == 75 ? 9 : which == 76 ? 0 : which == 110 || which == 116 || which == 124;
@@ -60,9 +79,24 @@ API int cuGetErrorName(int code, const char** name) {
                                     : "CUDA_ERROR_INVALID_VALUE";
   return OK;
 }
-API int cuDevicePrimaryCtxRetain(void** context, int) { return *context = &guard, OK; }
-API int cuCtxPushCurrent_v2(void*) { return ++depth, OK; }
-API int cuCtxPopCurrent_v2(void**) { return depth-- > 0 ? OK : INVALID_CONTEXT; }
+API int cuDevicePrimaryCtxRetain(void** context, int device) {
+  retained.insert(device);
+  return *context = &contexts[device], OK;
+}
+// For the tests: is there a context on this device, and of which device is this host memory's (-1: none)?
+API int fake_has_context(int device) { return retained.count(device) != 0; }
+API int fake_registered_on(void* address) {
+  auto found = registered.find(address);
+  return found == registered.end() ? -1 : static_cast<int>(static_cast<char*>(found->second) - contexts);
+}
+API int cuCtxPushCurrent_v2(void* context) { return pushed.push_back(context), OK; }
+API int cuCtxGetCurrent(void** context) { return *context = pushed.empty() ? nullptr : pushed.back(), OK; }
+API int cuCtxPopCurrent_v2(void** context) {
+  if (pushed.empty()) return INVALID_CONTEXT;
+  *context = pushed.back();
+  pushed.pop_back();
+  return OK;
+}
 API int cuMemAlloc_v2(Address* out, size_t size) {
   if (depth <= 0) return INVALID_CONTEXT;
   std::lock_guard<std::mutex> lock(guard);
@@ -93,18 +127,39 @@ API int cuMemGetAddressRange_v2(Address* base, size_t* size, Address address) {
   }
   return OK;
 }
-API int cuMemHostRegister_v2(void*, size_t, unsigned) { return depth > 0 ? OK : INVALID_CONTEXT; }
-API int cuMemHostUnregister(void*) { return OK; }
-API int cuMemcpyAsync(Address target, Address source, size_t size, void* stream) {
-  if (depth <= 0 || !stream) return INVALID_CONTEXT;
-  memcpy(reinterpret_cast<void*>(target), reinterpret_cast<void*>(source), size);
+API int cuMemHostRegister_v2(void* address, size_t, unsigned) {
+  if (depth <= 0) return INVALID_CONTEXT;
+  registered[address] = pushed.back();
   return OK;
 }
+API int cuMemHostUnregister(void* address) {
+  if (depth <= 0) return INVALID_CONTEXT;
+  auto found = registered.find(address);
+  if (found == registered.end() || found->second != pushed.back()) return INVALID;
+  registered.erase(found);
+  return OK;
+}
+API int cuMemcpyAsync(Address target, Address source, size_t size, void* stream) {
+  if (depth <= 0 || !stream) return INVALID_CONTEXT;
+  if (size == setting("LORASERVE_FAKE_BAD_COPY", 0)) return INVALID;
+  std::lock_guard<std::mutex> lock(guard);
+  begun.push_back({target, source, size});
+  return OK;
+}
+// For the tests: copies that were begun and not waited for.
+API size_t fake_copies_left() { return begun.size(); }
 API int cuMemcpyHtoD_v2(Address, const void*, size_t) { return NOT_SUPPORTED; }
 API int cuMemcpyDtoH_v2(void*, Address, size_t) { return NOT_SUPPORTED; }
 API int cuMemsetD8_v2(Address, unsigned char, size_t) { return NOT_SUPPORTED; }
 API int cuStreamCreate(void** stream, unsigned) { return *stream = &used, depth > 0 ? OK : INVALID_CONTEXT; }
-API int cuStreamSynchronize(void*) { return depth > 0 ? OK : INVALID_CONTEXT; }
+API int cuStreamSynchronize(void*) {
+  if (depth <= 0) return INVALID_CONTEXT;
+  std::lock_guard<std::mutex> lock(guard);
+  for (const Copy& copy : begun)
+    memcpy(reinterpret_cast<void*>(copy.target), reinterpret_cast<void*>(copy.source), copy.size);
+  begun.clear();
+  return OK;
+}
 API int cuStreamDestroy_v2(void*) { return OK; }
 API int cuModuleLoadData(void** module, const void* image) {
   uint32_t magic;
@@ -120,6 +175,7 @@ API int cuModuleGetFunction(void** function, void*, const char* name) {
 }
 API int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz,
                        unsigned, void* stream, void** arguments, void**) {
+  cuStreamSynchronize(stream);  // in the order of the stream
   if (depth <= 0 || !stream || z != 1 || bx != 256 || by != 1 || bz != 1 || x < 1 || y < 1 || y > 65535) return INVALID;
   std::string name = *static_cast<const char**>(function);
   auto value = [&](int i) { return *static_cast<uint64_t*>(arguments[i]); };

@@ -140,6 +140,22 @@ def test_large_copies_go_past_the_caches_and_arrive_as_well(library):
             library.force_hash_variant(before)
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_several_threads_copy_and_hash_the_same(library, threads):
+    """8 MiB and more are shared, page by page; fewer pages than threads are as well."""
+    rng = np.random.default_rng(threads)
+    with HostSlab(16 << 20) as source, HostSlab(16 << 20) as target:
+        source.array()[:] = rng.integers(0, 256, source.size, np.uint8)
+        for count, length in ((100, 160_001), (3, 5 << 20), (1, 16 << 20)):
+            target.array()[:] = 0
+            places = [i * length for i in range(count)]
+            segments = [Segment(source.address + p, target.address + p, length) for p in places]
+            want = library.checksums([source.address + p for p in places], [length] * count)
+            assert library.copy_checksums(segments, threads) == want
+            assert (target.array()[: count * length] == source.array()[: count * length]).all()
+            assert not target.array()[count * length :].any()
+
+
 @pytest.mark.parametrize("page_bytes", [16, 48, 4096, 65536 + 16])
 def test_gather_and_scatter_are_inverse(library, slab, page_bytes):
     pages = list(np.random.default_rng(page_bytes).permutation(slab.size // page_bytes)[:13])
@@ -161,6 +177,10 @@ def test_bad_pages_are_refused(library, slab):
         library.gather(slab.address, [0], 24, slab.address)
     with pytest.raises(ExtensionError, match="negative"):
         library.gather(slab.address, [0, -1], 32, slab.address)
+    for call in (library.gather, library.scatter):
+        for one, other in ((8, 0), (0, 4)):
+            with pytest.raises(ExtensionError, match="addresses of pages and rows must be multiples of 16"):
+                call(slab.address + one, [0], 32, slab.address + 4096 + other)
 
 
 def test_a_host_slab_is_a_memfd_that_another_mapping_sees(slab):
@@ -170,9 +190,14 @@ def test_a_host_slab_is_a_memfd_that_another_mapping_sees(slab):
         assert other[100:103] == b"abc"
 
 
-def test_a_host_slab_cannot_shrink_under_a_peer(library, slab):
-    with pytest.raises(PermissionError):
-        os.ftruncate(slab.fd, 4096)
+@pytest.mark.parametrize("built", [True, False])
+def test_a_host_slab_cannot_change_its_size_under_a_peer(built, library, monkeypatch):
+    if not built:
+        monkeypatch.setattr(extension, "load", lambda: None)
+    with HostSlab(1 << 20) as slab:
+        for size in (4096, 2 << 20):
+            with pytest.raises(PermissionError):
+                os.ftruncate(slab.fd, size)
 
 
 def test_slabs_do_not_leak_descriptors_or_mappings(library):

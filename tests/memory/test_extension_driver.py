@@ -164,6 +164,63 @@ refused(lambda: library.export_ipc(0, vmm.address), "cuIpcGetMemHandle failed")
     )
 
 
+PAGES_OF = """
+import ctypes
+fake = ctypes.CDLL("libcuda.so.1")
+fake.fake_copies_left.restype = ctypes.c_size_t
+fake.fake_registered_on.argtypes = (ctypes.c_void_p,)
+"""
+
+
+def test_host_memory_is_page_locked_in_the_workers_context_and_no_other_is_made(driver):
+    python(
+        driver,
+        DEVICE
+        + PAGES_OF
+        + """
+with HostSlab(1 << 20) as slab:  # no context on this thread, and two devices: none is chosen
+    assert not slab.granted & extension.PINNED
+assert not fake.fake_has_context(0) and not fake.fake_has_context(1)
+slab = HostSlab(1 << 20, gpu=1)
+assert slab.granted & extension.PINNED
+assert fake.fake_registered_on(slab.address) == 1
+address = slab.address
+slab.close()
+assert fake.fake_registered_on(address) == -1
+context = ctypes.c_void_p()
+fake.cuDevicePrimaryCtxRetain(ctypes.byref(context), 1)
+fake.cuCtxPushCurrent_v2(context)
+slab = HostSlab(1 << 20)  # a worker's thread has its device's context
+assert fake.fake_registered_on(slab.address) == 1
+fake.cuCtxPopCurrent_v2(ctypes.byref(context))
+slab.close()  # at exit it may be another thread
+assert not fake.fake_has_context(0)
+refused(lambda: DeviceSlab(1, 2), "there are 2")
+""",
+        LORASERVE_FAKE_DEVICES="2",
+    )
+
+
+def test_a_failed_copy_leaves_none_under_way(driver):
+    python(
+        driver,
+        DEVICE
+        + PAGES_OF
+        + """
+from vllm_loraserve.memory.extension import Segment
+with HostSlab(1 << 20) as host, DeviceSlab(1 << 20) as device:
+    segments = [Segment(host.address, device.address, 4096), Segment(host.address, device.address, 48)]
+    refused(lambda: library.copy(segments, 0), "cuMemcpyAsync failed")
+    assert fake.fake_copies_left() == 0
+    lengths = [1, 2, 3, 4, 5, 6]  # the tables of a launch: 48 bytes each
+    refused(lambda: library.checksums([device.address] * 6, lengths, 0), "cuMemcpyAsync")
+    refused(lambda: library.gather(device.address, lengths, 16, device.address + 4096, 0), "cuMemcpyAsync")
+    assert fake.fake_copies_left() == 0
+""",
+        LORASERVE_FAKE_BAD_COPY="48",
+    )
+
+
 TRANSFER = """
 import contextlib, sys
 import numpy as np

@@ -28,7 +28,7 @@ from vllm_loraserve import native
 
 logger = logging.getLogger(__name__)
 
-ABI = 1
+ABI = 2
 LIBRARY = "loraserve_pool.so"
 HOST = -1
 """As a device number: host memory."""
@@ -148,7 +148,7 @@ class Extension:
             "lsp_abi": (i32, ()),
             "lsp_error": (ctypes.c_char_p, ()),
             "lsp_probe": (size, (ctypes.c_char_p, size)),
-            "lsp_host_alloc": (i32, (u64, u32, slab)),
+            "lsp_host_alloc": (i32, (u64, u32, i32, slab)),
             "lsp_host_free": (i32, (slab,)),
             "lsp_device_alloc": (i32, (i32, u64, u32, slab)),
             "lsp_device_free": (i32, (slab,)),
@@ -160,7 +160,9 @@ class Extension:
             "lsp_gather": (i32, (i32, u64, pointer, size, u64, u64)),
             "lsp_scatter": (i32, (i32, u64, pointer, size, u64, u64)),
             "lsp_checksums": (i32, (i32, pointer, pointer, size, pointer)),
-            "lsp_copy_checksums": (i32, (pointer, size, pointer)),
+            "lsp_copy_checksums": (i32, (pointer, size, i32, pointer)),
+            "lsp_send": (i32, (i32, u64, u64)),
+            "lsp_recv_checksums": (i32, (i32, pointer, pointer, size, u64, u64, pointer)),
             "lsp_hash_variant": (ctypes.c_char_p, ()),
             "lsp_hash_force": (i32, (ctypes.c_char_p,)),
         }
@@ -183,10 +185,13 @@ class Extension:
                 return msgspec.json.decode(text.value, type=Report)
             size = needed + 1
 
-    def host_alloc(self, size: int, flags: int) -> _Slab:
-        """A memfd mapping of at least `size` bytes; `flags` of the result says what was granted."""
+    def host_alloc(self, size: int, flags: int, device: int = HOST) -> _Slab:
+        """A memfd mapping of at least `size` bytes; `flags` of the result says what was granted.
+
+        device: whose context page-locks it; HOST: the calling thread's current one, or that of the only GPU.
+        """
         slab = _Slab()
-        self._check(self._lib.lsp_host_alloc(size, flags, ctypes.byref(slab)))
+        self._check(self._lib.lsp_host_alloc(size, flags, device, ctypes.byref(slab)))
         return slab
 
     def host_free(self, slab: _Slab) -> None:
@@ -231,11 +236,33 @@ class Extension:
         packed = _packed(segments)
         self._check(self._lib.lsp_copy(device, packed.ctypes.data, len(packed)))
 
-    def copy_checksums(self, segments: Sequence[Segment]) -> list[int]:
-        """Copies host memory and returns the checksum of each segment as it arrived; one pass over memory."""
+    def copy_checksums(self, segments: Sequence[Segment], threads: int = 1) -> list[int]:
+        """Copies host memory and returns the checksum of each segment as it arrived; one pass over memory.
+
+        threads: how many may share a call of 8 MiB and more, segment by segment.
+        """
         packed = _packed(segments)
         sums = np.empty(len(packed), np.uint64)
-        self._check(self._lib.lsp_copy_checksums(packed.ctypes.data, len(packed), sums.ctypes.data))
+        self._check(self._lib.lsp_copy_checksums(packed.ctypes.data, len(packed), threads, sums.ctypes.data))
+        return [int(s) for s in sums]
+
+    def send(self, fd: int, address: int, length: int) -> None:
+        """Sends host memory over a blocking socket; its SO_SNDTIMEO ends the call with errno ETIMEDOUT."""
+        self._check(self._lib.lsp_send(fd, address, length))
+
+    def receive_checksums(self, fd: int, pages: Sequence[tuple[int, int]], stall_s: float, limit_s: float) -> list[int]:
+        """Receives pages (address, length) of host memory from a blocking socket; the checksum of each as it arrived.
+
+        Raises ExtensionError with errno ETIMEDOUT where no byte came for `stall_s` or not all of them within
+        `limit_s` seconds, EPIPE where the stream ended before. Sets the socket's SO_RCVTIMEO. Its `shutdown` ends the
+        call from another thread.
+        """
+        where, long = np.array([a for a, _ in pages], np.uint64), np.array([n for _, n in pages], np.uint64)
+        sums = np.empty(len(pages), np.uint64)
+        waits = (max(1, int(stall_s * 1e3)), max(1, int(limit_s * 1e3)))
+        self._check(
+            self._lib.lsp_recv_checksums(fd, where.ctypes.data, long.ctypes.data, len(pages), *waits, sums.ctypes.data)
+        )
         return [int(s) for s in sums]
 
     def checksums(self, addresses: Sequence[int], lengths: Sequence[int], device: int = HOST) -> list[int]:
@@ -252,8 +279,8 @@ class Extension:
         return [int(s) for s in sums]
 
     def gather(self, base: int, pages: Sequence[int], page_bytes: int, out: int, device: int = HOST) -> None:
-        """Page `pages[i]` of the memory at `base` goes to row i at `out`; `page_bytes` is a multiple of
-        16."""
+        """Page `pages[i]` of the memory at `base` goes to row i at `out`; `page_bytes` and
+        the addresses are multiples of 16."""
         table = np.array(pages, np.int64)
         self._check(self._lib.lsp_gather(device, base, table.ctypes.data, len(table), page_bytes, out))
 

@@ -11,6 +11,7 @@ module.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 from typing import Any, Protocol
@@ -39,26 +40,30 @@ class HostSlab:
     """Host memory of `size` bytes (rounded up to whole pages), all zero, shared as a memfd.
 
     huge: 2 MiB pages where the system has some reserved. pinned: page-locked and known to CUDA, where there
-    is a GPU. populate: touch every page now, so that the first fetch does not pay for it. What was granted:
-    `granted`.
+    is a GPU: in the context of device `gpu`; None: in the calling thread's current one, or that of the only GPU.
+    populate: touch every page now, so that the first fetch does not pay for it. What was granted: `granted`.
+    Sealed: nobody can change its size under a process that maps it.
     """
 
     device = extension.HOST
 
-    def __init__(self, size: int, *, huge: bool = True, pinned: bool = True, populate: bool = False) -> None:
+    def __init__(
+        self, size: int, *, huge: bool = True, pinned: bool = True, populate: bool = False, gpu: int | None = None
+    ) -> None:
         if size <= 0:
             raise ValueError(f"a host slab needs a size above 0 bytes, not {size}")
         self._library = extension.load()
         self._map: mmap.mmap | None = None
         if self._library is not None:
             flags = extension.HUGE * huge | extension.PINNED * pinned | extension.POPULATE * populate
-            self._raw = self._library.host_alloc(size, flags)
+            self._raw = self._library.host_alloc(size, flags, extension.HOST if gpu is None else gpu)
             self.address, self.size, self.fd = self._raw.address, self._raw.size, self._raw.fd
             self.granted = self._raw.flags
         else:
             self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-            self.fd = os.memfd_create("loraserve-pool", os.MFD_CLOEXEC)
+            self.fd = os.memfd_create("loraserve-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(self.fd, self.size)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             self._map = mmap.mmap(self.fd, self.size, access=mmap.ACCESS_WRITE)
             if populate:
                 self._map[:: mmap.PAGESIZE] = bytes(self.size // mmap.PAGESIZE)
