@@ -180,8 +180,10 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "a")
     checkpoint = open_checkpoint(path)
     weights = path / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
     reader = WeightsReader(checkpoint)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(AdapterError, match="not a complete"):
+        WeightsReader(checkpoint)
     last = max(checkpoint.entries.values(), key=lambda entry: entry.end)
     with pytest.raises(AdapterError, match="shorter"):
         reader.tensor(last)

@@ -17,16 +17,19 @@ pytestmark = pytest.mark.vllm
 def test_a_file_that_was_not_touched_is_hashed_once(
     make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_loraserve.adapters.checkpoint import content_hash, open_checkpoint
+    from vllm_loraserve.adapters.checkpoint import open_checkpoint
     from vllm_loraserve.engine import adapter_loader
 
     hashed = []
 
-    def counting(checkpoint: Any) -> str:
-        hashed.append(checkpoint)
-        return content_hash(checkpoint)
+    class Reader(adapter_loader.WeightsReader):
+        def digest(self) -> str:
+            hashed.append(self)
+            return super().digest()
 
-    monkeypatch.setattr(adapter_loader, "content_hash", counting)
+    def digest_of(folder: Path) -> str:
+        return loader._digest(Reader(open_checkpoint(folder))).result()
+
     now = [0.0]
     monkeypatch.setattr(adapter_loader.time, "time", lambda: now[0])
     facts: Any = None
@@ -35,24 +38,24 @@ def test_a_file_that_was_not_touched_is_hashed_once(
     weights = folder / "adapter_model.safetensors"
 
     now[0] = weights.stat().st_ctime + 1
-    fresh = loader._digest(open_checkpoint(folder))
-    assert loader._digest(open_checkpoint(folder)) == fresh
+    fresh = digest_of(folder)
+    assert digest_of(folder) == fresh
     assert len(hashed) == 2, "a file written just now may be written again within its time stamp"
 
     now[0] += 3600
-    assert {loader._digest(open_checkpoint(folder)) for _ in range(3)} == {fresh}
+    assert {digest_of(folder) for _ in range(3)} == {fresh}
     assert len(hashed) == 3
 
     stat, content = weights.stat(), bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    changed = loader._digest(open_checkpoint(folder))
+    changed = digest_of(folder)
     assert changed != fresh, "other content of the same size and time"
 
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
-    assert loader._digest(open_checkpoint(folder)) not in {fresh, changed}
+    assert digest_of(folder) not in {fresh, changed}
 
 
 @pytest.fixture
@@ -163,3 +166,22 @@ def test_a_clone_is_the_same_adapter_under_another_id() -> None:
     second = first.clone(2)
     assert isinstance(second, ServedAdapter)
     assert (second.id, second.rank, second.ranks, second.pages, second.shared_pages) == (2, 8, (8, 8), (1, 1), True)
+
+
+def test_a_file_replaced_while_it_is_read_is_another_adapter(make_adapter: Callable[..., Path]) -> None:
+    """Its pages would be kept, and given to peers, under the hash of the other."""
+    from vllm_loraserve.adapters.checkpoint import content_hash, open_checkpoint
+    from vllm_loraserve.adapters.convert import WeightsReader
+    from vllm_loraserve.adapters.errors import AdapterError
+
+    folder, same, other = make_adapter("a", 8, 1), make_adapter("b", 8, 2), make_adapter("c", 16, 3)
+    checkpoint, weights = open_checkpoint(folder), folder / "adapter_model.safetensors"
+    reader, digest = WeightsReader(checkpoint), content_hash(checkpoint)
+    entry = next(iter(checkpoint.entries.values()))
+    values = reader.tensor(entry).clone()
+    (same / "adapter_model.safetensors").rename(weights)
+    assert reader.digest() == digest != content_hash(checkpoint)
+    assert (reader.tensor(entry) == values).all()
+    (other / "adapter_model.safetensors").rename(weights)
+    with pytest.raises(AdapterError, match="replaced while it was read"):
+        WeightsReader(checkpoint)

@@ -7,6 +7,7 @@ clear sentence before any memory is taken for it. Converting the weights is `ada
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 
 import msgspec
@@ -203,10 +204,14 @@ def check_shapes(checkpoint: Checkpoint, module_shapes: Mapping[str, tuple[int, 
             )
 
 
-def content_hash(checkpoint: Checkpoint) -> str:
-    """SHA-256, in hex, of the weights file followed by the normalised config. Reads the file once."""
-    with checkpoint.weights_path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+def content_hash(checkpoint: Checkpoint, file: BufferedReader | None = None) -> str:
+    """SHA-256, in hex, of the weights file followed by the normalised config. Reads the file once; `file`: the same,
+    open already."""
+    if file is None:
+        with checkpoint.weights_path.open("rb") as opened:
+            return content_hash(checkpoint, opened)
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256")
     digest.update(checkpoint.config.normalised())
     return digest.hexdigest()
 

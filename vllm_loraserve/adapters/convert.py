@@ -5,16 +5,17 @@ one module's scaled B is in memory at a time.
 """
 
 import mmap
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_loraserve.adapters.checkpoint import Checkpoint, LoRATensors
+from vllm_loraserve.adapters.checkpoint import Checkpoint, LoRATensors, content_hash
 from vllm_loraserve.adapters.errors import AdapterError
 from vllm_loraserve.adapters.layout import Layout, PageGroup, SlicePlace
-from vllm_loraserve.adapters.safetensors_header import TensorEntry
+from vllm_loraserve.adapters.safetensors_header import TensorEntry, read_header
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A [rank, in] and B [out, rank] of one slice, or of one checkpoint module."""
@@ -38,22 +39,36 @@ class ModulePlan:
 
 
 class WeightsReader:
-    """Tensors of a checkpoint's weights file as views of a memory map. Close it when no view is left."""
+    """A checkpoint's weights file, opened once: a file that takes its place later is another adapter.
+
+    Raises AdapterError `invalid` where that happened between the look at the header and now.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        with checkpoint.weights_path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.checkpoint, path = checkpoint, checkpoint.weights_path
+        self._file = path.open("rb")
+        if read_header(path, self._file) != checkpoint.entries:
+            raise AdapterError("invalid", f"'{path}' was replaced while it was read; load it again.")
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def stat(self) -> os.stat_result:
+        """Of the open file."""
+        return os.fstat(self._file.fileno())
+
+    def digest(self) -> str:
+        """The adapter's content hash; reads the file once. Another thread may read tensors meanwhile."""
+        return content_hash(self.checkpoint, self._file)
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
-        """The tensor at `entry`, in the file's dtype, sharing the map's memory."""
+        """The tensor at `entry`, in the file's dtype: a view of a memory map, which lives as long as it does."""
         dtype = _TORCH[entry.dtype]
         count = (entry.end - entry.start) // dtype.itemsize
         if not count:
             return torch.empty(entry.shape, dtype=dtype)
-        if entry.end > len(self._map):
+        # Beyond the end of its file a map may not be touched.
+        if entry.end > self.stat().st_size:
             raise AdapterError(
-                "invalid", f"'{self._checkpoint.weights_path}' became shorter while it was read; copy it again."
+                "invalid", f"'{self.checkpoint.weights_path}' became shorter while it was read; copy it again."
             )
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
 

@@ -7,6 +7,7 @@ data_offsets`), then the data (https://github.com/huggingface/safetensors, "Form
 import math
 import os
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +39,26 @@ class TensorEntry(msgspec.Struct, frozen=True):
     end: int
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Tensors of the safetensors file `path`, in the order of their data.
+def read_header(path: Path, file: BufferedReader | None = None) -> dict[str, TensorEntry]:
+    """Tensors of the safetensors file `path`, in the order of their data; `file`: the same, open already.
 
     Raises AdapterError `invalid` (truncated, overlapping, not safetensors) or `unsupported` (dtype).
     """
+    if file is None:
+        with path.open("rb") as opened:
+            return read_header(path, opened)
     broken = f"'{path}' is not a complete safetensors file"
     fix = "copy or save it again."
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-            raise AdapterError(
-                "invalid",
-                f"{broken} ({size} bytes, header of {length}); it was truncated or is another format, {fix}",
-            )
-        raw = file.read(length)
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+        raise AdapterError(
+            "invalid",
+            f"{broken} ({size} bytes, header of {length}); it was truncated or is another format, {fix}",
+        )
+    raw = file.read(length)
     try:
         header = msgspec.json.decode(raw, type=dict[str, Any])
         header.pop("__metadata__", None)

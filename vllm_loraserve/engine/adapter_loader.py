@@ -7,8 +7,10 @@ lock) and read-only facts about the model, never a slot, a page table or the are
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ from vllm_loraserve.adapters.checkpoint import (
     AdapterError,
     Checkpoint,
     LoRATensors,
-    content_hash,
     open_checkpoint,
 )
 from vllm_loraserve.adapters.convert import ModulePlan, WeightsReader, slice_ranks, write_pages
@@ -138,8 +139,9 @@ class AdapterLoader:
             max_rank=facts.max_rank,
             allow_modules_to_save=facts.allow_modules_to_save,
         )
+        reader = WeightsReader(checkpoint)
         plans, rest = self._plan(checkpoint)
-        adapter = self._outside_pages(request, checkpoint, rest)
+        adapter = self._outside_pages(request, reader, rest)
         ranks = slice_ranks(
             facts.layout, plans, {plan.module: slice_parts(facts.layers[plan.module], plan.parts) for plan in plans}
         )
@@ -150,11 +152,10 @@ class AdapterLoader:
             raise AdapterError(
                 "too_large", f"The adapter '{request.lora_name}' of rank {checkpoint.rank} does not fit: {problem}"
             )
-        digest = self._digest(checkpoint)
-        self.registered.check(request, checkpoint.directory, digest)
+        digest = self._digest(reader)
         entry = self.tier.get(request.lora_int_id)
-        if entry is None or entry.digest != digest or request.load_inplace:
-            source = self._fill(request, checkpoint, plans, ranks, digest, commit or self.tier.commit)
+        if entry is None or request.load_inplace or entry.digest != digest.result():
+            source = self._fill(request, reader, plans, ranks, digest, commit or self.tier.commit)
             logger.info(
                 "Adapter %s: rank %d, %.1f MiB in pages, from %s in %.0f ms",
                 request.lora_name,
@@ -163,57 +164,78 @@ class AdapterLoader:
                 source,
                 (time.perf_counter() - began) * 1e3,
             )
+        else:
+            self.registered.check(request, checkpoint.directory, digest.result())
         return adapter
 
-    def _digest(self, checkpoint: Checkpoint) -> str:
-        """The content hash; a file that has not been touched since it was hashed is not read again."""
-        stat = checkpoint.weights_path.stat()
+    def _digest(self, reader: WeightsReader) -> Future[str]:
+        """The content hash, which another thread makes, since it takes about as long as the conversion that can go on
+        beside it; a file that has not been touched since it was hashed is not read again."""
+        path, stat = reader.checkpoint.weights_path, reader.stat()
         seen = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        key = (seen, checkpoint.config.normalised())
-        known = self._digests.get(checkpoint.weights_path)
+        key = (seen, reader.checkpoint.config.normalised())
+        digest = Future[str]()
+        known = self._digests.get(path)
         if known is not None and known[0] == key:
-            return known[1]
-        digest = content_hash(checkpoint)
-        # A file changed just now may change again without another time stamp.
-        if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_S:
-            if len(self._digests) >= _MOST_DIGESTS:
-                self._digests.clear()
-            self._digests[checkpoint.weights_path] = (key, digest)
+            digest.set_result(known[1])
+            return digest
+
+        def read() -> None:
+            try:
+                made = reader.digest()
+                # A file changed just now may change again without another time stamp.
+                if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_S:
+                    if len(self._digests) >= _MOST_DIGESTS:
+                        self._digests.clear()
+                    self._digests[path] = (key, made)
+            except BaseException as error:
+                digest.set_exception(error)
+            else:
+                digest.set_result(made)
+
+        try:
+            threading.Thread(target=read, name="loraserve-hash", daemon=True).start()
+        except RuntimeError:  # can't start new thread
+            read()
         return digest
 
     def _fill(
         self,
         request: LoRARequest,
-        checkpoint: Checkpoint,
+        reader: WeightsReader,
         plans: Sequence[ModulePlan],
         ranks: Sequence[int],
-        digest: str,
+        digest: Future[str],
         commit: Callable[[HostEntry], object],
     ) -> str:
-        entry = self.tier.create(request.lora_int_id, digest, ranks)
+        directory, opened = reader.checkpoint.directory, reader.stat()
+        # Only the page cache has to know the content before it is read.
+        entry = self.tier.create(request.lora_int_id, digest.result() if self.cache is not None else "", ranks)
         try:
             source = self._from_cache(entry) if self.cache is not None else None
             if source is None:
                 source = "its checkpoint"
                 with single_thread():
-                    write_pages(WeightsReader(checkpoint), self.facts.layout, plans, ranks, self.tier.targets(entry))
-                if self._digest(checkpoint) != digest:
-                    raise AdapterError(
-                        "mismatch", f"'{checkpoint.directory}' was changed while it was read; load it again."
-                    )
+                    write_pages(reader, self.facts.layout, plans, ranks, self.tier.targets(entry))
+                if reader.stat() != opened:
+                    raise AdapterError("mismatch", f"'{directory}' was changed while it was read; load it again.")
+            entry.digest = digest.result()
+            self.registered.check(request, directory, entry.digest)
             ensure_wanted()
         except BaseException:
             self.tier.discard(entry)
             raise
         commit(entry)
         if self.cache is not None and source == "its checkpoint":
-            self.cache.write(
-                digest,
-                self.facts.layout.fingerprint,
-                ranks,
-                entry.checksums,
-                self.tier.slab.view(entry.offset, entry.size),
-            )
+            with self.tier.reading(entry.key) as kept:
+                if kept is entry:
+                    self.cache.write(
+                        entry.digest,
+                        self.facts.layout.fingerprint,
+                        ranks,
+                        entry.checksums,
+                        self.tier.slab.view(entry.offset, entry.size),
+                    )
         return source
 
     def _from_cache(self, entry: HostEntry) -> str | None:
@@ -260,11 +282,9 @@ class AdapterLoader:
             name = name.removeprefix("model.")
         return found.pop(name, None)
 
-    def _outside_pages(
-        self, request: LoRARequest, checkpoint: Checkpoint, rest: Sequence[LoRATensors]
-    ) -> ServedAdapter:
+    def _outside_pages(self, request: LoRARequest, reader: WeightsReader, rest: Sequence[LoRATensors]) -> ServedAdapter:
         """The adapter with the modules that stay on vLLM's path, in vLLM's own form."""
-        facts = self.facts
+        facts, checkpoint = self.facts, reader.checkpoint
         if not rest and not checkpoint.full_tensors:
             return ServedAdapter(request.lora_int_id, checkpoint.rank, {})
         for module in rest:
@@ -275,7 +295,6 @@ class AdapterLoader:
                     f"from pages; start with --max-lora-rank {module.rank} (now {facts.stock_max_rank}).",
                 )
         wanted = {id(entry) for module in rest for entry in (module.a, module.b)}
-        reader = WeightsReader(checkpoint)
         # Cloned: vLLM scales B in place, and the file's map must not stay open as long as the adapter.
         tensors = {
             name: reader.tensor(entry).clone()
