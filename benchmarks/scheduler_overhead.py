@@ -29,6 +29,21 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 RUNNING, ADAPTERS, SLOTS = 256, 500, 8
 
 
+def bring_in(scheduler: Any, workers: Any) -> None:
+    """The running requests' adapters are ready before there are requests: else the first ones, whose steps are fast,
+    may end before a busy machine has answered for the last adapter."""
+    from scheduler_harness import step
+
+    for adapter in range(1, SLOTS + 1):
+        workers.bring_in(adapter)
+    deadline = time.monotonic() + 60
+    while len(list(scheduler.readiness.ready())) < SLOTS:
+        step(scheduler)
+        time.sleep(0.005)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the workers' reports of {SLOTS} adapters did not come")
+
+
 def fill(scheduler: Any, waiting: int) -> None:
     """256 running requests of 8 adapters that decode for ever, then `waiting` of 500 adapters."""
     from scheduler_harness import make_request, step
@@ -82,6 +97,7 @@ def compare(model: str, waiting: int, full: bool, steps: int) -> dict[str, float
         stock = make_scheduler(Scheduler, model, **shape)
         fill(stock, waiting)
         ours = make_scheduler(RankAwareScheduler, model, **shape, options={"max_skip_s": 1e6, "skip_window": 10**9})
+        bring_in(ours, workers)
         fill(ours, waiting)
         # As the engine core does at start: collections would hit either side at random.
         gc.collect()
