@@ -289,3 +289,118 @@ def test_an_adapter_joins_a_running_batch_alone_and_soon(build: Any) -> None:
     assert began[1] == {"new2"}
     assert set().union(*began) == {"same", "new2", "new3", "new4"}, "nobody waits for longer than the bound"
     run_until(scheduler, finished(scheduler), checker(scheduler))
+
+
+def hold_blocks(scheduler: Any, request: Any) -> None:
+    """The request waits with KV blocks, as a streaming session between two inputs does."""
+    scheduler.requests[request.request_id] = request
+    request.num_computed_tokens = 16
+    scheduler._enqueue_waiting_request(request)
+    assert len(scheduler.kv_holding_waiting) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["gone", "failed"])
+def test_who_waits_with_kv_blocks_has_its_adapter_loaded_too(build: Any, fails: bool) -> None:
+    from scheduler_harness import checker, finished, make_request, reasons, run_until, settle, settled_step
+
+    scheduler, workers = build()
+    scheduler.add_request(make_request("first", adapter=1))
+    run_until(scheduler, finished(scheduler), checker(scheduler))
+    workers.gone(1)
+    settle(scheduler)
+    workers.fails[1] = [("it is truncated", False)] if fails else []
+    hold_blocks(scheduler, make_request("held", 40, 8, adapter=1))
+    if fails:
+        outputs = run_until(scheduler, finished(scheduler), checker(scheduler))
+        assert reasons(outputs) == {"held": "error"}
+        return
+    for _ in range(5):
+        output, _ = settled_step(scheduler)
+        if "held" in output.num_scheduled_tokens:
+            break
+    assert "held" in output.num_scheduled_tokens
+    assert len(workers.orders) == 2
+
+
+def test_who_waits_with_kv_blocks_for_room_gets_it(build: Any) -> None:
+    """A hot adapter with new requests in every step fills the only slot."""
+    from scheduler_harness import make_request, settle, settled_step
+
+    scheduler, workers = build(max_loras=1, options={"skip_window": 5, "max_skip_s": 60})
+    for adapter in (1, 2):
+        workers.bring_in(adapter)
+    settle(scheduler)
+    scheduler.add_request(make_request("hot", 10, 5, adapter=1))
+    settled_step(scheduler)
+    hold_blocks(scheduler, make_request("held", 40, 8, adapter=2))
+    for number in range(40):
+        scheduler.add_request(make_request(f"hot{number}", 10, 5, adapter=1))
+        output, _ = settled_step(scheduler)
+        if "held" in output.num_scheduled_tokens:
+            return
+    raise AssertionError("it never ran")
+
+
+def test_who_waits_with_kv_blocks_is_in_flight(build: Any) -> None:
+    from scheduler_harness import make_request, settle, settled_step
+
+    scheduler, workers = build(options={"max_inflight_tokens": {"busy": 80}})
+    workers.bring_in(1)
+    settle(scheduler)
+    workers.hold(2)
+    hold_blocks(scheduler, make_request("held", 40, 8, adapter=2, adapter_name="busy"))
+    scheduler.add_request(make_request("next", 40, 8, adapter=1, adapter_name="busy"))
+    for _ in range(5):
+        assert not settled_step(scheduler)[0].num_scheduled_tokens
+    workers.release(2)
+
+
+def test_an_adapter_that_one_rank_loses_while_another_loads_is_ordered_again_at_once(build: Any, clock: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, run_until, settle, settled_step
+
+    from vllm_loraserve.engine import channel
+
+    scheduler, workers = build(tp=2)
+    workers.hold(1, rank=1)
+    scheduler.add_request(make_request("r", adapter=1))
+    for _ in range(5):
+        settled_step(scheduler)
+    with workers._lock:
+        workers._report(channel.Gone(0, 1))
+    settle(scheduler)
+    settled_step(scheduler)
+    workers.release(1, rank=1)
+    begin = clock.now
+    run_until(scheduler, finished(scheduler), checker(scheduler))
+    assert clock.now - begin < 1
+    assert len(workers.orders) == 2
+
+
+def test_adapters_in_back_off_count_for_nobody(build: Any, clock: Any) -> None:
+    """As many as may be ahead fail again and again; a first try does not wait for their back-offs."""
+    from scheduler_harness import checker, make_request, run_until
+
+    scheduler, workers = build(options={"prefetch": 2, "concurrent_loads": 2, "load_retries": 8})
+    for adapter in (1, 2):
+        workers.fails[adapter] = [("the share is away", True)] * 9
+        scheduler.add_request(make_request(f"away{adapter}", adapter=adapter))
+    scheduler.add_request(make_request("good", adapter=3))
+    begin = clock.now
+    run_until(scheduler, lambda: "good" not in scheduler.requests, checker(scheduler))
+    assert clock.now - begin < 0.4, "before the first back-off is over"
+
+
+def test_the_oldest_wait_goes_back_to_nothing(build: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, run_until, settled_step
+
+    scheduler, workers = build()
+    workers.hold(1)
+    scheduler.add_request(make_request("r", adapter=1))
+    for _ in range(100):
+        settled_step(scheduler)
+    assert scheduler.counters.oldest_wait_s > 0.5
+    workers.release(1)
+    run_until(scheduler, finished(scheduler), checker(scheduler))
+    scheduler.add_request(make_request("base", max_tokens=3))
+    settled_step(scheduler)
+    assert scheduler.counters.oldest_wait_s == 0

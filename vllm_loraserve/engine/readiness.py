@@ -66,6 +66,7 @@ class Readiness:
         self._loading: set[int] = set()
         self._ready: set[int] = set()
         self._failed: set[int] = set()
+        self._retrying: set[int] = set()
         self.pinned: set[int] = set()
         """Adapters that keep their place in the arena while nobody uses them."""
         self.rank_limit: int | None = None
@@ -105,6 +106,11 @@ class Readiness:
         return bool(self.world_size) and len(self._loading) < self.concurrent_loads
 
     @property
+    def retrying(self) -> int:
+        """Adapters whose last load failed and that will be tried again."""
+        return len(self._retrying)
+
+    @property
     def loading(self) -> int:
         """Adapters being loaded now."""
         return len(self._loading)
@@ -116,6 +122,7 @@ class Readiness:
         if not self.world_size:
             return starts
         ahead = 0
+        again: list[tuple[int, Adapter]] = []
         for adapter, path in wanted:
             entry = self._adapters.get(adapter)
             if entry is None:
@@ -123,21 +130,35 @@ class Readiness:
             elif entry.path != path and entry.state != "loading" and adapter not in running:
                 self._ready.discard(adapter)
                 self._failed.discard(adapter)
+                self._retrying.discard(adapter)
                 entry.path, entry.state, entry.retries, entry.not_before = path, "wanted", 0, 0.0
                 entry.ready_on.clear()
-            if adapter not in running:
-                ahead += 1
-            if entry.state == "wanted" and now >= entry.not_before and entry.path == path:
+            if entry.state == "wanted" and entry.path == path:
+                if entry.retries:
+                    # Behind those that were never tried: a source that is away holds up nobody else.
+                    again.append((adapter, entry))
+                    continue
                 if len(self._loading) >= self.concurrent_loads:
                     break
-                self._attempts += 1
-                entry.state, entry.attempt, entry.started = "loading", self._attempts, now
-                entry.ready_on.clear()
-                self._loading.add(adapter)
-                starts.append((adapter, entry.attempt))
+                starts.append((adapter, self._begin(adapter, entry, now)))
+            if adapter not in running and entry.state in ("loading", "ready"):
+                ahead += 1
             if ahead >= self.prefetch:
                 break
+        for adapter, entry in again:
+            if ahead >= self.prefetch or len(self._loading) >= self.concurrent_loads:
+                break
+            if now >= entry.not_before:
+                starts.append((adapter, self._begin(adapter, entry, now)))
+                ahead += 1
         return starts
+
+    def _begin(self, adapter: int, entry: Adapter, now: float) -> int:
+        self._attempts += 1
+        entry.state, entry.attempt, entry.started = "loading", self._attempts, now
+        entry.ready_on.clear()
+        self._loading.add(adapter)
+        return entry.attempt
 
     def on_report(self, report: channel.Report, now: float) -> None:
         """A worker's message."""
@@ -153,9 +174,13 @@ class Readiness:
             self.pinned.discard(report.adapter)
             entry = self._adapters.get(report.adapter)
             if entry is not None:
+                had = report.rank in entry.ready_on
                 entry.ready_on.discard(report.rank)
-                if entry.state == "ready":
+                if entry.state == "ready" or (entry.state == "loading" and had):
+                    # Another rank may still load: it is ordered again on all of them.
                     self._ready.discard(report.adapter)
+                    self._loading.discard(report.adapter)
+                    self._retrying.discard(report.adapter)
                     entry.state, entry.retries, entry.not_before = "wanted", 0, 0.0
         elif isinstance(report, channel.Stalled):
             self.counters.stalls += 1
@@ -178,6 +203,7 @@ class Readiness:
         if len(entry.ready_on) >= self.world_size and entry.state != "ready":
             self._loading.discard(report.adapter)
             self._failed.discard(report.adapter)
+            self._retrying.discard(report.adapter)
             if self.rank_limit is not None and entry.lora_rank > self.rank_limit:
                 entry.state, entry.status = "failed", 400
                 entry.reason = (
@@ -208,8 +234,10 @@ class Readiness:
             entry.state = "wanted"
             entry.not_before = now + FIRST_BACKOFF_S * 2**entry.retries
             entry.retries += 1
+            self._retrying.add(adapter)
             self.counters.retries += 1
         else:
+            self._retrying.discard(adapter)
             entry.state = "failed"
             self._failed.add(adapter)
             self.counters.failures += 1

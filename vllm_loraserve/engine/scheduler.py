@@ -95,6 +95,10 @@ class RankAwareMixin(_Base):
         self._loads_looked_at = self._waits_looked_at = self._limits_looked_at = 0.0
         self._decoding = False
         """Somebody decodes in this step."""
+        self._holders: list[Request] = []
+        """Requests of adapters that wait and hold KV blocks: vLLM keeps them beside the waiting queue."""
+        self._held_up: dict[Request, tuple[float, int]] = {}
+        """Such a request whose adapter finds no room -> (time, requests admitted by then) since when."""
         self._idle = True
         self._only_loads = False
         """The last step had nothing to run, since all that waits waits for its adapter."""
@@ -147,8 +151,9 @@ class RankAwareMixin(_Base):
         self._overtook.clear()
         decode_rows, self._decoding = self._count_running()
         self.work.begin(self.max_num_scheduled_tokens, decode_rows, self.room.used_rows, self._decoding)
-        self._idle = not lanes and not self.room.users
-        if not lanes:
+        self._holders = [request for request in self.kv_holding_waiting if request.lora_request is not None]
+        self._idle = not lanes and not self._holders and not self.room.users
+        if not lanes and not self._holders:
             return
         self._start_loads(now)
         self._end_hopeless(now)
@@ -173,7 +178,7 @@ class RankAwareMixin(_Base):
         self.room.assign({adapter: (count, rank_of(adapter)) for adapter, count in users.items()}, pinned)
         if self.limits.most:
             self.limits.clear()
-            for request in self.running:
+            for request in (*self.running, *self.kv_holding_waiting):
                 if (lora := request.lora_request) is not None:
                     self.limits.take(lora.lora_name, _reach(request))
         return sum(rank_of(adapter) * count for adapter, count in decodes.items()), others_decode
@@ -187,13 +192,15 @@ class RankAwareMixin(_Base):
         self.waiting.lanes_changed, self._loads_looked_at = False, now
         running = set(self.room.users)
         # Enough to find `prefetch` adapters that don't run among the first.
-        lanes = self.waiting.first_lanes(self.readiness.prefetch + len(running))
-        wanted = [(lane.adapter, lane.path) for lane in lanes]
+        lanes = self.waiting.first_lanes(self.readiness.prefetch + len(running) + self.readiness.retrying)
+        heads = [*self._holders, *(self.waiting.head(lane)[1] for lane in lanes)]
+        requests: dict[int, Any] = {}
+        for head in heads:
+            requests.setdefault(head.lora_request.lora_int_id, head.lora_request)
+        wanted = [(adapter, request.lora_path) for adapter, request in requests.items()]
         for adapter, attempt in self.readiness.next_loads(wanted, running, now):
-            lane = next(lane for lane in lanes if lane.adapter == adapter)
-            request = self.waiting.head(lane)[1].lora_request
             if self._end is not None:
-                self._end.send(channel.Prepare(adapter, attempt, msgspec.msgpack.encode(request)))
+                self._end.send(channel.Prepare(adapter, attempt, msgspec.msgpack.encode(requests[adapter])))
 
     def _end_hopeless(self, now: float) -> None:
         """Requests whose adapter can't be had, and those that waited too long over their limit."""
@@ -201,6 +208,10 @@ class RankAwareMixin(_Base):
             lane = self.waiting.lanes.get((adapter, path))
             if lane is not None:
                 self._doom(self.waiting.live_in(lane), HTTPStatus(status), reason)
+            held = [
+                r for r in self._holders if (r.lora_request.lora_int_id, r.lora_request.lora_path) == (adapter, path)
+            ]
+            self._doom(held, HTTPStatus(status), reason)
             self.readiness.forget_failure(adapter)
         if not self.limits.most or now - self._limits_looked_at < WAITS_EVERY_S:
             return
@@ -238,17 +249,37 @@ class RankAwareMixin(_Base):
                 or self.counters.admitted - admitted > self.loraserve.skip_window
             ) and (aged is None or key < self.waiting.head(aged)[0]):
                 aged = lane
-        if aged is not None:
+        if (held := self._aged_holder(now)) is not None:
+            self._draining = self.room.to_drain(held.lora_request.lora_int_id, self._rank(held))
+            self.counters.drains += 1
+        elif aged is not None:
             self._drain_for = aged
             self._draining = self.room.to_drain(aged.adapter, self.readiness.rank_of(aged.adapter))
             self.counters.drains += 1
+
+    def _aged_holder(self, now: float) -> Request | None:
+        """The first request with KV blocks that was held up by room for long enough."""
+        held_up: dict[Request, tuple[float, int]] = {}
+        for request in self._holders:
+            lora = request.lora_request
+            ready = self.readiness.is_ready(lora.lora_int_id, lora.lora_path)
+            if ready and not self.room.fits(lora.lora_int_id, self._rank(request)):
+                held_up[request] = self._held_up.get(request, (now, self.counters.admitted))
+        self._held_up = held_up
+        for request, (since, admitted) in held_up.items():
+            if (
+                now - since > self.loraserve.max_skip_s
+                or self.counters.admitted - admitted > self.loraserve.skip_window
+            ):
+                return request
+        return None
 
     # ---- the gate of the waiting queue ----
 
     def open_lanes(self) -> Iterable[Lane]:
         """An adapter's requests are shown when it is ready, not held back for an aged one, and can join alone."""
         lanes = self._ready_lanes()
-        if self._drain_for is not None:
+        if self._drain_for is not None or self._draining:
             return (
                 lane
                 for lane in lanes
@@ -333,7 +364,6 @@ class RankAwareMixin(_Base):
             return False
         # It comes past `taken`; who is admitted after it in this step must find its room gone.
         self.room.take(lora.lora_int_id, rank)
-        self.limits.take(lora.lora_name, _reach(request))
         return True
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
@@ -362,19 +392,22 @@ class RankAwareMixin(_Base):
 
     def _account(self, output: SchedulerOutput, begin: float) -> None:
         counters = self.counters
-        self._only_loads = not output.total_num_scheduled_tokens and not self.running and self.readiness.loading > 0
+        self._only_loads = not output.total_num_scheduled_tokens and not self.running and bool(self.waiting.lanes)
         counters.steps += 1
+        lanes = self.waiting.lanes
+        if not lanes:
+            counters.oldest_wait_s = 0.0
+        elif begin - self._waits_looked_at > WAITS_EVERY_S:
+            self._waits_looked_at = begin
+            oldest = min(self.waiting.queued_at(self.waiting.head(lane)[1]) for lane in lanes.values())
+            counters.oldest_wait_s = begin - oldest
         if self._publisher is not None and self._publisher.due(begin):
-            readiness, lanes = self.readiness, len(self.waiting.lanes)
+            readiness = self.readiness
             transfers = summed(self._transfers.values())
-            totals = Totals(counters, readiness.counters, readiness.loading, lanes, self.room.used_rows, transfers)
+            totals = Totals(counters, readiness.counters, readiness.loading, len(lanes), self.room.used_rows, transfers)
             self._publisher.publish(totals, begin)
         if self._idle and self.trace is None:
             return
-        if begin - self._waits_looked_at > WAITS_EVERY_S:
-            self._waits_looked_at = begin
-            waits = [self.waiting.queued_at(self.waiting.head(lane)[1]) for lane in self.waiting.lanes.values()]
-            counters.oldest_wait_s = begin - min(waits) if waits else 0.0
         total = output.total_num_scheduled_tokens
         if total and self.room.users:
             counters.observe(self.room.used_rows, self.work.spent / total)
