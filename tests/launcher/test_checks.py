@@ -11,7 +11,7 @@ import pytest
 
 from vllm_loraserve.cli import main
 from vllm_loraserve.launcher.checks import check_model, check_vllm
-from vllm_loraserve.launcher.cluster import StartError
+from vllm_loraserve.launcher.errors import StartError
 
 
 @pytest.mark.parametrize(

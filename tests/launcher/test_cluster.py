@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -16,7 +17,9 @@ from typing import Any
 import pytest
 from stubs import PATIENCE_S, STUB, wait_until_dead
 
-from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError, api_key
+from vllm_loraserve.launcher import traffic
+from vllm_loraserve.launcher.cluster import Cluster, Plan, api_key
+from vllm_loraserve.launcher.errors import StartError
 from vllm_loraserve.launcher.processes import Server, healthy, is_free, listen_error
 from vllm_loraserve.launcher.traffic import client_for
 
@@ -128,7 +131,7 @@ def test_what_instances_keep_closed_the_router_does_not_open(plan: Plan, monkeyp
         sent.append(request.get_header("Authorization"))
         return BytesIO(b"{}")
 
-    monkeypatch.setattr("urllib.request.urlopen", answer)
+    monkeypatch.setattr("vllm_loraserve.launcher.cluster._direct.open", answer)
     assert given.get("/v1/models") == b"{}"
     assert sent == ["Bearer a"]
 
@@ -154,6 +157,29 @@ def test_a_refused_adapter_is_reported_in_the_servers_words(plan: Plan) -> None:
         cluster.add_adapter("good", "/adapters/good")
         with pytest.raises(StartError, match=r"bad was not accepted: The adapter 'bad' is broken\."):
             cluster.add_adapter("bad", "/adapters/bad")
+
+
+def test_a_proxy_for_other_machines_is_not_asked(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    async def ask(url: str) -> traffic.Answer:
+        async with client_for(url) as client:
+            return await traffic.ask(client, traffic.Request("apple", "?", False))
+
+    with Cluster(plan).running() as cluster:
+        cluster.add_adapter("good", "/adapters/good")
+        answer = asyncio.run(ask(cluster.url))
+        assert (answer.text, answer.error) == ("Apple", "")
+
+
+@pytest.mark.parametrize("option", ["--port=9000", "--host", "--uds"])
+def test_where_instances_listen_is_not_for_the_user(plan: Plan, option: str) -> None:
+    plan = dataclasses.replace(plan, vllm_options=("--dtype", "bfloat16", option, "x"))
+    with pytest.raises(StartError, match=f"{option.partition('=')[0]} is not for `vllm serve` here"):
+        Cluster(plan)
 
 
 def test_kill_takes_everything_of_one_part(plan: Plan) -> None:
@@ -233,15 +259,30 @@ def test_up_leaves_no_orphan_after_kill_9(plan: Plan, tmp_path: Path) -> None:
     assert wait_until_dead(pids) == []
 
 
+def directory_of(tmp_path: Path, *names: str) -> str:
+    for name in names:
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+        (tmp_path / "adapters" / name / "adapter_config.json").write_text("{}")
+    return str(tmp_path / "adapters")
+
+
 def test_up_registers_the_adapters_of_a_directory(plan: Plan, tmp_path: Path) -> None:
-    adapters = tmp_path / "adapters"
-    for name in ("good", "bad"):
-        (adapters / name).mkdir(parents=True)
-        (adapters / name / "adapter_config.json").write_text("{}")
-    process = start_up(plan, tmp_path, "--adapters", str(adapters))
+    """One that is refused, and one that has changed since an earlier start, keep nobody from being served."""
+    process = start_up(plan, tmp_path, "--adapters", directory_of(tmp_path, "bad", "changed", "good"))
+    seen = read_until(process, "Ctrl-C stops everything")
+    assert "adapter bad was not accepted: The adapter 'bad' is broken." in seen
+    assert "adapter changed has changed since it was registered, and was registered anew" in seen
+    assert "and 2 adapters given here" in seen
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE_S) == 0
+
+
+def test_up_ends_when_no_adapter_of_a_directory_is_accepted(plan: Plan, tmp_path: Path) -> None:
+    process = start_up(plan, tmp_path, "--adapters", directory_of(tmp_path, "bad"))
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "adapter bad was not accepted: The adapter 'bad' is broken." in output
+    assert "none of the adapters in" in output
     assert wait_until_dead(pids_of(tmp_path), 0.0) == []
 
 

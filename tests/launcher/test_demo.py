@@ -1,9 +1,11 @@
-"""The demo's verdict and its table; the whole of it runs in tests/e2e and by `scripts/demo.sh`."""
+"""The demo's verdict and its table; with real models it runs by `scripts/demo.sh`, its traffic also in tests/e2e."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,8 @@ from vllm_loraserve.coordinator.messages import (
 )
 from vllm_loraserve.launcher import demo
 from vllm_loraserve.launcher.assets import PROMPTS, AssetError, WordAdapter
-from vllm_loraserve.launcher.cluster import StartError
+from vllm_loraserve.launcher.cluster import Plan, Programs
+from vllm_loraserve.launcher.errors import StartError
 from vllm_loraserve.launcher.traffic import Answer, Request
 
 
@@ -56,6 +59,43 @@ def test_what_can_not_start_is_one_message_and_status_1(
     monkeypatch.setattr(demo, "_demo", fail)
     assert demo.run(argparse.Namespace()) == 1
     assert str(error) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("wrong", "status"), [("", 0), ("forest", 1)])
+def test_the_whole_of_it_against_stubs(
+    wrong: str, status: int, plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the coordinator is real: it is asked for the placement."""
+    words = [
+        WordAdapter("apple", 4, "Apple", Path("/a/apple")),
+        WordAdapter("forest", 128, "Forest", Path("/a/forest")),
+    ]
+    programs = dataclasses.replace(plan.programs, coordinator=Programs().coordinator)
+
+    def plan_for(*given: object) -> Plan:
+        return dataclasses.replace(demo_plan(*given), programs=programs, machine=plan.machine)
+
+    demo_plan = demo.plan_for
+    monkeypatch.setattr(demo, "plan_for", plan_for)
+    monkeypatch.setattr(demo, "check_vllm", lambda: None)
+    monkeypatch.setattr(demo.assets, "model_path", lambda given: Path(plan.model))
+    monkeypatch.setattr(demo.assets, "adapters", lambda model: words)
+    monkeypatch.setenv("STUB_WRONG", wrong)
+    monkeypatch.setattr(tempfile, "tempdir", str(plan.state.parent))
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    asked = ["--requests", "12", "--concurrency", "3", "--port", str(plan.port)]
+    assert demo.run(parser.parse_args(asked)) == status
+    out, err = capsys.readouterr()
+    assert f"{12 - bool(wrong)} of 12 answers right" in out
+    lines = {cells[1]: cells[2:] for line in out.splitlines() if len(cells := _cells(line)) > 8}
+    assert {name: (cells[0], *cells[2:4]) for name, cells in lines.items()} == {
+        "apple": ("4", "4", "4"),
+        "forest": ("128", "4", "3" if wrong else "4"),
+        "model": ("base", "4", "4"),
+    }
+    assert ("wrong: forest: " in err) is bool(wrong)
+    assert ("1 wrong answers; the logs are in" in err) is bool(wrong)
 
 
 def test_the_table_has_a_line_per_adapter_and_one_for_the_base() -> None:

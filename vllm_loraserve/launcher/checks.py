@@ -9,7 +9,7 @@ import os
 from packaging.specifiers import SpecifierSet
 
 from vllm_loraserve import SUPPORTED_VLLM
-from vllm_loraserve.launcher.cluster import StartError
+from vllm_loraserve.launcher.errors import StartError
 
 INSTALL = "pip install 'vllm-loraserve[cuda]', or [cpu] (docs/install.md)"
 

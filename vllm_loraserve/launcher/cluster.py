@@ -21,6 +21,7 @@ from pathlib import Path
 
 from vllm_loraserve.coordinator.client import ANSWER_S, INSPECTION_S
 from vllm_loraserve.launcher.devices import Machine, share, this_machine, value_of, values_of
+from vllm_loraserve.launcher.errors import AdapterRefused, StartError
 from vllm_loraserve.launcher.processes import Server, free_ports, healthy, listen_error, stop_all
 
 COORDINATOR_PORT = 5700
@@ -36,6 +37,11 @@ UPSTREAM_KEY = "LORASERVE_UPSTREAM_API_KEY"
 INSTANCE_KEY = "VLLM_API_KEY"
 """Environment variable of vLLM: what an instance asks for, unless `--api-key` says."""
 
+LISTEN_OPTIONS = ("--host", "--port", "--uds")
+"""Of `vllm serve`: the launcher says where its instances listen."""
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""What we ask is on this machine, whatever http_proxy says of others."""
+
 
 def api_key(environment: Mapping[str, str] | None = None, *, admin: bool = False) -> str | None:
     """A key that the router of a cluster started in `environment` (default: this process's) asks for; None: none."""
@@ -45,10 +51,6 @@ def api_key(environment: Mapping[str, str] | None = None, *, admin: bool = False
         if found := next(filter(None, keys), None):
             return found
     return None
-
-
-class StartError(RuntimeError):
-    """The cluster could not be started; the message names the part and ends with its log's last lines."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ class Cluster:
         self._on_change = on_change or (lambda part, state: None)
         self.logs = plan.state / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
+        for option in LISTEN_OPTIONS:
+            if value_of(option, plan.vllm_options) is not None:
+                raise StartError(
+                    f"{option} is not for `vllm serve` here, instances get free ports; see up --host, --port"
+                )
         if error := listen_error(plan.host, plan.port):
             taken = error.errno == errno.EADDRINUSE
             raise StartError(
@@ -197,7 +204,7 @@ class Cluster:
         """Body of a GET from the router, whatever its status; raises OSError when there is no answer."""
         request = urllib.request.Request(self.url + path, headers=self._authorization())
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            with _direct.open(request, timeout=timeout_s) as answer:
                 return bytes(answer.read())
         except urllib.error.HTTPError as error:
             return error.read()
@@ -210,18 +217,25 @@ class Cluster:
         headers = {"Content-Type": "application/json"} | self._authorization(admin=path.endswith("_lora_adapter"))
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            with _direct.open(request, timeout=timeout_s) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
     def add_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Registers an adapter cluster-wide through the router; raises StartError with the server's sentence."""
-        status, body = self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        """Registers an adapter cluster-wide through the router; raises AdapterRefused with the server's sentence."""
+        self._change("accepted", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+
+    def remove_adapter(self, name: str) -> None:
+        """Unregisters an adapter cluster-wide, after its running requests; raises AdapterRefused."""
+        self._change("removed", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    def _change(self, what: str, path: str, body: dict[str, str]) -> None:
+        status, answer = self.post(path, body)
         if status != 200:
             with suppress(ValueError, KeyError, TypeError):
-                body = json.loads(body)["error"]["message"]
-            raise StartError(f"adapter {name} was not accepted: {body}")
+                answer = json.loads(answer)["error"]["message"]
+            raise AdapterRefused(f"adapter {body['lora_name']} was not {what}: {answer}", status)
 
     def _authorization(self, *, admin: bool = False) -> dict[str, str]:
         key = api_key(self.router.env, admin=admin)

@@ -24,8 +24,9 @@ from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorErro
 from vllm_loraserve.coordinator.messages import GetTable, RoutingTable
 from vllm_loraserve.launcher import assets, traffic
 from vllm_loraserve.launcher.checks import check_vllm
-from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError
+from vllm_loraserve.launcher.cluster import Cluster, Plan
 from vllm_loraserve.launcher.devices import this_machine
+from vllm_loraserve.launcher.errors import StartError
 from vllm_loraserve.launcher.processes import free_ports
 from vllm_loraserve.launcher.progress import StartProgress
 from vllm_loraserve.launcher.up import at_least_one, port_number
@@ -79,7 +80,7 @@ def plan_for(model: Path, words: Sequence[assets.WordAdapter], state: Path, inst
         port=port or free_ports(1, 18000)[0],
         max_rank=max(word.rank for word in words),
         adapter_roots=(str(words[0].path.parent),),
-        vllm_options=SMALL_CPU if machine.gpus == 0 else SMALL,
+        vllm_options=SMALL_CPU if not machine.gpu_ids else SMALL,
         machine=machine,
     )
 
@@ -145,10 +146,10 @@ def _table(
     seconds: float,
     routing: RoutingTable,
 ) -> Table:
-    """One line per adapter and one for the base model."""
+    """One line per adapter and one for the base model; `routing`: where they were placed at the end."""
     table = Table(title="mixed traffic through the router")
-    for column in ("model", "rank", "instance", "requests", "correct", "TTFT p50", "TTFT p95", "tokens/s"):
-        table.add_column(column, justify="left" if column in ("model", "instance") else "right", no_wrap=True)
+    for column in ("model", "rank", "placed on", "requests", "correct", "TTFT p50", "TTFT p95", "tokens/s"):
+        table.add_column(column, justify="left" if column in ("model", "placed on") else "right", no_wrap=True)
     routes = {entry.adapter.name: sorted(route.instance for route in entry.routes) for entry in routing.adapters}
     everywhere = sorted(entry.name for entry in routing.instances)
     for name, rank in [*((word.name, str(word.rank)) for word in words), (base, "base")]:

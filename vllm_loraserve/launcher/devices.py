@@ -9,6 +9,9 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vllm_loraserve.launcher import cgroup
+from vllm_loraserve.launcher.errors import StartError
+
 MIN_KV_BYTES, MAX_KV_BYTES = 256 << 20, 8 << 30
 CPU_MAX_LORAS, GPU_MAX_LORAS = 8, 32
 
@@ -17,7 +20,8 @@ CPU_MAX_LORAS, GPU_MAX_LORAS = 8, 32
 class Machine:
     """What there is to share out."""
 
-    gpus: int = 0
+    gpu_ids: tuple[str, ...] = ()
+    """As CUDA_VISIBLE_DEVICES names them: indices or UUIDs."""
     cores: int = 1
     memory_bytes: int = 8 << 30
     """Memory that is available now."""
@@ -32,14 +36,12 @@ class Share:
 
 
 def this_machine() -> Machine:
-    """Asks the system; GPUs by nvidia-smi, so that no CUDA context is opened here."""
-    gpus = 0
+    """Asks the system; GPUs by nvidia-smi, so that no CUDA context is opened here. Within a container: its limits."""
+    gpus: tuple[str, ...] = ()
     if shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], check=False, capture_output=True, text=True)
-        gpus = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible is not None:
-            gpus = min(gpus, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
+        count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+        gpus = visible_gpus(count, os.environ.get("CUDA_VISIBLE_DEVICES"))
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         with open("/proc/meminfo") as file:
@@ -47,7 +49,23 @@ def this_machine() -> Machine:
         memory = int(fields["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
         pass
-    return Machine(gpus, len(os.sched_getaffinity(0)), memory)
+    allowed = cgroup.limits()
+    cores = len(os.sched_getaffinity(0))
+    return Machine(
+        gpus,
+        min(cores, allowed.cores or cores),
+        memory if allowed.memory_bytes is None else min(memory, allowed.memory_bytes),
+    )
+
+
+def visible_gpus(count: int, visible: str | None) -> tuple[str, ...]:
+    """Which of `count` GPUs CUDA uses; of `visible`, CUDA_VISIBLE_DEVICES, those before the first that is none."""
+    if visible is None or count == 0:
+        return tuple(map(str, range(count)))
+    given = (name.strip() for name in visible.split(","))
+    return tuple(
+        itertools.takewhile(lambda name: int(name) < count if name.isdecimal() else name not in ("", "-1"), given)
+    )
 
 
 def value_of(option: str, options: Sequence[str]) -> str | None:
@@ -77,15 +95,15 @@ def values_of(option: str, options: Sequence[str]) -> list[str]:
 def share(machine: Machine, instances: int, given: Sequence[str] = ()) -> list[Share]:
     """One Share per instance. What the user gives (`given`: options for `vllm serve`) is never overridden.
 
-    With GPUs: as many per instance as its tensor parallel size, in turn; instances that must share a GPU share its
-    memory. Without: the cores are divided, and a KV cache that leaves room for weights is set, since vLLM's own default
-    on a CPU takes half of the memory for each instance.
+    With GPUs: as many per instance as it has ranks, in turn; instances that must share a GPU share its memory.
+    StartError when one instance wants more than there are. Without: the cores are divided, and a KV cache that leaves
+    room for weights is set, since vLLM's own default on a CPU takes half of the memory for each instance.
     """
 
     def unless_given(*options: str) -> tuple[str, ...]:
         return () if value_of(options[0], given) is not None else options
 
-    if machine.gpus == 0:
+    if not machine.gpu_ids:
         cores = max(1, machine.cores // instances)
         kv_bytes = min(MAX_KV_BYTES, max(MIN_KV_BYTES, machine.memory_bytes // 10 // instances))
         # Two instances that bind to the same cores halve each other.
@@ -93,13 +111,23 @@ def share(machine: Machine, instances: int, given: Sequence[str] = ()) -> list[S
         options = unless_given("--kv-cache-memory-bytes", str(kv_bytes))
         options += unless_given("--max-loras", str(CPU_MAX_LORAS))
         return [Share(env, options)] * instances
-    parallel = int(value_of("--tensor-parallel-size", given) or value_of("-tp", given) or 1)
+    gpus = len(machine.gpu_ids)
+    parallel = _size("--tensor-parallel-size", "-tp", given) * _size("--pipeline-parallel-size", "-pp", given)
+    if parallel > gpus:
+        raise StartError(f"each instance is to run on {parallel} GPUs, and there are {gpus}; see its parallel sizes")
     shares = []
-    per_gpu = -(-instances * parallel // machine.gpus)
+    per_gpu = -(-instances * parallel // gpus)
     for index in range(instances):
-        devices = [(index * parallel + i) % machine.gpus for i in range(parallel)]
+        devices = [machine.gpu_ids[(index * parallel + i) % gpus] for i in range(parallel)]
         options = unless_given("--max-loras", str(GPU_MAX_LORAS))
         if per_gpu > 1:
             options += unless_given("--gpu-memory-utilization", f"{0.9 / per_gpu:.2f}")
-        shares.append(Share({"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}, options))
+        shares.append(Share({"CUDA_VISIBLE_DEVICES": ",".join(devices)}, options))
     return shares
+
+
+def _size(option: str, short: str, given: Sequence[str]) -> int:
+    text = value_of(option, given) or value_of(short, given) or "1"
+    if not text.isdecimal() or int(text) < 1:
+        raise StartError(f"{option} {text!r} is no whole number above 0")
+    return int(text)

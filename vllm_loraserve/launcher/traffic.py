@@ -46,9 +46,11 @@ class Answer:
 
 def client_for(url: str, timeout_s: float = 300.0) -> AsyncOpenAI:
     """An `openai` client of the router at `url` that retries nothing: a failure is to be seen."""
-    from openai import AsyncOpenAI
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-    return AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key() or "none", max_retries=0, timeout=timeout_s)
+    direct = DefaultAsyncHttpxClient(trust_env=False)  # http_proxy is for other machines
+    key = api_key() or "none"
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=timeout_s, http_client=direct)
 
 
 def mixed(models: Sequence[str], count: int) -> list[Request]:

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,10 +18,12 @@ from rich.console import Console
 
 from vllm_loraserve.launcher.assets import AssetError
 from vllm_loraserve.launcher.checks import check_model, check_vllm
-from vllm_loraserve.launcher.cluster import Cluster, Plan, StartError
+from vllm_loraserve.launcher.cluster import Cluster, Plan
+from vllm_loraserve.launcher.errors import AdapterRefused, StartError
 from vllm_loraserve.launcher.progress import StartProgress
 
 TAKES_OPTIONS_AFTER_DASHES = True
+CONFLICT = 409
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,9 +75,10 @@ def run(args: argparse.Namespace) -> int:
             progress.watch(cluster)
             cluster.start()
         try:
-            for name, path in found.items():
-                cluster.add_adapter(name, path)
-            _say_where(cluster, found)
+            taken = register(cluster, found, console)
+            if found and not taken:
+                raise StartError(f"none of the adapters in {args.adapters} was accepted")
+            _say_where(cluster, taken)
             return _until_it_ends(cluster)
         finally:
             console.print("stopping")
@@ -104,10 +108,36 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _say_where(cluster: Cluster, found: dict[str, Path]) -> None:
-    model = next(iter(found), cluster.plan.model_name)
+def register(cluster: Cluster, found: Mapping[str, Path], console: Console) -> list[str]:
+    """Registers adapters by name and returns those that were accepted; each other gets a line.
+
+    The registry outlives the cluster: one that knows a name with the content of an earlier start takes the present one.
+    """
+
+    def say(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    taken = []
+    for name, path in found.items():
+        try:
+            try:
+                cluster.add_adapter(name, path)
+            except AdapterRefused as refused:
+                if refused.status != CONFLICT:
+                    raise
+                cluster.remove_adapter(name)
+                cluster.add_adapter(name, path)
+                say(f"adapter {name} has changed since it was registered, and was registered anew")
+            taken.append(name)
+        except AdapterRefused as refused:
+            say(str(refused), "red")
+    return taken
+
+
+def _say_where(cluster: Cluster, taken: Sequence[str]) -> None:
+    model = next(iter(taken), cluster.plan.model_name)
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
-    print(f"ready: {cluster.url}/v1 serves {cluster.plan.model_name} and {len(found)} adapters given here")
+    print(f"ready: {cluster.url}/v1 serves {cluster.plan.model_name} and {len(taken)} adapters given here")
     print(f"  curl {cluster.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
     print(f"  vllm-loraserve status --coordinator {cluster.coordinator_endpoint}")
     print(f"  logs: {cluster.logs}")
