@@ -18,9 +18,11 @@ import asyncio
 import itertools
 import os
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from rich.console import Console
@@ -36,10 +38,9 @@ SKIP_S = 2.0
 
 async def phase(url: str, kind: str, seconds: float, rng: random.Random) -> dict[str, Seen]:
     """One phase on one server: what the steady, the probing and the cold clients saw after its first seconds."""
-    begin = time.monotonic()
-    counted, until = begin + SKIP_S, begin + SKIP_S + seconds
+    until = time.monotonic() + SKIP_S + seconds
+    counted = (until - seconds, until)
     seen = {"steady": Seen(), "probe": Seen(), "cold": Seen()}
-    early = Seen()
     cold = itertools.cycle(rng.sample(COLD, len(COLD)))
 
     def prompt(length: int) -> list[int]:
@@ -49,23 +50,18 @@ async def phase(url: str, kind: str, seconds: float, rng: random.Random) -> dict
 
         async def steady(name: str) -> None:
             while time.monotonic() < until:
-                mine = Seen()
-                await stream(session, url, name, prompt(16), 400, mine, until)
-                # The first gaps belong to the time before the phase counts.
-                (seen["steady"] if time.monotonic() > counted else early).add(mine)
+                await stream(session, url, name, prompt(16), 400, seen["steady"], until, counted)
 
         async def probe() -> None:
             for number in itertools.count():
                 await asyncio.sleep(0.5)
                 if time.monotonic() > until:
                     return
-                into = seen["probe"] if time.monotonic() > counted else early
-                await stream(session, url, WARM[number % 2], prompt(32), 2, into, until + 60)
+                await stream(session, url, WARM[number % 2], prompt(32), 2, seen["probe"], until + 60, counted)
 
         async def churn() -> None:
             while time.monotonic() < until:
-                into = seen["cold"] if time.monotonic() > counted else early
-                await stream(session, url, next(cold), prompt(16), 4, into, until + 60)
+                await stream(session, url, next(cold), prompt(16), 4, seen["cold"], until + 60, counted)
 
         names = UNIFORM if kind == "uniform" else [WARM[i % 2] for i in range(4)]
         jobs = [steady(name) for name in names]
@@ -77,7 +73,7 @@ async def phase(url: str, kind: str, seconds: float, rng: random.Random) -> dict
     return seen
 
 
-async def run(model: Path, seconds: float, rounds: int) -> dict[str, object]:
+async def run(model: Path, seconds: float, rounds: int) -> dict[str, Any]:
     """All phases on both servers; the figures."""
     rng = random.Random(7)
     with tempfile.TemporaryDirectory() as temporary:
@@ -106,7 +102,7 @@ async def run(model: Path, seconds: float, rounds: int) -> dict[str, object]:
     return figures(seen, seconds * rounds)
 
 
-def figures(seen: dict[tuple[str, str], dict[str, Seen]], seconds: float) -> dict[str, object]:
+def figures(seen: dict[tuple[str, str], dict[str, Seen]], seconds: float) -> dict[str, Any]:
     """The ratios of the issue and what they are made of."""
     table = Table("phase", "side", "gap p50 ms", "gap p99 ms", "warm TTFT p95 ms", "tokens/s", "cold done", "errors")
     rows: dict[str, dict[str, float]] = {}
@@ -158,6 +154,12 @@ def main() -> int:
         args.model = assets.model_path()
     result = asyncio.run(run(Path(args.model), args.seconds, args.rounds))
     print({name: value for name, value in result.items() if str(name).endswith(("ratio", "ours", "stock"))})
+    rows = result["rows"]
+    failed = [name for name, row in rows.items() if row["errors"]]
+    failed += [name for name, row in rows.items() if name.startswith("churn") and not row["cold_requests"]]
+    if failed:
+        print(f"no figures: requests failed, or no cold one was served, in {', '.join(failed)}", file=sys.stderr)
+        return 1
     write_json(args.json, result)
     return 0
 

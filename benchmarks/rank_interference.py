@@ -1,7 +1,9 @@
 """What rank-8 requests pay for sharing an instance with rank 128, at equal tokens/s: the paper's motivating figure.
 
 Open-loop traffic of equal requests: all of rank 8, or every second one of rank 128. Three sides, alternating: stock
-vLLM, our kernels with vLLM's scheduler, kernels and scheduler. Only rank-8 requests are measured.
+vLLM, our kernels with vLLM's scheduler, kernels and scheduler. Only rank-8 requests are measured. On a CPU stock serves
+less than it is offered at any rate that tells anything about ours; it gets one short phase of each kind, and
+`stock_serves_of_offered` says how far behind it is: its latencies are those of a growing queue.
 
     python benchmarks/rank_interference.py --model DIR --json FILE [--plot FILE.png]
 """
@@ -12,6 +14,7 @@ import argparse
 import asyncio
 import os
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,8 +33,13 @@ SIDES = {
 }
 
 
-async def phase(url: str, shared: bool, rate: float, seconds: float, rng: random.Random) -> Seen:
-    """Poisson arrivals at `rate` requests/s, 64 tokens in and 16 out; what the rank-8 requests saw."""
+LEAST_SAMPLES = 100
+"""Requests that a P95 of ours is taken from."""
+
+
+async def phase(url: str, shared: bool, rate: float, seconds: float, rng: random.Random) -> tuple[Seen, float]:
+    """Poisson arrivals at `rate` requests/s, 64 tokens in and 16 out; what the rank-8 requests saw, and how much of
+    what was offered was served at the rate of arrival (1: all)."""
     low, high = Seen(), Seen()
     jobs = []
     begin = time.monotonic()
@@ -48,10 +56,10 @@ async def phase(url: str, shared: bool, rate: float, seconds: float, rng: random
             number += 1
         await asyncio.gather(*jobs)
     low.errors += high.errors
-    return low
+    return low, min(1.0, seconds / (time.monotonic() - begin))
 
 
-async def run(model: Path, rate: float, seconds: float, rounds: int) -> dict[str, Any]:
+async def run(model: Path, rate: float, seconds: float, rounds: int, stock_seconds: float) -> dict[str, Any]:
     """All phases on all sides; the figures."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -59,16 +67,21 @@ async def run(model: Path, rate: float, seconds: float, rounds: int) -> dict[str
         adapters |= {name: make_adapter(model, folder / name, 128, 10 + i) for i, name in enumerate(HIGH)}
         common = ["--max-loras", "4", "--max-lora-rank", "128"]
         seen: dict[tuple[str, str], Seen] = {}
+        served: dict[str, float] = {}
         async with servers(model, adapters, {side: [*flags, *common] for side, flags in SIDES.items()}, folder) as urls:
-            for url in urls.values():
-                await phase(url, True, rate, 4, random.Random(0))
+            for side, url in urls.items():
+                await phase(url, True, rate, 1 if side == "stock" else 4, random.Random(0))
             for number in range(rounds):
                 for kind in ("alone", "shared"):
                     for side in list(urls) if number % 2 else list(urls)[::-1]:
+                        if side == "stock" and number:
+                            continue
                         # The same arrivals and prompts for every side.
-                        part = await phase(urls[side], kind == "shared", rate, seconds, random.Random(number))
+                        length = stock_seconds if side == "stock" else seconds
+                        part, share = await phase(urls[side], kind == "shared", rate, length, random.Random(number))
                         seen.setdefault((side, kind), Seen()).add(part)
-    return figures(seen, rate)
+                        served[side] = min(share, served.get(side, 1.0))
+    return figures(seen, rate) | {f"{side}_serves_of_offered": round(share, 3) for side, share in served.items()}
 
 
 def figures(seen: dict[tuple[str, str], Seen], rate: float) -> dict[str, Any]:
@@ -117,9 +130,10 @@ def main() -> int:
     """Runs it and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=os.environ.get("LORASERVE_TEST_MODEL"))
-    parser.add_argument("--rate", type=float, default=1.0, help="requests/s")
+    parser.add_argument("--rate", type=float, default=3.0, help="requests/s")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a phase")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--stock-seconds", type=float, default=4.0, help="of stock's one phase of each kind")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -127,8 +141,13 @@ def main() -> int:
         from vllm_loraserve.launcher import assets
 
         args.model = assets.model_path()
-    result = asyncio.run(run(Path(args.model), args.rate, args.seconds, args.rounds))
+    result = asyncio.run(run(Path(args.model), args.rate, args.seconds, args.rounds, args.stock_seconds))
     print({name: value for name, value in result.items() if "added" in name})
+    for name, row in result["rows"].items():
+        least = 1 if name.startswith("stock") else LEAST_SAMPLES
+        if row["errors"] or row["requests"] < least:
+            print(f"no figures: {name} has {row['errors']:g} errors, {row['requests']:g} requests", file=sys.stderr)
+            return 1
     write_json(args.json, result)
     if args.plot is not None:
         plot(result, args.plot)

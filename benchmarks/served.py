@@ -142,9 +142,17 @@ class Seen:
 
 
 async def stream(
-    session: aiohttp.ClientSession, url: str, model: str, prompt: list[int], tokens: int, seen: Seen, until: float
+    session: aiohttp.ClientSession,
+    url: str,
+    model: str,
+    prompt: list[int],
+    tokens: int,
+    seen: Seen,
+    until: float,
+    counted: tuple[float, float] = (0.0, float("inf")),
 ) -> None:
-    """One streamed completion; stops reading at `until` (time.monotonic)."""
+    """One streamed completion; stops reading at `until` (time.monotonic). Only what lies within `counted` goes into
+    `seen`: first tokens of requests sent in it, gaps and tokens wholly in it."""
     body = {
         "model": model,
         "prompt": prompt,
@@ -154,6 +162,7 @@ async def stream(
         "stream": True,
     }
     begin = last = time.monotonic()
+    since, end = counted
     first = None
     count = 0
     try:
@@ -170,16 +179,19 @@ async def stream(
                 now = time.monotonic()
                 if first is None:
                     first = now
-                    seen.ttft.append(now - begin)
-                else:
+                    if since <= begin <= end:
+                        seen.ttft.append(now - begin)
+                elif since <= last and now <= end:
                     seen.gaps.append(now - last)
                 last = now
                 count += 1
-                seen.tokens += 1
+                seen.tokens += since <= now <= end
                 if now > until:
                     return
     except aiohttp.ClientError as error:
         seen.errors.append(repr(error))
+        return
+    if not since <= begin <= end:
         return
     seen.requests += 1
     if first is not None and count > 1:
