@@ -13,6 +13,7 @@ pytestmark = pytest.mark.vllm
 
 from collections import defaultdict  # noqa: E402
 
+from vllm.exceptions import RetryableRequestError  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.lora.resolver import LoRAResolverRegistry  # noqa: E402
 from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
@@ -20,7 +21,7 @@ from vllm.utils.counter import AtomicCounter  # noqa: E402
 
 from vllm_loraserve.cluster.placement import make_policy  # noqa: E402
 from vllm_loraserve.config import ConfigError, LoRAServeConfig, parse_config  # noqa: E402
-from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError  # noqa: E402
+from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable  # noqa: E402
 from vllm_loraserve.coordinator.control import Controller, ControlOptions  # noqa: E402
 from vllm_loraserve.coordinator.messages import (  # noqa: E402
     AdapterRecord,
@@ -584,6 +585,31 @@ async def test_a_coordinator_in_trouble_does_not_unregister_what_is_known(monkey
     assert await resolver.lookup("a") is None
     code = "internal"
     assert await resolver.lookup("a") is None
+
+
+async def test_before_the_registry_was_ever_seen_a_name_is_not_unknown_but_a_503(monkeypatch):
+    monkeypatch.setattr("vllm_loraserve.engine.resolver.AWAY_S", 1000.0)
+    resolver = LoRAServeResolver(LoRAServeConfig(coordinator="tcp://127.0.0.1:1"))
+
+    async def away(*_, **__):
+        raise CoordinatorUnavailable("no answer")
+
+    table = RoutingTable(epoch=1, version=1, base_model="toy", instances=(), adapters=())
+
+    async def answer(*_, **__):
+        return table
+
+    monkeypatch.setattr(resolver._connection(), "ask", away)
+    resolver.learn(record("a"))
+    for _ in range(2):  # asked in vain, then not asked at all
+        with pytest.raises(RetryableRequestError) as refused:
+            await resolver.resolve_lora("toy", "b")
+        assert refused.value.status_code == 503
+    assert (await resolver.resolve_lora("toy", "a")).lora_name == "a"
+    monkeypatch.setattr(resolver._connection(), "ask", answer)
+    await resolver.refresh()
+    monkeypatch.setattr(resolver._connection(), "ask", away)
+    assert await resolver.resolve_lora("toy", "b") is None
 
 
 def test_resolver_needs_a_coordinator():

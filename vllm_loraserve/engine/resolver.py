@@ -1,7 +1,8 @@
 """Adapters that a request names and this instance has not loaded: looked up in the cluster's registry.
 
 vLLM asks `LoRAServeResolver` (its official LoRAResolver extension point) under a lock per name, loads what it gets, and
-answers 404 when it gets nothing. While the coordinator is away, the last known registry decides.
+answers 404 when it gets nothing. While the coordinator is away, the last known registry decides; an instance that has
+never seen it answers 503.
 
 **One path spelling per content.** vLLM keys its prefix cache by adapter name and path string, not by content: weights
 registered anew under the same name and path would reuse the KV blocks of the old ones. The first content served from
@@ -15,6 +16,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+from vllm.exceptions import RetryableRequestError
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
@@ -56,6 +58,8 @@ class LoRAServeResolver(LoRAResolver):
         self._endpoint = config.coordinator
         self._client: CoordinatorClient | None = None
         self._known: dict[str, AdapterRecord] = {}
+        self._informed = False
+        """Whether the whole registry has ever been seen."""
         self._away_until = 0.0
         self._contents: dict[tuple[str, str], list[str]] = {}
         self._digests: dict[tuple[str, str], str] = {}
@@ -64,7 +68,10 @@ class LoRAServeResolver(LoRAResolver):
         """Told which adapter vLLM is about to load, and who holds it."""
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """A request for the registered adapter `lora_name`, or None. vLLM overwrites its id with one of its own."""
+        """A request for the registered adapter `lora_name`, or None. vLLM overwrites its id with one of its own.
+
+        Raises RetryableRequestError, which vLLM answers with 503, while it can't be known whether there is one.
+        """
         record = await self.lookup(lora_name)
         if record is None:
             return None
@@ -74,9 +81,9 @@ class LoRAServeResolver(LoRAResolver):
         return request
 
     async def lookup(self, name: str) -> AdapterRecord | None:
-        """The active record of `name`; with no coordinator the last known one."""
+        """The active record of `name`; with no coordinator the last known one. RetryableRequestError."""
         if time.monotonic() < self._away_until:
-            return self._known.get(name)
+            return self._last_known(name)
         try:
             reply = await self._ask(name)
         except CoordinatorError as error:
@@ -88,9 +95,15 @@ class LoRAServeResolver(LoRAResolver):
         except CoordinatorUnavailable as error:
             self._away_until = time.monotonic() + AWAY_S
             logger.warning("%s Adapters of the last known registry are served.", error)
-            return self._known.get(name)
+            return self._last_known(name)
         self._known[name], self._locations[name] = reply.adapter, reply.locations
         return reply.adapter
+
+    def _last_known(self, name: str) -> AdapterRecord | None:
+        record = self._known.get(name)
+        if record is None and not self._informed:
+            raise RetryableRequestError(f"The registry can't be asked for the model `{name}` now; try again shortly.")
+        return record
 
     async def _ask(self, name: str) -> AdapterReply:
         return await self._connection().ask(GetAdapter(name=name), AdapterReply, timeout_s=ASK_TIMEOUT_S)
@@ -110,6 +123,7 @@ class LoRAServeResolver(LoRAResolver):
             r.adapter.name: locations_of(table, r.adapter.name, r.adapter.sha256) for r in table.adapters
         }
         self._known = {r.adapter.name: r.adapter for r in table.adapters if r.adapter.state == "active"}
+        self._informed = True
         return table
 
     def learn(self, record: AdapterRecord) -> None:
