@@ -23,10 +23,11 @@ if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
 status=0
 verdicts=()
 step() { # NAME COMMAND...
-  local name=$1 code=0
+  local name=$1 code=0 began=$SECONDS
   shift
   "$@" || code=$?
-  if [ "$code" = 0 ]; then verdicts+=("ok      $name"); else verdicts+=("FAILED  $name (status $code)"); fi
+  local took="$((SECONDS - began)) s"
+  if [ "$code" = 0 ]; then verdicts+=("ok      $name, $took"); else verdicts+=("FAILED  $name (status $code), $took"); fi
   return "$code"
 }
 
@@ -53,5 +54,5 @@ fi
 
 echo "== what failed"
 python scripts/failures.py "$report" || true
-printf '%s\n' "${verdicts[@]}"
+printf '%s\n' "${verdicts[@]}" "took    $SECONDS s in all, the environment included"
 exit "$status"

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 
 import openai
 import pytest
@@ -20,6 +21,8 @@ from vllm_loraserve.coordinator.messages import GetTable, RoutingTable
 from vllm_loraserve.launcher import traffic
 from vllm_loraserve.launcher.traffic import Request
 
+BACK_S = 20.0
+"""From the start of a coordinator's process until it has everything again: about 5 s, on a machine that is not busy."""
 BROKEN = "failed; the answer is incomplete|EngineCore|Internal"
 """What the router says of an instance that vanishes; one whose engine has died may still say so itself."""
 
@@ -51,7 +54,9 @@ async def _table(endpoint: str) -> RoutingTable | None:
             return None
 
 
-def test_without_coordinator_traffic_goes_on_and_with_it_all_is_back(world: World) -> None:
+def test_without_coordinator_traffic_goes_on_and_with_it_all_is_back(
+    world: World, record_property: Callable[[str, object], None]
+) -> None:
     cluster = world.cluster
     before = asyncio.run(_table(cluster.coordinator_endpoint))
     assert before is not None
@@ -69,8 +74,11 @@ def test_without_coordinator_traffic_goes_on_and_with_it_all_is_back(world: Worl
             known = {entry.adapter.name for entry in table.adapters if entry.routes}
             if known == expected:
                 break
-        assert time.monotonic() - began < 120, f"not back: {table}"
+        assert time.monotonic() - began < BACK_S, f"not back: {table}"
         time.sleep(0.1)
+    seconds = time.monotonic() - began
+    record_property("seconds_until_all_is_back", round(seconds, 2))
+    print(f"every adapter and instance is back {seconds:.1f} s after the coordinator's start")
     assert table.epoch > before.epoch
     assert world.wrong(world.send(quick(world, 14))) == []
 
