@@ -14,6 +14,7 @@ from coordinator_bench import PATIENCE_S, FakeInstance, free_endpoint, write_ada
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_loraserve.adapters.source import resolve_source
 from vllm_loraserve.coordinator.client import (
     CoordinatorClient,
     CoordinatorError,
@@ -74,6 +75,8 @@ async def raw(endpoint: str, frames: list[bytes]) -> Error:
           "load": {"kv_usage": float("inf")}})], "malformed", "malformed"),
         ([HEADER, CORRELATION, msgspec.msgpack.encode({"type": "Ok"})], "unknown_message", "unknown_message"),
         ([HEADER, CORRELATION, msgspec.msgpack.encode({"type": "AddAdapter", "name": "../x", "source": "/"})],
+         "malformed", "malformed"),
+        ([HEADER, CORRELATION, msgspec.msgpack.encode({"type": "AddAdapter", "name": "a\u00e9", "source": "/"})],
          "malformed", "malformed"),
     ],
 )  # fmt: skip
@@ -282,6 +285,31 @@ async def test_sources_outside_the_roots_are_forbidden(running, tmp_path, source
         await client.request(AddAdapter(name="x", source=source.format(tmp=tmp_path)))
     assert raised.value.code == "forbidden"
     assert not server.controller.registry.all()
+
+
+async def test_a_hub_id_is_downloaded_only_where_that_is_allowed(running, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    server, client = running
+    await join(client)
+    snapshot = write_adapter(tmp_path / "hub" / "snapshot")
+    cached = set()
+
+    def download(repo, *, local_files_only, allow_patterns):
+        if local_files_only and repo not in cached:
+            raise OSError("not cached")
+        cached.add(repo)
+        return str(snapshot)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    add = AddAdapter(name="a", source="org/name")
+    with pytest.raises(CoordinatorError, match="the local hub cache; download it first or allow downloads") as refused:
+        await client.request(add)
+    assert refused.value.code == "not_found"
+    server.options = msgspec.structs.replace(server.options, allow_download=True)
+    added = await client.request(add)
+    assert (added.created, added.adapter.source) == (True, "org/name"), "each machine has a cache of its own"
+    # An instance that may read only from its roots, on this machine.
+    assert resolve_source("org/name", [tmp_path / "adapters"]) == snapshot
 
 
 async def test_heartbeats_are_answered_while_an_adapter_is_inspected(running, tmp_path, monkeypatch):

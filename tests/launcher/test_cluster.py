@@ -277,6 +277,15 @@ def test_up_registers_the_adapters_of_a_directory(plan: Plan, tmp_path: Path) ->
     assert process.wait(PATIENCE_S) == 0
 
 
+@pytest.mark.parametrize("allow", [True, False])
+def test_up_lets_hub_ids_be_downloaded_when_told(allow: bool, plan: Plan, tmp_path: Path) -> None:
+    process = start_up(plan, tmp_path, *(["--allow-download"] if allow else []))
+    read_until(process, "Ctrl-C stops everything")
+    assert ("--allow-download" in (plan.state / "logs/coordinator.log").read_text()) is allow
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE_S) == 0
+
+
 def test_up_ends_when_no_adapter_of_a_directory_is_accepted(plan: Plan, tmp_path: Path) -> None:
     process = start_up(plan, tmp_path, "--adapters", directory_of(tmp_path, "bad"))
     output, _ = process.communicate(timeout=PATIENCE_S)

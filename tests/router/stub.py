@@ -71,7 +71,10 @@ class Stub:
     async def _models(self, request: web.Request) -> web.Response:
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        cards = [{"id": name, "parent": None if name == self.base else self.base, "root": name} for name in self.models]
+        cards: list[dict[str, object]] = [{"id": name, "parent": self.base, "root": name} for name in self.models]
+        for card in cards:
+            if card["id"] == self.base:
+                card |= {"parent": None, "max_model_len": 2048}
         return web.json_response({"object": "list", "data": cards})
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:

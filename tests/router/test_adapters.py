@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from vllm_loraserve.coordinator.client import CoordinatorError, CoordinatorUnavailable
 from vllm_loraserve.coordinator.messages import (
     AdapterReply,
     AddAdapter,
+    Capacity,
     GetTable,
     Message,
     Ok,
@@ -44,12 +46,16 @@ class FakeRegistry:
 
 
 async def test_models_lists_base_and_active_adapters_with_parent_and_rank(serve: Serve) -> None:
-    served = await serve(1)
-    served.publish([routes("one", rank=16, a=1.0), routes("out", state="draining"), routes("org/two", rank=4)])
+    served = await serve(0)
+    lengths = [("a", 4096), ("b", 2048), ("c", 0)]  # c is of a release that does not tell it
+    capacities = [(name, Capacity(slots=8, rank_rows=512, max_model_len=length)) for name, length in lengths]
+    known = [msgspec.structs.replace(entry(name, f"http://{name}"), capacity=own) for name, own in capacities]
+    adapters = [routes("one", rank=16, a=1.0), routes("out", state="draining"), routes("org/two", rank=4)]
+    served.router.directory.apply(table(known, adapters))
     async with served.client.get("/v1/models") as r:
         cards = {card["id"]: card for card in (await r.json())["data"]}
     assert list(cards) == ["base", "one", "org/two"]
-    assert cards["base"]["parent"] is None
+    assert (cards["base"]["parent"], cards["base"]["max_model_len"]) == (None, 2048)
     assert cards["one"] == {
         "id": "one",
         "object": "model",

@@ -77,7 +77,7 @@ async def test_unknown_model_is_vllms_404(serve: Serve) -> None:
         assert r.status == 404
         assert await r.json() == {
             "error": {
-                "message": "The model `nobody` does not exist.",
+                "message": "The model `nobody` does not exist. Valid aliases: base.",
                 "type": "NotFoundError",
                 "param": "model",
                 "code": 404,
@@ -483,7 +483,7 @@ async def test_errors_on_anthropics_path_are_anthropics(serve: Serve) -> None:
     served = await serve(1)
     async with served.client.post("/v1/messages", json={"model": "nobody"}) as r:
         assert r.status == 404
-        error = {"type": "NotFoundError", "message": "The model `nobody` does not exist."}
+        error = {"type": "NotFoundError", "message": "The model `nobody` does not exist. Valid aliases: base."}
         assert await r.json() == {"type": "error", "error": error}
 
 

@@ -24,6 +24,7 @@ async def test_static_instances_are_in_while_they_answer_and_adapters_where_they
         names = {upstream.url: upstream.name for upstream in directory.live()}
         assert set(names) == {one.url, two.url}
         assert directory.base_model == "base"
+        assert [upstream.entry.capacity.max_model_len for upstream in directory.live()] == [2048, 2048]
         assert directory.resolve("x").routes == {names[one.url]: 1.0}
         assert directory.resolve("y").routes == dict.fromkeys(names.values(), 0.5)
         await one.stop()

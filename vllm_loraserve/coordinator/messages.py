@@ -22,7 +22,7 @@ HEADER = b"LRS" + bytes([PROTOCOL_VERSION])
 TABLE_TOPIC = b"table"
 MAX_MESSAGE_BYTES = 64 << 20
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?\Z", max_length=160)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*(/[A-Za-z0-9][A-Za-z0-9_.\-]*)?\Z", max_length=160)]
 """Adapter or instance name: what may stand in a URL, a metric label and a file name without escaping."""
 
 Finite = Annotated[float, Meta(ge=-1e15, le=1e15)]
@@ -75,6 +75,8 @@ class Capacity(Part, frozen=True):
     tensor_parallel: int = 1
     kv_tokens: int = 0
     max_rank: int = 256
+    max_model_len: int = 0
+    """Tokens of prompt and answer together; 0: not known."""
 
 
 class Load(Part, frozen=True):

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="directory that adapters may be registered from later; may be given several times",
     )
+    parser.add_argument(
+        "--allow-download", action="store_true", help="let adapters be downloaded that are registered by their hub id"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address of the router (default: %(default)s)")
     parser.add_argument("--port", type=port_number, default=8000, help="port of the router (default: %(default)s)")
     parser.add_argument(
@@ -69,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
             max_rank=args.max_rank,
             adapter_roots=tuple(str(Path(root).resolve()) for root in (args.adapters, *args.adapter_root) if root),
             vllm_options=tuple(args.after_dashes),
+            # Into the cache of this machine, which the instances read.
+            coordinator_options=("--allow-download",) if args.allow_download else (),
         )
         with StartProgress(console) as progress:
             cluster = Cluster(plan, progress.show)

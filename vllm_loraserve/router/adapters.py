@@ -138,7 +138,11 @@ class Adapters:
     def cards(self) -> list[dict[str, Any]]:
         """Model cards of the base model and of every active adapter, as /v1/models lists them."""
         base = self._directory.base_model
-        cards = [] if not base else [_card(base, 0, root=base, parent=None, rank=None)]
+        cards: list[dict[str, Any]] = []
+        if base:
+            lengths = [u.entry.capacity.max_model_len for u in self._directory.live()]
+            length = min(filter(None, lengths), default=None)  # what every instance takes
+            cards.append(_card(base, 0, root=base, parent=None, rank=None) | {"max_model_len": length})
         for routes in self._directory.adapters.values():
             adapter = routes.adapter
             if adapter.state == "active":
@@ -151,7 +155,7 @@ class Adapters:
         for card in self.cards():
             if card["id"] == name:
                 return card
-        raise unknown_model(name)
+        raise unknown_model(name, self._directory.base_model)
 
     async def _refresh(self) -> bool:
         """Takes the coordinator's present table, so that what was done is seen by the next request; best effort."""

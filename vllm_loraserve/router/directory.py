@@ -152,7 +152,7 @@ class Directory:
             if known is None and not self.base_model:
                 raise unavailable("No instance has been seen yet; try again shortly.", NO_INSTANCE_RETRY_S)
             if known is None or known.adapter.state == "draining":
-                raise unknown_model(name)
+                raise unknown_model(name, self.base_model)
             if known.adapter.state == "failed":
                 raise ApiError(
                     503, "ServiceUnavailableError", f"The adapter `{name}` can't be served: {known.adapter.reason}"

@@ -58,9 +58,10 @@ def invalid(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, "BadRequestError", message, param=param)
 
 
-def unknown_model(name: str) -> ApiError:
-    """404 with vLLM's sentence, which clients match on."""
-    return ApiError(404, "NotFoundError", f"The model `{name}` does not exist.", param="model")
+def unknown_model(name: str, base_model: str) -> ApiError:
+    """404 with vLLM's sentences, which clients match on."""
+    message = f"The model `{name}` does not exist. Valid aliases: {base_model}."
+    return ApiError(404, "NotFoundError", message, param="model")
 
 
 def overloaded(message: str, retry_after_s: float) -> ApiError:

@@ -81,6 +81,7 @@ class _Card(msgspec.Struct):
     parent: str | None = None
     root: str | None = None
     rank: int | None = None
+    max_model_len: int | None = None
 
 
 class _Cards(msgspec.Struct):
@@ -135,8 +136,9 @@ class StaticSource:
                 self._warn(url, f"it serves '{own}', and the first one '{base}'")
                 continue
             self._warned.pop(url, None)
-            name = re.sub(r"[^\w.\-]+", "-", url.partition("://")[2]).strip("-")
-            capacity = Capacity(slots=0, rank_rows=0, max_rank=sys.maxsize)
+            name = re.sub(r"[^A-Za-z0-9_.\-]+", "-", url.partition("://")[2]).strip("-")
+            length = next((card.max_model_len for card in answer if card.id == base), None)
+            capacity = Capacity(slots=0, rank_rows=0, max_rank=sys.maxsize, max_model_len=length or 0)
             instances.append(InstanceEntry(name=name, incarnation="", url=url, load=Load(), capacity=capacity))
             for card in answer:
                 if card.parent is not None:
