@@ -73,6 +73,20 @@ def test_adapters_move_between_host_tiers(rung):
     target.tier.check_integrity()
 
 
+def test_what_was_verified_on_the_way_is_not_hashed_again(monkeypatch):
+    source, target = store(), store()
+    fill(source, 1, (64, 64), 1)
+    offered = source.acquire("a")
+    assert offered is not None
+    destination = target.reserve(offered)
+    monkeypatch.setattr(target.tier, "current_checksums", lambda entry: pytest.fail("hashed again"))
+    target.commit(offered, destination)
+    source.release(offered)
+    landed = target.find(wanted(target))
+    assert landed is not None
+    assert landed.checksums == offered.checksums
+
+
 def test_a_leased_adapter_is_not_evicted_and_its_memory_comes_back_after():
     source = store()
     fill(source, 1, (64, 64), 1)

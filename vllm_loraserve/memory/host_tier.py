@@ -154,9 +154,12 @@ class HostTier:
             self._generation += 1
             return HostEntry(key, digest, tuple(ranks), pages, offset, size, self._generation, users=1)
 
-    def commit(self, entry: HostEntry) -> HostEntry:
-        """The entry is complete: checksum it and show it, in place of an older one of the same key."""
-        entry.checksums = self.current_checksums(entry)
+    def commit(self, entry: HostEntry, checksums: Sequence[int] | None = None) -> HostEntry:
+        """The entry is complete: show it, in place of an older one of the same key.
+
+        checksums: of its pages, where they have been verified as they lie here; None: they are computed.
+        """
+        entry.checksums = self.current_checksums(entry) if checksums is None else list(checksums)
         with self.lock:
             before = self._entries.pop(entry.key, None)
             entry.pinned = before is not None and before.pinned

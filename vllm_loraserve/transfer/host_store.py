@@ -150,7 +150,8 @@ class HostTierStore:
         return Destination(self.tier.slab, (Range(entry.offset, entry.size),) if entry.size else ())
 
     def commit(self, pages: AdapterPages, destination: Destination) -> None:
-        self.tier.commit(self._take(destination))
+        # A peer's pages come verified; those of `adopt` have no checksums yet.
+        self.tier.commit(self._take(destination), pages.checksums or None)
 
     def abandon(self, destination: Destination) -> None:
         self.tier.discard(self._take(destination))
