@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import threading
 import time
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from transfer.helpers import KEY, LAYOUT, PATIENCE_S, make_pages, until, wanted
+from vllm_loraserve.memory import extension
 from vllm_loraserve.transfer import server as server_module
 from vllm_loraserve.transfer import wire
 from vllm_loraserve.transfer.auth import prove_as_client
@@ -28,7 +30,7 @@ from vllm_loraserve.transfer.errors import (
 )
 from vllm_loraserve.transfer.flight import Flight, RateLimiter
 from vllm_loraserve.transfer.peer import ATTEMPTS, Peer
-from vllm_loraserve.transfer.rungs import tcp
+from vllm_loraserve.transfer.rungs import samehost, tcp
 from vllm_loraserve.transfer.server import TransferServer
 from vllm_loraserve.transfer.slab_store import SlabStore
 
@@ -83,6 +85,36 @@ def test_tcp_uses_several_streams_for_much_and_one_for_little(source, target, mo
         assert target.bytes_of("large") == source.bytes_of("large")
         peer.fetch(wanted("large"), target, side_by_side(3))
         assert len(opened) == 3  # they are kept
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_large_adapter_is_copied_by_so_many_threads(threads, target, connect, source, monkeypatch):
+    library = extension.load()
+    if library is None:
+        pytest.skip(extension.missing_reason())
+    asked: list[int] = []
+    copy = library.copy_checksums
+    monkeypatch.setattr(library, "copy_checksums", lambda segments, n: asked.append(n) or copy(segments, n))
+    monkeypatch.setattr(samehost, "copy_threads", lambda: threads)
+    source.put("large", make_pages(6, count=60, size=200_000), layout=LAYOUT)
+    connect("memfd").fetch(wanted("large"), target, Flight(PATIENCE_S))
+    assert set(asked) == {threads}
+    assert target.bytes_of("large") == source.bytes_of("large")
+
+
+def test_tcp_that_stalls_or_breaks_says_which(connect, target, monkeypatch):
+    library = extension.load()
+    if library is None:
+        pytest.skip(extension.missing_reason())
+    for code, kind in ((errno.ETIMEDOUT, DeadlineError), (errno.EPIPE, RungFailedError)):
+
+        def fails(*_: object, code: int = code) -> None:
+            raise extension.ExtensionError(code, "as the extension says")
+
+        monkeypatch.setattr(library, "receive_checksums", fails)
+        with pytest.raises(kind):
+            connect("tcp").fetch(wanted("a"), target, Flight(PATIENCE_S))
+    assert target.free_bytes == target.slab.size
 
 
 def test_another_host_is_sent_to_without_a_copy(server, source, target, connect, monkeypatch):

@@ -27,8 +27,14 @@ from vllm_loraserve.transfer.pages import Destination, Piece, Range, match, page
 from vllm_loraserve.transfer.rungs.base import Link
 from vllm_loraserve.transfer.rungs.tcp import open_data
 
-PIECE = 8 << 20
+PIECE = 16 << 20
 """Bytes between two looks at deadline, cancellation and bandwidth."""
+
+
+def copy_threads() -> int:
+    """Threads of a large copy: two where this process may use as many processors. One alone does not fill the memory
+    bus; a third brings little and would take its processor from a running step."""
+    return min(2, len(os.sched_getaffinity(0)))
 
 
 # ---- the serving side ----
@@ -70,13 +76,16 @@ class _Mapping:
 
 
 class MemfdRung:
-    """Copies out of the peer's mapped memfd; checksums are computed on the way where the extension is
-    built."""
+    """Copies out of the peer's mapped memfd; checksums are computed on the way where the extension is built.
+
+    threads: of a copy of 8 MiB and more; 0: `copy_threads`.
+    """
 
     name = "memfd"
     rdma = False
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 0) -> None:
+        self._threads = threads or copy_threads()
         self._mappings: dict[int, _Mapping] = {}
         self._lock = threading.Lock()
         self._users = 0
@@ -135,7 +144,7 @@ class MemfdRung:
                 raise RungFailedError("the peer is being disconnected")
             self._users += 1
         try:
-            return _copy(mapping.address, lease, destination, flight)
+            return _copy(mapping.address, lease, destination, flight, self._threads)
         finally:
             with self._lock:
                 self._users -= 1
@@ -154,7 +163,7 @@ class MemfdRung:
         self._mappings.clear()
 
 
-def _copy(base: int, lease: wire.Leased, destination: Destination, flight: Flight) -> list[int] | None:
+def _copy(base: int, lease: wire.Leased, destination: Destination, flight: Flight, threads: int) -> list[int] | None:
     library = extension.load()
     pages = lease.pages
     if library is None or destination.slab.device >= 0:
@@ -180,11 +189,11 @@ def _copy(base: int, lease: wire.Leased, destination: Destination, flight: Fligh
         held += length
         if held >= PIECE:
             flight.advance(held)
-            sums += library.copy_checksums(batch)
+            sums += library.copy_checksums(batch, threads)
             batch, held = [], 0
     if batch:
         flight.advance(held)
-        sums += library.copy_checksums(batch)
+        sums += library.copy_checksums(batch, threads)
     return sums
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import queue
 import socket
@@ -35,7 +36,8 @@ from vllm_loraserve.transfer.rungs.base import Link
 
 SEND_PIECE = 4 << 20
 SEND_BLOCK = 256 << 10
-RECEIVE_PIECE = 1 << 20
+RECEIVE_PIECE = 4 << 20
+"""Bytes between two looks at cancellation and bandwidth, or one page where that is more."""
 MIN_SHARE = 1 << 20
 """Below this many bytes a stream is not worth its request."""
 STALL_S = 5.0
@@ -74,6 +76,10 @@ def send_range(sock: socket.socket, slab: Slab, piece: Range) -> None:
             if sent == 0:
                 raise PeerLostError("the reader closed the connection")
             offset, left = offset + sent, left - sent
+        return
+    library = extension.load()
+    if library is not None:
+        library.send(sock.fileno(), slab.address + piece.offset, piece.length)
         return
     view = memoryview((ctypes.c_ubyte * piece.length).from_address(slab.address + piece.offset)).cast("B")
     for start in range(0, piece.length, SEND_BLOCK):
@@ -135,11 +141,11 @@ class Part(NamedTuple):
         return sum(length for _, length in self.pages)
 
     def runs(self) -> Iterator[list[tuple[int, int]]]:
-        """Pages that lie one behind the other here, together no more than a piece (or a single page)."""
+        """Pages that together are no more than a piece (or a single page)."""
         run: list[tuple[int, int]] = []
         held = 0
         for address, length in self.pages:
-            if run and (run[-1][0] + run[-1][1] != address or held + length > RECEIVE_PIECE):
+            if run and held + length > RECEIVE_PIECE:
                 yield run
                 run, held = [], 0
             run.append((address, length))
@@ -286,14 +292,18 @@ class TcpRung:
         library = extension.load()
         sums: list[int] = []
         for run in part.runs():
-            address = run[0][0]
-            size = sum(length for _, length in run)
-            for start in range(0, size, RECEIVE_PIECE):
-                step = min(RECEIVE_PIECE, size - start)
-                flight.advance(step)
-                _receive_piece(sock, address + start, step, flight)
-            if library is not None:
-                sums += library.checksums([a for a, _ in run], [n for _, n in run])
+            flight.advance(sum(length for _, length in run))
+            if library is None:
+                for address, length in run:
+                    _receive_piece(sock, address, length, flight)
+                continue
+            try:
+                sums += library.receive_checksums(sock.fileno(), run, STALL_S, flight.deadline.left())
+            except extension.ExtensionError as error:
+                if error.errno == errno.ETIMEDOUT:
+                    flight.check()
+                    raise DeadlineError(f"no byte arrived for {STALL_S:.0f} s") from None
+                raise RungFailedError(f"a data connection broke: {error.strerror}") from None
         return sums if library is not None else None
 
     def _take(self, link: Link, flight: Flight, *, fresh: bool = False) -> tuple[socket.socket, bool]:
