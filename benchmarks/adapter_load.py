@@ -2,7 +2,8 @@
 
 Two in-process engines of the same dummy Llama on a CPU; in each, rank-64 adapters are registered (their weights are in
 host memory) and made active by turns in one slot. Timed is `activate_adapter`, the copy into the slot: stock zeroes and
-fills the slot module by module, ours copies whole pages. Also timed: from its checkpoint into host memory and a slot.
+fills the slot module by module, ours copies whole pages. Also timed: from its checkpoint into host memory and a slot,
+of adapters that are read for the first time, with their files in the page cache (warm) and dropped from it (cold).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -74,7 +76,7 @@ def make_adapter(folder: Path, rank: int, seed: int) -> Path:
     return folder
 
 
-def start(model: Path, rank: int, **options: Any) -> tuple[Any, Any]:
+def start(model: Path, rank: int, held: int, **options: Any) -> tuple[Any, Any]:
     from vllm import LLM
 
     llm = LLM(
@@ -87,27 +89,36 @@ def start(model: Path, rank: int, **options: Any) -> tuple[Any, Any]:
         kv_cache_memory_bytes=16 << 20,
         enable_lora=True,
         max_loras=1,
-        max_cpu_loras=4,
+        max_cpu_loras=held,
         max_lora_rank=rank,
         **options,
     )
     return llm, llm.collective_rpc(lambda worker: worker)[0].model_runner.lora_manager
 
 
-class Side:
-    """One engine with two adapters in host memory."""
+def drop(path: Path) -> None:
+    """Asks the system to forget the cached pages of an adapter's weights."""
+    with (path / "adapter_model.safetensors").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def __init__(self, model: Path, adapters: list[Path], rank: int, **options: Any) -> None:
+
+class Side:
+    """One engine; `held`: adapters that its host memory holds."""
+
+    def __init__(self, model: Path, rank: int, held: int, **options: Any) -> None:
+        self.llm, self.worker_manager = start(model, rank, held, **options)
+        self.manager = self.worker_manager._adapter_manager
+        self.times: list[float] = []
+        self.loads: dict[str, list[float]] = {"warm": [], "cold": []}
+
+    def load(self, lora_id: int, path: Path) -> float:
+        """Seconds from the checkpoint to the slot, as within a step: outside of one, ours only starts a load aside."""
         from vllm.lora.request import LoRARequest
 
-        self.llm, self.worker_manager = start(model, rank, **options)
-        self.manager = self.worker_manager._adapter_manager
         began = time.perf_counter()
-        for index, path in enumerate(adapters, 1):
-            # As within a step: outside of one, ours only starts a load aside.
-            self.worker_manager.set_active_adapters({LoRARequest(f"a{index}", index, str(path))}, None)
-        self.first_load_s = (time.perf_counter() - began) / len(adapters)
-        self.times: list[float] = []
+        self.worker_manager.set_active_adapters({LoRARequest(f"a{lora_id}", lora_id, str(path))}, None)
+        return time.perf_counter() - began
 
     def activate(self, lora_id: int) -> None:
         if hasattr(self.manager, "in_use"):
@@ -124,14 +135,39 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--adapters", type=int, default=8, help="loads of each kind, every one of another adapter")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model")
-        adapters = [make_adapter(Path(folder) / f"a{n}", options.rank, n) for n in range(2)]
-        stock = Side(model, adapters, options.rank)
-        ours = Side(model, adapters, options.rank, additional_config={"loraserve": {}})
+        count = options.adapters
+        adapters = [make_adapter(Path(folder) / f"a{n}", options.rank, n) for n in range(2 * count + 1)]
+        held = len(adapters)
+        sides = [
+            Side(model, options.rank, held),
+            Side(model, options.rank, held, additional_config={"loraserve": {}}),
+        ]
+        stock, ours = sides
+        # For each side its own: what the other one has mapped would stay in memory.
+        copies = {
+            (path, side): Path(shutil.copytree(path, Path(folder) / f"{path.name}-{at}"))
+            for path in adapters
+            for at, side in enumerate(sides)
+        }
+        for copy in copies.values():
+            drop(copy)  # written by now, and not while something is timed
+        for turn, path in enumerate(adapters):
+            kind = "warm" if turn <= count else "cold"
+            for side in sides if turn % 2 else reversed(sides):
+                own = copies[path, side]
+                if kind == "cold":
+                    drop(own)
+                else:
+                    (own / "adapter_model.safetensors").read_bytes()
+                seconds = side.load(turn + 1, own)
+                if turn:  # the first one warms up
+                    side.loads[kind].append(seconds)
         for turn in range(options.repeats):
-            for side in (stock, ours):
+            for side in sides if turn % 2 else reversed(sides):
                 side.activate(turn % 2 + 1)
         size = ours.manager.layout.size_bytes(ours.manager.adapter(1).pages)
     stock_s, ours_s = statistics.median(stock.times), statistics.median(ours.times)
@@ -146,7 +182,13 @@ def main() -> None:
         "activate_ms": {"stock": stock_s * 1e3, "ours": ours_s * 1e3},
         "activate_ratio": stock_s / ours_s,
         "ours_gib_per_s": size / ours_s / 2**30,
-        "load_from_checkpoint_ms": {"stock": stock.first_load_s * 1e3, "ours": ours.first_load_s * 1e3},
+        "load_from_checkpoint_ms": {
+            kind: {
+                name: {"median": statistics.median(times) * 1e3, "min": min(times) * 1e3, "loads": len(times)}
+                for name, times in (("stock", stock.loads[kind]), ("ours", ours.loads[kind]))
+            }
+            for kind in ("warm", "cold")
+        },
     }
     print(json.dumps(result, indent=1))
     if options.json:

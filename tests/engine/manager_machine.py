@@ -192,6 +192,8 @@ class ManagerMachine(RuleBasedStateMachine):
         if lora_id in self.ranks:
             self.manager.prepare(self._request(lora_id))
             assert self.manager.is_prepared(lora_id)
+            known = self.manager._adapter_manager.adapter
+            assert all(kept in self.manager.host or known(kept) for kept in self.manager._prepared), "gone for good"
 
     @rule(lora_id=st.integers(1, 8), unpin=st.booleans())
     def pin(self, lora_id: int, unpin: bool) -> None:
