@@ -2,7 +2,9 @@
 
 Stock: vLLM's PunicaWrapperCPU over stacks padded to the largest rank of the mix. Ours: the paged wrapper. Both
 are called through `add_lora_linear` with metadata made beforehand, as a layer does in a step. A ratio is
-stock's median time over ours; above 1 ours is faster. These are CPU factors: stock's CPU path gathers a padded
+stock's median time over ours, `ratio_min` that of the shortest times; above 1 ours is faster. On a busy machine
+whichever side waits for OpenMP's threads is stretched: a case whose median on either side is over STRETCHED times its
+shortest time is marked, and its ratio says nothing. These are CPU factors: stock's CPU path gathers a padded
 matrix for every token, which its GPU kernels do not.
 """
 
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.lora.layers import LoRAMapping
@@ -82,6 +85,9 @@ def paged_layer(ranks: list[int], hidden: int, a: list[torch.Tensor], b: list[to
     )
 
 
+STRETCHED = 1.5
+
+
 def timed(call: Callable[[], None], at_least: float) -> float:
     """Seconds of one call, averaged over as many as take `at_least` seconds."""
     count, began = 0, time.perf_counter()
@@ -93,7 +99,7 @@ def timed(call: Callable[[], None], at_least: float) -> float:
             return spent / count
 
 
-def measure(kind: str, tokens: int, adapters: int, hidden: int, *, prefill: bool, repeats: int) -> dict[str, object]:
+def measure(kind: str, tokens: int, adapters: int, hidden: int, *, prefill: bool, repeats: int) -> dict[str, Any]:
     ranks = ranks_of(kind, adapters)
     padded = max(ranks) if kind != "mixed" else 128
     torch.manual_seed(0)
@@ -146,8 +152,16 @@ def measure(kind: str, tokens: int, adapters: int, hidden: int, *, prefill: bool
         "stock_rank": padded,
         "stock_us": stock_s * 1e6,
         "ours_us": ours_s * 1e6,
+        "stock_us_min": min(stock_times) * 1e6,
+        "ours_us_min": min(ours_times) * 1e6,
         "ratio": stock_s / ours_s,
+        "ratio_min": min(stock_times) / min(ours_times),
+        "stretched": stock_s > STRETCHED * min(stock_times) or ours_s > STRETCHED * min(ours_times),
     }
+
+
+def lower(case: dict[str, Any]) -> float:
+    return float(min(case["ratio"], case["ratio_min"]))
 
 
 def main() -> None:
@@ -166,9 +180,10 @@ def main() -> None:
             for kind in RANKS:
                 case = measure(kind, tokens, adapters, hidden, prefill=prefill, repeats=options.repeats)
                 cases.append(case)
+                mark = "   STRETCHED" if case["stretched"] else ""
                 print(
                     f"{case['name']:58} stock {case['stock_us']:11.1f} us   ours {case['ours_us']:9.1f} us   "
-                    f"{case['ratio']:8.2f}x",
+                    f"{case['ratio']:8.2f}x, {case['ratio_min']:.2f}x at best{mark}",
                     flush=True,
                 )
     several = [case for case in cases if case["kind"] == "mixed" and case["adapters"] > 1]
@@ -179,11 +194,13 @@ def main() -> None:
         "device": f"CPU, {os.cpu_count()} cores, torch threads {torch.get_num_threads()}",
         "isa": native.isa if native is not None else "torch",
         "cases": cases,
-        "min_ratio": min(case["ratio"] for case in cases),
-        "mixed_prefill_min": min((c["ratio"] for c in several if c["phase"] == "prefill"), default=None),
-        "mixed_decode_min": min((c["ratio"] for c in several if c["phase"] == "decode"), default=None),
+        # Of both ratios the smaller one: a claim has to hold for either.
+        "min_ratio": min(map(lower, cases)),
+        "mixed_prefill_min": min((lower(c) for c in several if c["phase"] == "prefill"), default=None),
+        "mixed_decode_min": min((lower(c) for c in several if c["phase"] == "decode"), default=None),
+        "stretched": [case["name"] for case in cases if case["stretched"]],
     }
-    print({key: result[key] for key in ("isa", "min_ratio", "mixed_prefill_min", "mixed_decode_min")})
+    print({key: result[key] for key in ("isa", "min_ratio", "mixed_prefill_min", "mixed_decode_min", "stretched")})
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -74,6 +75,9 @@ def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> Path:
         json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets})
     )
     return folder
+
+
+SAMPLE_S = 0.2
 
 
 class Server:
@@ -125,6 +129,24 @@ class Server:
                 with contextlib.suppress(psutil.Error):
                     total += process.memory_full_info().pss
         self.peak_bytes = max(self.peak_bytes, total)
+
+    @contextlib.contextmanager
+    def sampled(self) -> Iterator[None]:
+        """While the block runs the server's memory is looked at every SAMPLE_S seconds, for its peak."""
+        ended = threading.Event()
+
+        def sample() -> None:
+            self.sample_memory()
+            while not ended.wait(SAMPLE_S):
+                self.sample_memory()
+
+        thread = threading.Thread(target=sample, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def kv_tokens(self) -> int | None:
         found = re.search(r"KV cache size: ([\d,]+) tokens", self.log.read_text(errors="replace"))
@@ -186,10 +208,10 @@ async def play(server: Server, trace: list[dict[str, Any]], concurrency: int) ->
             async with limit:
                 return await one_request(session, server.url, request)
 
-        began = time.perf_counter()
-        done = await asyncio.gather(*(bounded(request) for request in trace))
-        seconds = time.perf_counter() - began
-    server.sample_memory()
+        with server.sampled():
+            began = time.perf_counter()
+            done = await asyncio.gather(*(bounded(request) for request in trace))
+            seconds = time.perf_counter() - began
     return {"seconds": seconds, "tokens": sum(d["tokens"] for d in done), "requests": done}
 
 
