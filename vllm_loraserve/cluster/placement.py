@@ -143,9 +143,14 @@ class PlacementInput(msgspec.Struct, kw_only=True):
 
 
 class PlacementPolicy(Protocol):
-    """A placement policy: pure, deterministic, `name` is its key in the registry."""
+    """A placement policy: pure, deterministic, `name` is its key in the registry.
+
+    `additive`: the measure it balances by, as in `stability.interference_loads`: every token costs its own rank, or
+    the largest of its batch. Its placements are to be judged by the same one.
+    """
 
     name: str
+    additive: bool
 
     def place(self, inp: PlacementInput) -> Placement:
         """The placement of every adapter of `inp`; raises PlacementError on an impossible input."""
@@ -245,6 +250,7 @@ class RankWeighted:
     """
 
     name = "rank-weighted"
+    additive = True
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""

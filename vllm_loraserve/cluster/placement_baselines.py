@@ -67,6 +67,7 @@ class RandomStatic:
     """S-LoRA Random: one copy, on a server drawn by a hash of the names (deterministic, looks random)."""
 
     name = "random"
+    additive = True
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -89,6 +90,7 @@ class Contiguous:
     """S-LoRA Contiguous: adapters by rank, cut into runs of equal count, one run for each server."""
 
     name = "contiguous"
+    additive = False
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""
@@ -110,6 +112,7 @@ class FullReplication:
     first."""
 
     name = "toppings"
+    additive = True
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""
@@ -167,6 +170,7 @@ class Rendezvous:
     """Highest-random-weight hashing with replicas by demand."""
 
     name = "hrw"
+    additive = True
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""
@@ -194,6 +198,7 @@ class MinCostFlow:
     """
 
     name = "min-cost-flow"
+    additive = True
     new_load = 1.0
     keep = 1.0
 
@@ -256,6 +261,7 @@ class DLoRAProactive:
     and M adapters beyond the first."""
 
     name = "dlora-proactive"
+    additive = True
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""

@@ -60,6 +60,7 @@ class LoRAServe:
     """The paper's policy. `damped=False` gives the bare six steps (every call replans)."""
 
     name = "loraserve"
+    additive = False
 
     def __init__(self, damped: bool = True) -> None:
         self.damped = damped

@@ -54,6 +54,7 @@ class LoRAServePlus:
     """Joint demand-and-memory placement; see the module's text."""
 
     name = "loraserve+"
+    additive = True
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""

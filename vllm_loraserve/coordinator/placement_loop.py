@@ -125,13 +125,14 @@ class PlacementLoop:
 
     def propose(self, inp: PlacementInput, policy: PlacementPolicy | None = None) -> Proposal:
         """What `policy` (default: the one in force) would do; raises PlacementError when it can't."""
-        proposed = repair(inp, (policy or self.policy).place(inp))
+        policy = policy or self.policy
+        proposed = repair(inp, policy.place(inp))
         changes = moves(inp, self.placement, proposed)
         fetched = [m for m in changes if m.action == "prefetch"]
         cost = f"{len(fetched)} copies of {sum(m.bytes for m in fetched)} bytes to fetch"
         if only_fractions(self.placement, proposed):
             return Proposal(proposed, True, "adopted: other fractions of the same copies", changes)
-        adopt, why = worth_adopting(inp, self.placement, proposed)
+        adopt, why = worth_adopting(inp, self.placement, proposed, policy.additive)
         return Proposal(proposed, adopt, f"{why}; {cost}", changes)
 
     def look(self, inp: PlacementInput, reason: str, now: float) -> bool:

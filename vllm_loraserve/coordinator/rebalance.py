@@ -16,12 +16,15 @@ from vllm_loraserve.cluster.placement import (
     Capacity,
     Placement,
     PlacementInput,
+    capacity_of,
     normalise,
     server_loads,
 )
+from vllm_loraserve.cluster.stability import interference_loads
 
 MIN_GAIN, MIN_GAIN_SHARE = 0.05, 0.10
-"""A new placement must lower the highest predicted load by this many servers and by this share of it."""
+"""A new placement must lower the highest predicted load by this many servers and by this share of it, or by the same
+share what does not fit in memory."""
 
 
 class Move(msgspec.Struct, frozen=True):
@@ -54,10 +57,7 @@ def repair(inp: PlacementInput, previous: Placement) -> Placement:
             kept = {standby[0]: 1.0} if standby else {}
         if kept:
             placed.phi[adapter.name] = kept
-            spare = [s for s in previous.standby.get(adapter.name, ()) if s in able and s not in kept]
-            if spare:
-                placed.standby[adapter.name] = spare
-            for server in placed.holders(adapter.name):
+            for server in kept:
                 capacity.add(adapter, server)
         else:
             homeless.append(adapter)
@@ -72,20 +72,65 @@ def repair(inp: PlacementInput, previous: Placement) -> Placement:
         capacity.add(adapter, server)
         load[server] += inp.weight(adapter) / servers[server].speed
         placed.phi[adapter.name] = {server: 1.0}
+    # Last, so that a spare copy takes no place from one that serves.
+    for adapter in inp.adapters:
+        spare = []
+        for server in previous.standby.get(adapter.name, ()) if adapter.name in placed.phi else ():
+            if server in servers and server not in placed.phi[adapter.name] and capacity.fits(adapter, server):
+                capacity.add(adapter, server)
+                spare.append(server)
+        if spare:
+            placed.standby[adapter.name] = spare
     return placed
 
 
-def worth_adopting(inp: PlacementInput, current: Placement, proposed: Placement) -> tuple[bool, str]:
+def worth_adopting(
+    inp: PlacementInput, current: Placement, proposed: Placement, additive: bool = True
+) -> tuple[bool, str]:
     """Whether `proposed` is enough better than `current`, and why (not), in one sentence for `explain`.
 
-    The damping of the loop: demand that wobbles around an even placement changes nothing.
+    `additive`: how the policy that proposes counts load (`PlacementPolicy`). The damping of the loop: demand that
+    wobbles around an even placement changes nothing. Memory counts where load does not: a placement that relieves
+    overfull instances is taken, unless the way back would then be worth its moves for the load alone.
     """
-    now, then = (max(server_loads(inp, p).values(), default=0.0) for p in (current, proposed))
-    gain = now - then
+    now, then = (max(interference_loads(inp, p, additive).values(), default=0.0) for p in (current, proposed))
     told = f"highest predicted load {now:.2f} -> {then:.2f}"
-    if gain < MIN_GAIN or gain < MIN_GAIN_SHARE * now:
-        return False, f"kept: {told} is less than the {MIN_GAIN_SHARE:.0%} and {MIN_GAIN} that a move must gain"
-    return True, f"adopted: {told}"
+    if not additive:
+        told += " (tokens at the largest rank of their batch)"
+    if _lower(now, then):
+        return True, f"adopted: {told}"
+    too_much, left = overfull(inp, current), overfull(inp, proposed)
+    if _relieved(too_much, left) and not _lower(then, now):
+        relief = ", ".join(f"{too_much[what]} -> {left[what]} {what}" for what in too_much if too_much[what])
+        return True, f"adopted: does not fit {relief}; {told}"
+    return False, f"kept: {told} is less than the {MIN_GAIN_SHARE:.0%} and {MIN_GAIN} that a move must gain"
+
+
+def _lower(now: float, then: float) -> bool:
+    """Whether a highest load of `then` instead of `now` is worth moves."""
+    gain = now - then
+    return gain >= MIN_GAIN and gain >= MIN_GAIN_SHARE * now
+
+
+def overfull(inp: PlacementInput, placement: Placement) -> dict[str, int]:
+    """What of the copies that serve is beyond the servers' limits, over all: `bytes` of host tiers, rank `rows` of
+    arenas (where there is no host tier) and `adapters`. Standby copies only fill what is free."""
+    held = capacity_of(inp, Placement(phi=placement.phi))
+    out = {"bytes": 0, "rows": 0, "adapters": 0}
+    for server in inp.servers:
+        if server.host_bytes:
+            out["bytes"] += max(0, held.bytes[server.name] - server.host_bytes)
+        else:
+            out["rows"] += max(0, held.rows[server.name] - server.capacity_rank_rows)
+        if server.slots:
+            out["adapters"] += max(0, held.count[server.name] - server.slots)
+    return out
+
+
+def _relieved(now: dict[str, int], then: dict[str, int]) -> bool:
+    """Whether `then`, of `overfull`, is less in something by a share worth moves, and more in nothing."""
+    less = any(then[what] <= (1.0 - MIN_GAIN_SHARE) * now[what] for what in now if now[what])
+    return less and all(then[what] <= now[what] for what in now)
 
 
 def only_fractions(current: Placement, proposed: Placement) -> bool:
