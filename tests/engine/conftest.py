@@ -92,12 +92,13 @@ def build(
         rank_rows: int | None = None,
         tp: int = 1,
         prepared: int | None = None,
+        host_rows: int | None = None,
         cls: type = scheduler.RankAwareScheduler,
         **options: Any,
     ) -> tuple[Any, Any]:
         address = f"ipc://{tmp_path}/channel{len(made)}"
         monkeypatch.setattr(channel, "address_of", lambda _, purpose="loads": f"{address}-{purpose}")
-        workers = FakeWorkers(f"{address}-loads", tp, rank_rows=rank_rows, prepared=prepared)
+        workers = FakeWorkers(f"{address}-loads", tp, rank_rows=rank_rows, prepared=prepared, host_rows=host_rows)
         workers.ranks.update(ranks or {})
         monkeypatch.setattr(channel, "SchedulerEnd", partial(SettlingEnd, workers))
         made_scheduler = make_scheduler(cls, str(model_dir), world_size=tp, **options)

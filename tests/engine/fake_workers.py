@@ -39,7 +39,7 @@ class Clock:
 
 class FakeWorkers:
     """`count` ranks. `ranks`: adapter -> LoRA rank (default 8); `fails`: adapter -> list of (reason, transient) used up
-    one by one. Every load is answered at once, but for those held."""
+    one by one. Every load is answered at once, but for those held. `host_rows`: beyond so many the oldest is gone."""
 
     def __init__(
         self,
@@ -49,11 +49,17 @@ class FakeWorkers:
         rank_rows: int | None = None,
         page_rows: int = 8,
         prepared: int | None = None,
+        host_rows: int | None = None,
     ) -> None:
         self.ranks: dict[int, int] = {}
         self.fails: dict[int, list[tuple[str, bool]]] = {}
         self.orders: list[channel.Prepare] = []
         """As rank 0 heard them."""
+        self.in_use: Callable[[], set[int]] = set
+        """Adapters that a host tier of `host_rows` need not hold: they are in the arena."""
+        self._host_rows = host_rows
+        self._in_host: dict[int, list[int]] = {}
+        """Rank -> adapters, the oldest first."""
         self._lock = threading.Lock()
         self._held: set[tuple[int, int]] = set()
         self._unanswered: list[tuple[int, channel.Prepare]] = []
@@ -62,7 +68,9 @@ class FakeWorkers:
         self.reported: Counter[int] = Counter()
         """Rank -> reports sent, without the Hello."""
         self.ends = [
-            channel.WorkerEnd(address, channel.Hello(rank, rank_rows, page_rows, prepared), self._listen(rank))
+            channel.WorkerEnd(
+                address, channel.Hello(rank, rank_rows, page_rows, prepared, host_rows), self._listen(rank)
+            )
             for rank in range(count)
         ]
 
@@ -90,6 +98,16 @@ class FakeWorkers:
             path = msgspec.msgpack.decode(order.request, type=LoRARequest).lora_path
             report = channel.Ready(rank, order.adapter, order.attempt, self.ranks.get(order.adapter, 8), 0.001, path)
         self._report(report)
+        if isinstance(report, channel.Ready) and self._host_rows is not None:
+            self._evict(rank, order.adapter, self._host_rows)
+
+    def _evict(self, rank: int, newest: int, host_rows: int) -> None:
+        held = self._in_host.setdefault(rank, [])
+        held[:] = [adapter for adapter in held if adapter != newest] + [newest]
+        while sum(self.ranks.get(adapter, 8) for adapter in held) > host_rows:
+            gone = held.pop(0)
+            if gone not in self.in_use():
+                self._report(channel.Gone(rank, gone))
 
     def _report(self, report: channel.Report) -> None:
         self.reported[report.rank] += 1

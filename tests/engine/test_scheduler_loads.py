@@ -404,3 +404,18 @@ def test_the_oldest_wait_goes_back_to_nothing(build: Any) -> None:
     scheduler.add_request(make_request("base", max_tokens=3))
     settled_step(scheduler)
     assert scheduler.counters.oldest_wait_s == 0
+
+
+def test_no_more_is_loaded_ahead_than_the_host_tier_holds(build: Any) -> None:
+    """Else what is loaded pushes out what was loaded and has not run, which is loaded again, without end."""
+    from scheduler_harness import checker, finished, make_request, reasons, run_until
+
+    adapters = range(1, 31)
+    ranks = dict.fromkeys(adapters, 128)
+    scheduler, workers = build(ranks=ranks, rank_rows=128, host_rows=4 * 128, max_loras=8, prepared=8)
+    workers.in_use = lambda: set(scheduler.room.users)
+    for adapter in adapters:
+        scheduler.add_request(make_request(f"r{adapter}", adapter=adapter))
+    outputs = run_until(scheduler, finished(scheduler), checker(scheduler))
+    assert set(reasons(outputs).values()) == {"length"}
+    assert [order.adapter for order in workers.orders] == list(adapters)

@@ -2,8 +2,8 @@
 
 The scheduler lives in the engine-core process, each manager in a worker process, and vLLM offers no way between them
 but the step itself. This channel is beside the step: a ROUTER socket that the scheduler binds and reads without waiting
-once per step, a DEALER socket in each worker that a side thread reads. So a load starts when its request is queued,
-even while a step is running, its end is known at the next step, and a step never waits for it.
+once per step, a DEALER socket in each worker that a side thread reads. So a load is ordered by the first step after its
+request was queued and runs beside the steps, its end is known at the next step, and a step never waits for it.
 
 Every worker says Hello when it is connected; the scheduler counts an adapter as ready when every rank has said Ready.
 Both sides live and die together with their engine, so there is no reconnection protocol.
@@ -48,11 +48,12 @@ class Report(msgspec.Struct, frozen=True, tag=True):
 
 class Hello(Report, frozen=True, tag=True):
     """The worker can take orders. `rank_rows`: what its arena holds; None: only slots count. `prepared`: how many
-    adapters it can hold ready that do not run yet; None: no such bound."""
+    adapters it can hold ready that do not run yet, `host_rows`: rank rows of such in its host tier; None: no bound."""
 
     rank_rows: int | None
     page_rows: int = 1
     prepared: int | None = None
+    host_rows: int | None = None
 
 
 class Ready(Report, frozen=True, tag=True):

@@ -8,7 +8,7 @@ is final for the requests that wait, and forgotten with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -72,6 +72,11 @@ class Readiness:
         self.rank_limit: int | None = None
         """Largest rank that fits the arena; None: any."""
         self._attempts = 0
+        self.host_rows: int | None = None
+        """Rank rows that the workers' host tiers hold; None: any. What is loaded ahead beyond them would push out what
+        was loaded and has not run."""
+        self.rows_of: Callable[[int], int] = lambda lora_rank: lora_rank
+        """Rank rows that an adapter of a rank takes."""
 
     def is_ready(self, adapter: int, path: str) -> bool:
         """Whether a request for this content can be scheduled now."""
@@ -121,8 +126,10 @@ class Readiness:
         starts: list[tuple[int, int]] = []
         if not self.world_size:
             return starts
-        ahead = 0
+        ahead = rows = 0
         again: list[tuple[int, Adapter]] = []
+        # The rank of what was never loaded is not known: it is taken for the largest one that is.
+        largest = max((self._adapters[a].lora_rank for a in self._ready | self._loading), default=0)
         for adapter, path in wanted:
             entry = self._adapters.get(adapter)
             if entry is None:
@@ -140,18 +147,27 @@ class Readiness:
                     continue
                 if len(self._loading) >= self.concurrent_loads:
                     break
+                if ahead and not self._host_takes(rows + self.rows_of(entry.lora_rank or largest)):
+                    break
                 starts.append((adapter, self._begin(adapter, entry, now)))
             if adapter not in running and entry.state in ("loading", "ready"):
                 ahead += 1
+                rows += self.rows_of(entry.lora_rank or largest)
             if ahead >= self.prefetch:
                 break
         for adapter, entry in again:
             if ahead >= self.prefetch or len(self._loading) >= self.concurrent_loads:
                 break
+            rows += self.rows_of(entry.lora_rank or largest)
+            if ahead and not self._host_takes(rows):
+                break
             if now >= entry.not_before:
                 starts.append((adapter, self._begin(adapter, entry, now)))
                 ahead += 1
         return starts
+
+    def _host_takes(self, rows: int) -> bool:
+        return self.host_rows is None or rows <= self.host_rows
 
     def _begin(self, adapter: int, entry: Adapter, now: float) -> int:
         self._attempts += 1

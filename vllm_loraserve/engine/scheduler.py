@@ -74,6 +74,7 @@ class RankAwareMixin(_Base):
             load_retries=config.load_retries,
         )
         self.readiness.rank_limit = self.room.largest_rank
+        self.readiness.host_rows, self.readiness.rows_of = self._host_rows, self.room.rows_of
         share = config.lora_share if self.scheduler_config.enable_chunked_prefill else None
         self.work = WorkBudget(rank_cost(config.lora_cost_per_rank, config.operating_points), share)
         self.shares, self.limits = Shares(config.shares), Limits(config.max_inflight_tokens)
@@ -103,6 +104,9 @@ class RankAwareMixin(_Base):
         self._only_loads = False
         """The last step had nothing to run, since all that waits waits for its adapter."""
 
+    _host_rows: int | None = None
+    """Rank rows that the workers' host tiers hold; None: not known."""
+
     def _meet_workers(self, address: str, count: int, prefetch: int) -> tuple[int, int]:
         """(prefetch, workers): what the workers' managers can do; 0 workers: loads stay in the step."""
         self._end = channel.SchedulerEnd(address)
@@ -119,6 +123,7 @@ class RankAwareMixin(_Base):
         self.room.rank_rows = min(rows) if rows else None
         self.room.page_rows = max(hello.page_rows for hello in hellos)
         held = [hello.prepared for hello in hellos if hello.prepared is not None]
+        self._host_rows = min((hello.host_rows for hello in hellos if hello.host_rows is not None), default=None)
         return max(min([prefetch, *held]), 1), count
 
     # ---- the step ----

@@ -97,6 +97,7 @@ class SideLoadingMixin:
                 rank_rows=arena.rank_rows if arena is not None else None,
                 page_rows=arena.layout.page_rows if arena is not None else 1,
                 prepared=self._ahead(),
+                host_rows=self._host_rows(),
             )
             self._channel = channel.WorkerEnd(address, hello, self._on_order)
         return model
@@ -108,6 +109,11 @@ class SideLoadingMixin:
             lora_config = self._vllm_config.lora_config
             capacity = int(lora_config.max_cpu_loras) - int(lora_config.max_loras)
         return max(capacity, 1)
+
+    def _host_rows(self) -> int | None:
+        """Rank rows of adapters for all modules that the host tier holds."""
+        host = getattr(self, "host", None)
+        return None if host is None else host.capacity_bytes // host.layout.bytes_per_page_set * host.layout.page_rows
 
     # ---- orders, on the channel's thread ----
 

@@ -108,6 +108,11 @@ class HostTier:
     def free_bytes(self) -> int:
         return self._extents.free_bytes
 
+    @property
+    def capacity_bytes(self) -> int:
+        """What it holds when full."""
+        return self._extents.size
+
     def get(self, key: Hashable) -> HostEntry | None:
         """The entry, if it is complete."""
         with self.lock:
