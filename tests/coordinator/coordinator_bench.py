@@ -71,10 +71,14 @@ class FakeInstance:
         slots: int = 16,
         port: int = 0,
         max_rank: int = 256,
+        host_bytes: int = 0,
+        host_adapters: int = 0,
     ) -> None:
         self.name = name
         self.incarnation = incarnation
-        self.capacity = Capacity(slots=slots, rank_rows=rank_rows, max_rank=max_rank)
+        self.capacity = Capacity(
+            slots=slots, rank_rows=rank_rows, max_rank=max_rank, host_bytes=host_bytes, host_adapters=host_adapters
+        )
         self.url = f"http://127.0.0.1:{port or 8000 + sum(name.encode())}"
         self.resident: dict[str, Residency] = {}
         self.running: dict[str, int] = {}

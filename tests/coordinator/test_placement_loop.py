@@ -179,3 +179,34 @@ def test_explanations_name_place_demand_and_trouble(bench):
         explain(b.controller, "nobody", b.now)
     b.controller.remove("good", 30.0, b.now)
     assert "being removed" in explain(b.controller, "good", b.now).lines[-1]
+
+
+def test_no_more_adapters_are_placed_than_an_instance_holds(bench):
+    """A host tier is bounded by count, too; spare copies do not crowd out those that serve."""
+    b = bench(policy="loraserve+", rebalance_s=5.0)
+    for name in ("i0", "i1"):
+        joined = b.join(name, rank_rows=4096, slots=4, host_bytes=10**10, host_adapters=12)
+    assert joined.capacity.host_adapters == 12
+    for i in range(24):
+        b.controller.add(record(f"a{i}"), b.now)
+    ask(b, {f"a{i}": 3000.0 if i == 0 else 5.0 for i in range(24)}, 20)
+    placement = b.controller.placement
+    for name, instance in b.instances.items():
+        assert len(placement.on(name)) <= 12
+        assert {a for a, routes in placement.phi.items() if name in routes} <= instance.resident.keys()
+
+
+def test_copies_that_serve_are_fetched_before_spare_ones(bench):
+    b = bench(rebalance_s=1000.0)
+    b.join("i0", slots=2)
+    b.join("i1", slots=2)
+    for name in ("hot", "warm", "cold"):
+        b.controller.add(record(name), b.now)
+    b.instances["i1"].rates = {"hot": 100.0, "warm": 50.0}
+    b.run(3)
+    b.instances["i0"].resident.clear()
+    b.controller.loop.placement = Placement(
+        phi={"hot": {"i1": 1.0}, "warm": {"i1": 1.0}, "cold": {"i0": 1.0}}, standby={"hot": ["i0"], "warm": ["i0"]}
+    )
+    b.run(3)
+    assert {"cold", "hot"} <= b.instances["i0"].resident.keys()

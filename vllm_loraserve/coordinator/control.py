@@ -344,7 +344,14 @@ class Controller:
                         wanted[instance].append(record)
         for member in self.members.all():
             records = wanted[member.name]
-            records.sort(key=lambda r: (-(d.tokens_per_s if (d := demand.get(r.name)) else 0.0), r.adapter_id))
+            # Copies that serve before spare ones: `fitting` cuts what comes last.
+            records.sort(
+                key=lambda r: (
+                    member.name not in self.placement.phi[r.name],
+                    -(d.tokens_per_s if (d := demand.get(r.name)) else 0.0),
+                    r.adapter_id,
+                )
+            )
             for record in fitting(records, member.hello.capacity):
                 # Only what fits together is fetched ahead; the rest comes with its first request, by eviction.
                 if not member.holds(record.name, record.sha256):
@@ -455,7 +462,7 @@ class Controller:
 
 def fitting(records: Iterable[AdapterRecord], capacity: Capacity) -> Iterator[AdapterRecord]:
     """The first of `records` that an instance can hold together: in its host tier where it has one, else its arena."""
-    count = max(capacity.slots, capacity.host_adapters)
+    count = capacity.adapters()
     room = capacity.host_bytes or capacity.rank_rows
     for record in records:
         room -= record.size_bytes if capacity.host_bytes else -(-record.rank // PAGE_ROWS) * PAGE_ROWS

@@ -78,6 +78,10 @@ class Capacity(Part, frozen=True):
     max_model_len: int = 0
     """Tokens of prompt and answer together; 0: not known."""
 
+    def adapters(self) -> int:
+        """Adapters that it can hold at a time."""
+        return max(self.slots, self.host_adapters)
+
 
 class Load(Part, frozen=True):
     """What an instance is doing now."""

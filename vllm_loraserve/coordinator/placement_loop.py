@@ -92,6 +92,7 @@ class PlacementLoop:
                     m.name,
                     m.hello.capacity.rank_rows,
                     m.hello.capacity.host_bytes,
+                    slots=m.hello.capacity.adapters(),
                     speed=max(self.speeds.speed(m.name), 1e-6),
                     max_rank=m.hello.capacity.max_rank,
                 )
