@@ -67,6 +67,18 @@ def test_requests_of_an_adapter_attract_each_other() -> None:
     assert predictor.choose(work(predictor, one), known) == "b"
 
 
+def test_a_full_arena_is_avoided() -> None:
+    """Somebody there has to finish before the adapter gets its rank rows."""
+    cost = StepCost(base=0.01, decode_token=1e-5)
+    predictor, known = Predictor(cost), upstreams()
+    for n in range(4):  # 512 rank rows: all there are
+        work(predictor, Target(f"large-{n}", {}, 128)).sent(known["a"].ledger)
+        work(predictor, Target(f"small-{n}", {}, 8)).sent(known["b"].ledger)
+    assert predictor.choose(work(predictor, Target("small", {"a": 0.5, "b": 0.5}, 8)), known) == "b"
+    assert predictor.choose(work(predictor, Target("large-0", {"a": 0.5, "b": 0.5}, 128)), known) == "a"
+    assert predictor.choose(work(predictor, Target("base", {}, 0)), known) == "a", "needs no room"
+
+
 def test_what_other_routers_sent_counts() -> None:
     predictor, known = Predictor(COST), upstreams(a=Load(running=40, waiting=10))
     assert predictor.choose(work(predictor, Target("base", {}, 0)), known) == "b"

@@ -86,6 +86,11 @@ class Predictor:
         view.context_tokens = ledger.context + foreign * mean
         view.distinct = len(ledger.adapters)
         view.distinct_rows = ledger.rows
+        # Room in the arena; the base model needs none.
+        view.demanded = view.active or not work.target.rank
+        view.rows_demanded = ledger.rows
+        if entry.capacity.rank_rows:
+            view.arena_rows = entry.capacity.rank_rows
         if entry.capacity.kv_tokens:
             view.kv_free = entry.capacity.kv_tokens * (1.0 - entry.load.kv_usage)
             view.kv_queued = ledger.prompts
