@@ -61,6 +61,14 @@ def test_failure_loses_no_request_and_costs_time() -> None:
     assert hit.busy[0] < calm.busy[0]
 
 
+@pytest.mark.parametrize("name", ["loraserve", "loraserve+", "toppings"])
+@pytest.mark.parametrize("failures", [[Failure(0, 5.0, 8.0)], [Failure(0, 5.0, 8.0), Failure(1, 6.0, 9.0)]])
+def test_requests_wait_while_no_server_is_alive(name: str, failures: list[Failure]) -> None:
+    workload = load(rate=4.0, seconds=20.0)
+    result = simulate(workload, [H100] * len(failures), SYSTEMS[name], failures=failures)
+    assert result.finished == result.requests == len(workload.arrival)
+
+
 def test_placement_follows_demand_and_moves_bytes() -> None:
     r = simulate(load(seconds=80.0), [H100] * 4, SYSTEMS["loraserve"])
     assert r.rebalances > 5

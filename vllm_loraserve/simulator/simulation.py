@@ -103,6 +103,8 @@ class Simulation:
         self.given = placement
         self.routes: list[dict[str, float]] = []
         self.standby: list[list[int]] = []
+        self.parked: list[Request] = []
+        """Requests that wait for any server to come back."""
         self.uncopied: set[int] = set()
         """Adapters for which no host tier has room: served from their checkpoints."""
         self.expected: dict[str, float] = {}
@@ -209,6 +211,12 @@ class Simulation:
             self.demand.add(self.names[r.adapter], r.prompt + self.mean_output, now)
             if self.system.burst_rebalance and not r.index % 64:
                 self._check_burst(now)
+        self._dispatch(r, now)
+
+    def _dispatch(self, r: Request, now: float) -> None:
+        if not any(s.alive for s in self.servers):
+            self.parked.append(r)
+            return
         server = self.servers[self._route(r, now)]
         server.enqueue(r)
         server.prefetch(r.adapter, now)
@@ -429,12 +437,15 @@ class Simulation:
             if r.first_token >= 0.0:
                 # Streamed already: the client sees an error and sends it again; its TTFT stands.
                 pass
-            self._arrive(r, now)
+            self._dispatch(r, now)
 
     def _recover(self, server: Server, now: float) -> None:
         server.alive = True
         server.pcie_free = server.nic_in_free = server.nic_out_free = now
         self._place(now)
+        parked, self.parked = self.parked, []
+        for r in parked:
+            self._dispatch(r, now)
 
     def _sample(self, now: float) -> None:
         loads = [(s.kv_used + s.queued_kv) / s.machine.kv_tokens for s in self.servers]
