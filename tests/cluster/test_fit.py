@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from vllm_loraserve.cluster.fit import TERMS, OnlineCheck, StepSample, fit_step_cost, predict_step
+from vllm_loraserve.cluster.fit import TERMS, StepSample, fit_step_cost, predict_step
 from vllm_loraserve.cluster.operating_points import (
     H100_8B_STEP_COST,
     OperatingPoints,
@@ -94,18 +94,3 @@ def test_file_round_trip_and_errors(tmp_path: Path) -> None:
 def test_relative_costs_grow_with_rank() -> None:
     costs = relative_costs(shipped_defaults(), (8, 64, 128))
     assert costs[8] == 1.0 < costs[64] < costs[128]
-
-
-def test_online_check_warns_only_after_patience() -> None:
-    check = OnlineCheck()
-    for _ in range(10):
-        check.observe(1.0, 2.0)
-    assert not check.parted
-    for _ in range(15):
-        check.observe(1.0, 2.0)
-    assert check.parted
-    assert check.ratio == pytest.approx(2.0)
-    fine = OnlineCheck()
-    for i in range(100):
-        fine.observe(1.0, 1.2 if i % 2 else 0.9)
-    assert not fine.parted

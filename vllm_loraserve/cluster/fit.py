@@ -1,8 +1,7 @@
-"""Fitting a step cost to measured steps, finding operating points from it, and noticing when it drifts.
+"""Fitting a step cost to measured steps.
 
 `fit_step_cost` is non-negative least squares, weighted so that short steps count as much as long ones:
-every coefficient is a cost, so a negative one could only be noise. `OnlineCheck` compares predicted with
-observed step times while serving.
+every coefficient is a cost, so a negative one could only be noise.
 """
 
 from __future__ import annotations
@@ -82,37 +81,3 @@ def fit_step_cost(samples: Sequence[StepSample]) -> Fit:
     coefficients = solution / scale
     error = float(np.mean(np.abs(weighted @ coefficients - 1.0)))
     return Fit(StepCost(**dict(zip(TERMS, coefficients.tolist(), strict=True))), error, len(usable))
-
-
-class OnlineCheck:
-    """Running comparison of predicted and observed seconds of work; `parted` says when to warn and profile
-    again.
-
-    `alpha`: weight of a new observation; `factor`: how far the ratio may wander; `patience`: observations
-    before it may complain.
-    """
-
-    def __init__(self, alpha: float = 0.05, factor: float = 1.3, patience: int = 20) -> None:
-        self.alpha = alpha
-        self.factor = factor
-        self.patience = patience
-        self.log_ratio = 0.0
-        self.count = 0
-
-    def observe(self, predicted_s: float, observed_s: float) -> None:
-        """One window: seconds of work predicted from its tokens, seconds it really took (both positive)."""
-        if predicted_s <= 0.0 or observed_s <= 0.0:
-            return
-        self.count += 1
-        weight = max(self.alpha, 1.0 / self.count)
-        self.log_ratio += weight * (float(np.log(observed_s / predicted_s)) - self.log_ratio)
-
-    @property
-    def ratio(self) -> float:
-        """Observed / predicted (1.0: the model holds)."""
-        return float(np.exp(self.log_ratio))
-
-    @property
-    def parted(self) -> bool:
-        """Whether prediction and observation have parted for long enough to say so."""
-        return self.count >= self.patience and abs(self.log_ratio) > float(np.log(self.factor))

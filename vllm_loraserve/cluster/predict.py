@@ -1,4 +1,4 @@
-"""Quick predictions for `plan` and `explain`: load, P95 time to first token, throughput within the SLO.
+"""Quick predictions for `plan`: load, P95 time to first token, throughput within the SLO.
 
 A queueing estimate, not a simulation: each server is an M/G/1 queue of prompts, its service time from the
 step cost and its utilisation from the placement. Good for comparing two placements; the simulator is there

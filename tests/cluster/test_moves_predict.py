@@ -1,4 +1,4 @@
-"""What `plan` and `explain` print: moves with bytes, predictions, reasons."""
+"""What a new placement moves, in bytes, and what `plan` predicts of it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import math
 
 import pytest
 
-from vllm_loraserve.cluster.explain import explain
 from vllm_loraserve.cluster.moves import diff
 from vllm_loraserve.cluster.operating_points import OperatingPoints
 from vllm_loraserve.cluster.placement import (
     AdapterSpec,
     Placement,
-    PlacementError,
     PlacementInput,
     ServerSpec,
-    make_policy,
 )
 from vllm_loraserve.cluster.predict import predict
 from vllm_loraserve.cluster.relabel import relabel
@@ -55,17 +52,3 @@ def test_prediction_worsens_with_demand_and_saturates() -> None:
     assert calm.loads == pytest.approx({"s0": 0.05, "s1": 0.1})
     assert calm.headroom == pytest.approx(10.0)
     assert calm.p95_ttft_s < busy.p95_ttft_s < lost.p95_ttft_s == math.inf
-
-
-def test_explanation_names_the_numbers() -> None:
-    inp = given(4_000.0)
-    placement = make_policy("loraserve").place(inp)
-    text = "\n".join(explain(inp, placement, "b", "loraserve"))
-    assert "rank 128" in text
-    assert "4000.0 tokens/s" in text
-    assert "operating point 5000 tokens/s" in text
-    assert "not measured" in text
-    with pytest.raises(PlacementError, match="no adapter 'c'"):
-        explain(inp, placement, "c")
-    unplaced = Placement(unplaced={"a": "needs more"})
-    assert explain(inp, unplaced, "a")[-1] == "not placed: needs more"
