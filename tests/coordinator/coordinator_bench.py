@@ -83,6 +83,7 @@ class FakeInstance:
         self.resident: dict[str, Residency] = {}
         self.running: dict[str, int] = {}
         self.rates: dict[str, float] = {}
+        self.arrivals: dict[str, float] = {}
         self.results: list[CommandResult] = []
         self.done: list[tuple[str, str]] = []
         self.broken: set[str] = set()
@@ -105,7 +106,8 @@ class FakeInstance:
             instance=self.name, incarnation=self.incarnation,
             load=Load(running=sum(self.running.values()), waiting=self.waiting),
             demand=tuple(
-                AdapterDemand(name=n, tokens_per_s=self.rates.get(n, 0.0), running=self.running.get(n, 0),
+                AdapterDemand(name=n, tokens_per_s=self.rates.get(n, 0.0),
+                    requests_per_s=self.arrivals.get(n, 0.0), running=self.running.get(n, 0),
                     tokens=round(self.rates.get(n, 0.0) * self.beat_s))
                 for n in names
             ),

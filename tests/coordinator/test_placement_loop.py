@@ -181,6 +181,22 @@ def test_explanations_name_place_demand_and_trouble(bench):
     assert "being removed" in explain(b.controller, "good", b.now).lines[-1]
 
 
+def test_a_queue_does_not_hide_what_is_asked_for(bench):
+    """A capped instance serves 1000 tokens/s; 40 requests/s of 100 tokens come."""
+    b = bench(rebalance_s=1000.0)
+    cluster(b, adapters=1, instances=1)
+    instance = b.instances["i0"]
+    instance.rates, instance.arrivals = {"a0": 1000.0}, {"a0": 10.0}
+    b.run(5)
+    assert b.controller.placement_input(b.now).demand["a0"] == pytest.approx(1000.0)
+    instance.arrivals, instance.waiting = {"a0": 40.0}, 30
+    b.run(5)
+    assert b.controller.placement_input(b.now).demand["a0"] == pytest.approx(4000.0, rel=0.05)
+    instance.arrivals, instance.waiting = {"a0": 10.0}, 30
+    b.run(0.5)
+    assert b.controller.loop.arrivals.rates()["a0"] == pytest.approx(1000.0), "a queue that drains is no demand"
+
+
 def test_no_more_adapters_are_placed_than_an_instance_holds(bench):
     """A host tier is bounded by count, too; spare copies do not crowd out those that serve."""
     b = bench(policy="loraserve+", rebalance_s=5.0)

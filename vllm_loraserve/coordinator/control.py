@@ -213,6 +213,7 @@ class Controller:
         for instance in instances:
             self.commands.forget_instance(instance)
             self.loop.speeds.forget(instance)
+            self.loop.arrivals.forget(instance)
             self.registry.forget_instance(instance)
         self._place(now)
 

@@ -24,6 +24,7 @@ from vllm_loraserve.cluster.placement import (
     PlacementPolicy,
     ServerSpec,
 )
+from vllm_loraserve.coordinator.arrivals import Arrivals
 from vllm_loraserve.coordinator.learning import SpeedLearner, work_of
 from vllm_loraserve.coordinator.membership import Member, Membership
 from vllm_loraserve.coordinator.messages import AdapterRecord, Heartbeat
@@ -56,6 +57,7 @@ class PlacementLoop:
         self.placement = Placement()
         self.history = DemandHistory(window_s=period_s)
         self.speeds = SpeedLearner()
+        self.arrivals = Arrivals()
         self.decisions: collections.deque[tuple[float, str]] = collections.deque(maxlen=200)
         self._expected: dict[str, float] = {}
         self._looked_at = now
@@ -64,17 +66,17 @@ class PlacementLoop:
 
     def observe(self, member: Member, beat: Heartbeat, ranks: dict[str, int], now: float) -> None:
         """Takes an instance's report."""
-        self.history.add_report({d.name: d.tokens for d in beat.demand if d.name and d.tokens}, now)
+        asked = self.arrivals.observe(member.name, beat, now)
+        self.history.add_report({name: tokens for name, tokens in asked.items() if tokens}, now)
         capacity = member.hello.capacity
         work = work_of(member.demand, ranks, self.op)
         self.speeds.observe(member.name, f"{capacity.device}/{capacity.tensor_parallel}", work, beat.load, now)
 
-    def demand(self, members: Membership, now: float) -> dict[str, float]:
+    def demand(self, now: float) -> dict[str, float]:
         """Tokens/s to plan for: the forecast, or what is asked for already where that is more."""
         out = self.history.forecast(now)
-        for name, d in members.demand().items():
-            if name:
-                out[name] = max(out.get(name, 0.0), d.tokens_per_s)
+        for name, rate in self.arrivals.rates().items():
+            out[name] = max(out.get(name, 0.0), rate)
         return out
 
     def input(self, members: Membership, records: Iterable[AdapterRecord], now: float) -> PlacementInput:
@@ -98,7 +100,7 @@ class PlacementLoop:
                 )
                 for m in live
             ],
-            demand=self.demand(members, now),
+            demand=self.demand(now),
             op=self.op,
             previous=self.placement,
             observed_load={m.name: load[m.name] for m in live if m.name in load},
