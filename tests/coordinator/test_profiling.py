@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import aiohttp
+import msgspec
 import numpy as np
 import pytest
 from aiohttp import web
@@ -183,6 +184,7 @@ async def test_the_command_writes_a_file_the_coordinator_reads_and_cleans_up(eng
     write_adapter(tmp_path / "adapters" / "a")
     instance = FakeInstance("one")
     instance.url = url
+    instance.capacity = msgspec.structs.replace(instance.capacity, dtype="bfloat16", kernels="rank-aware cpu")
     await client.request(instance.hello())
     await client.request(AddAdapter(name="a", source="a"))
     parser = profile.argparse.ArgumentParser()
@@ -204,6 +206,8 @@ async def test_the_command_writes_a_file_the_coordinator_reads_and_cleans_up(eng
     beating.cancel()
     points = operating_points.load(out)
     assert points.measured
+    assert points.dtype == "bfloat16"
+    assert points.kernels.startswith("rank-aware cpu (vllm-loraserve ")
     assert sorted(points.points) == [8, 64]
     assert "P95 TTFT 60 s" in points.slo
     assert [r.name for r in server.controller.registry.all()] == ["a"]

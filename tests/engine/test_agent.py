@@ -52,7 +52,7 @@ def vllm_config(extension=""):
     return SimpleNamespace(
         lora_config=SimpleNamespace(max_loras=4, max_lora_rank=64, max_cpu_loras=8, lora_dtype=None),
         cache_config=SimpleNamespace(num_gpu_blocks=100, block_size=16),
-        model_config=SimpleNamespace(hf_text_config=LLAMA),
+        model_config=SimpleNamespace(hf_text_config=LLAMA, dtype="torch.bfloat16"),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, worker_extension_cls=extension),
         device_config=SimpleNamespace(device_type="cpu"),
     )
@@ -495,6 +495,7 @@ def test_capacity_is_the_configured_memory_else_the_flags():
     plain = capacity_of(vllm_config(), LoRAServeConfig(), shapes)
     assert (plain.rank_rows, plain.host_bytes, plain.host_adapters) == (4 * 64, 8 * 64 * row, 8)
     assert capacity_of(vllm_config(), LoRAServeConfig(arena_rank_rows=77), shapes).rank_rows == 77
+    assert (plain.dtype, plain.kernels) == ("bfloat16", "rank-aware cpu")
     big = capacity_of(vllm_config(), LoRAServeConfig(arena_gib=1.0, host_gib=2.0), shapes)
     assert (big.rank_rows, big.host_bytes) == ((1 << 30) // row, 2 << 30)
     assert capacity_of(vllm_config(), LoRAServeConfig(max_rank=32), shapes).max_rank == 32

@@ -77,6 +77,10 @@ class Capacity(Part, frozen=True):
     max_rank: int = 256
     max_model_len: int = 0
     """Tokens of prompt and answer together; 0: not known."""
+    dtype: str = ""
+    """Of the base model."""
+    kernels: str = ""
+    """LoRA kernels it runs, such as `rank-aware cuda`."""
 
     def adapters(self) -> int:
         """Adapters that it can hold at a time."""

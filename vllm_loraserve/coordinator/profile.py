@@ -131,9 +131,10 @@ async def _profile(args: argparse.Namespace, console: Console) -> tuple[Operatin
         step_cost=fit.cost,
         measured=True,
         model=base,
+        dtype=instance.capacity.dtype,
         device=instance.capacity.device,
         tensor_parallel_size=instance.capacity.tensor_parallel,
-        kernels=f"vllm-loraserve {__version__}",
+        kernels=f"{instance.capacity.kernels} (vllm-loraserve {__version__})".lstrip(),
         slo=slo,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
