@@ -1,8 +1,8 @@
 """Adapters that a request names and this instance has not loaded: looked up in the cluster's registry.
 
 vLLM asks `LoRAServeResolver` (its official LoRAResolver extension point) under a lock per name, loads what it gets, and
-answers 404 when it gets nothing. While the coordinator is away, the last known registry decides; an instance that has
-never seen it answers 503.
+answers 404 when it gets nothing. While the coordinator is away, the last known registry decides; a name that is not in
+it may have been registered since, and is answered with 503.
 
 **One path spelling per content.** vLLM keys its prefix cache by adapter name and path string, not by content: weights
 registered anew under the same name and path would reuse the KV blocks of the old ones. The first content served from
@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 
 from vllm.exceptions import RetryableRequestError
 from vllm.lora.request import LoRARequest
-from vllm.lora.resolver import LoRAResolver
+from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
@@ -58,8 +58,6 @@ class LoRAServeResolver(LoRAResolver):
         self._endpoint = config.coordinator
         self._client: CoordinatorClient | None = None
         self._known: dict[str, AdapterRecord] = {}
-        self._informed = False
-        """Whether the whole registry has ever been seen."""
         self._away_until = 0.0
         self._contents: dict[tuple[str, str], list[str]] = {}
         self._digests: dict[tuple[str, str], str] = {}
@@ -101,7 +99,8 @@ class LoRAServeResolver(LoRAResolver):
 
     def _last_known(self, name: str) -> AdapterRecord | None:
         record = self._known.get(name)
-        if record is None and not self._informed:
+        alone = all(isinstance(other, LoRAServeResolver) for other in LoRAResolverRegistry.resolvers.values())
+        if record is None and alone:  # else the next one may know it
             raise RetryableRequestError(f"The registry can't be asked for the model `{name}` now; try again shortly.")
         return record
 
@@ -123,7 +122,6 @@ class LoRAServeResolver(LoRAResolver):
             r.adapter.name: locations_of(table, r.adapter.name, r.adapter.sha256) for r in table.adapters
         }
         self._known = {r.adapter.name: r.adapter for r in table.adapters if r.adapter.state == "active"}
-        self._informed = True
         return table
 
     def learn(self, record: AdapterRecord) -> None:
