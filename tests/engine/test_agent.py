@@ -52,7 +52,7 @@ def vllm_config(extension=""):
     return SimpleNamespace(
         lora_config=SimpleNamespace(max_loras=4, max_lora_rank=64, max_cpu_loras=8, lora_dtype=None),
         cache_config=SimpleNamespace(num_gpu_blocks=100, block_size=16),
-        model_config=SimpleNamespace(hf_text_config=LLAMA, dtype="torch.bfloat16"),
+        model_config=SimpleNamespace(hf_text_config=LLAMA, dtype="torch.bfloat16", max_model_len=1024),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, worker_extension_cls=extension),
         device_config=SimpleNamespace(device_type="cpu"),
     )
@@ -210,6 +210,7 @@ async def test_registers_with_capacity_and_shapes(joined):
     hello = coordinator.controller.members.get("one").hello
     assert hello.base_model == "toy"
     assert (hello.capacity.slots, hello.capacity.rank_rows, hello.capacity.max_rank) == (4, 256, 256)
+    assert hello.capacity.max_model_len == 1024
     assert hello.capacity.kv_tokens == 1600
     assert hello.module_shapes["k_proj"] == (64, 32)
 

@@ -64,6 +64,7 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
         kv_tokens=(cache.num_gpu_blocks or 0) * (cache.block_size or 0),
         # Pages know no --max-lora-rank; an adapter only has to fit the arena.
         max_rank=min(config.max_rank, rank_rows),
+        max_model_len=model.max_model_len,
         dtype=str(model.dtype).removeprefix("torch."),
         kernels=f"rank-aware {vllm_config.device_config.device_type}",
     )
