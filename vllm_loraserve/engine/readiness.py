@@ -158,12 +158,14 @@ class Readiness:
         for adapter, entry in again:
             if ahead >= self.prefetch or len(self._loading) >= self.concurrent_loads:
                 break
-            rows += self.rows_of(entry.lora_rank or largest)
-            if ahead and not self._host_takes(rows):
+            if now < entry.not_before:
+                continue
+            need = self.rows_of(entry.lora_rank or largest)
+            if ahead and not self._host_takes(rows + need):
                 break
-            if now >= entry.not_before:
-                starts.append((adapter, self._begin(adapter, entry, now)))
-                ahead += 1
+            starts.append((adapter, self._begin(adapter, entry, now)))
+            ahead += 1
+            rows += need
         return starts
 
     def _host_takes(self, rows: int) -> bool:
