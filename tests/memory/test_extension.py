@@ -22,16 +22,6 @@ LENGTHS = (0, 1, 7, 8, 9, 63, 64, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK +
 
 
 @pytest.fixture
-def library() -> extension.Extension:
-    found = extension.load()
-    if found is None:
-        if os.environ.get("LORASERVE_REQUIRE_EXTENSION"):
-            pytest.fail(extension.missing_reason())
-        pytest.skip(extension.missing_reason())
-    return found
-
-
-@pytest.fixture
 def slab():
     with HostSlab(1 << 20) as made:
         array = made.array()

@@ -24,16 +24,6 @@ GRIDS = ((1, 1), (3, 2), (7, 40))
 
 
 @pytest.fixture(scope="module")
-def library() -> extension.Extension:
-    found = extension.load()
-    if found is None:
-        if os.environ.get("LORASERVE_REQUIRE_EXTENSION"):
-            pytest.fail(extension.missing_reason())
-        pytest.skip(extension.missing_reason())
-    return found
-
-
-@pytest.fixture(scope="module")
 def emulator(tmp_path_factory) -> ctypes.CDLL:
     """The kernels' source as host code."""
     compiler = shutil.which("c++") or shutil.which("g++")

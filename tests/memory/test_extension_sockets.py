@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -12,23 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from vllm_loraserve.memory import extension
 from vllm_loraserve.memory.checksum import CHUNK, checksum_of
 from vllm_loraserve.memory.extension import ExtensionError
 from vllm_loraserve.memory.slab import HostSlab
 
 PATIENCE_S = 120.0
 LENGTHS = (1, 63, CHUNK - 1, CHUNK, CHUNK + 1, 0, 256 << 10, (256 << 10) + 1, 1_000_003)
-
-
-@pytest.fixture
-def library() -> extension.Extension:
-    found = extension.load()
-    if found is None:
-        if os.environ.get("LORASERVE_REQUIRE_EXTENSION"):
-            pytest.fail(extension.missing_reason())
-        pytest.skip(extension.missing_reason())
-    return found
 
 
 @pytest.fixture
