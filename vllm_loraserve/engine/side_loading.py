@@ -111,9 +111,11 @@ class SideLoadingMixin:
         return max(capacity, 1)
 
     def _host_rows(self) -> int | None:
-        """Rank rows of adapters for all modules that the host tier holds."""
+        """Rank rows of adapters for all modules that the host tier holds; None: no tier, or no module lies in pages."""
         host = getattr(self, "host", None)
-        return None if host is None else host.capacity_bytes // host.layout.bytes_per_page_set * host.layout.page_rows
+        if host is None or host.layout.bytes_per_page_set == 0:
+            return None
+        return int(host.capacity_bytes // host.layout.bytes_per_page_set * host.layout.page_rows)
 
     # ---- orders, on the channel's thread ----
 
