@@ -11,6 +11,7 @@ import torch
 from adapter_files import write_adapter
 from safetensors.torch import load_file, save_file
 
+from vllm_loraserve.adapters import native_rows
 from vllm_loraserve.adapters.checkpoint import AdapterError, Checkpoint, LoRATensors, open_checkpoint
 from vllm_loraserve.adapters.convert import (
     ModulePlan,
@@ -21,6 +22,15 @@ from vllm_loraserve.adapters.convert import (
     write_pages,
 )
 from vllm_loraserve.adapters.layout import Layout, ModuleShape, build_layout
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test by the compiled converter and by torch."""
+    assert native_rows.load() is not None
+    if request.param == "torch":
+        monkeypatch.setattr(native_rows, "load", lambda: None)
+
 
 SHAPES = {"q_proj": (64, 64), "k_proj": (64, 32), "v_proj": (64, 32), "down_proj": (96, 64)}
 QKV = ("q_proj", "k_proj", "v_proj")

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_loraserve.adapters import native_rows
 from vllm_loraserve.adapters.checkpoint import Checkpoint, LoRATensors, content_hash
 from vllm_loraserve.adapters.errors import AdapterError
 from vllm_loraserve.adapters.layout import Layout, PageGroup, SlicePlace
@@ -103,13 +104,14 @@ def write_pages(
     checkpoint or after the cast).
     """
     by_module = {plan.module: plan for plan in plans}
+    writer = native_rows.load()
     at = 0
     for group, pages in zip(layout.groups, targets, strict=True):
         if pages is not None:
             inside = ranks[at : at + len(group.places)]
             if not _fills(layout, group, inside, pages.shape[0]):
                 pages.zero_()
-            _write_group(reader, layout, group, by_module, inside, pages, check_values)
+            _write_group(reader, layout, group, by_module, inside, pages, check_values, writer)
         at += len(group.places)
 
 
@@ -127,31 +129,41 @@ def _write_group(
     ranks: Sequence[int],
     pages: torch.Tensor,
     check_values: bool,
+    writer: native_rows.RowWriter | None,
 ) -> None:
     done: str | None = None
     slices: Sequence[Pair | None] = ()
+    scale = 1.0
     for place, rank in zip(group.places, ranks, strict=True):
         if not rank:
             continue
         plan = by_module[place.module]
         if done != place.module:
-            slices, done = plan.shard([_read(reader, part) for part in plan.parts]), place.module
+            scalings = {part.scaling for part in plan.parts if part is not None}
+            # Which slice comes of which part only `shard` knows.
+            scale = scalings.pop() if len(scalings) == 1 else 1.0
+            slices, done = plan.shard([_read(reader, part, scale) for part in plan.parts]), place.module
         pair = slices[place.index]
         if pair is not None:
-            _write_slice(layout, place, rank, pair, pages, check_values)
+            _check_shapes(place, rank, pair)
+            finite = _write_slice(layout, place, pair, scale, pages, check_values, writer)
+            if check_values and not finite:
+                raise AdapterError(
+                    "invalid",
+                    f"The adapter's '{place.module}' has NaN or Inf in {layout.dtype}; use an earlier checkpoint "
+                    "of its training.",
+                )
 
 
-def _read(reader: WeightsReader, part: LoRATensors | None) -> Pair | None:
+def _read(reader: WeightsReader, part: LoRATensors | None, scale: float) -> Pair | None:
+    """The part's A and B; B lacks a factor `scale`."""
     if part is None:
         return None
     b = reader.tensor(part.b)
-    # Scaled in fp32 and rounded once, by the cast into the page.
-    return reader.tensor(part.a), b.float() * part.scaling if part.scaling != 1.0 else b
+    return reader.tensor(part.a), b if part.scaling == scale else b.float() * (part.scaling / scale)
 
 
-def _write_slice(
-    layout: Layout, place: SlicePlace, rank: int, pair: Pair, pages: torch.Tensor, check_values: bool
-) -> None:
+def _check_shapes(place: SlicePlace, rank: int, pair: Pair) -> None:
     a, b = pair
     if a.shape != (rank, place.in_size) or b.shape != (place.out_size, rank):
         raise AdapterError(
@@ -160,29 +172,49 @@ def _write_slice(
             f"but this model needs [{rank}, {place.in_size}] and [{place.out_size}, {rank}]; train it on this "
             "base model.",
         )
-    for rows, offset, width in ((a, place.a_offset, place.in_size), (b.T, place.b_offset, place.out_size)):
-        target = pages.as_strided(
-            (pages.shape[0], layout.page_rows, width),
-            (pages.stride(0), width, 1),
-            pages.storage_offset() + offset,
-        )
-        full, rest = divmod(rank, layout.page_rows)
-        if full:
-            target[:full].copy_(rows[: full * layout.page_rows].unflatten(0, (full, layout.page_rows)))
-        if rest:
-            target[full, :rest].copy_(rows[full * layout.page_rows :])
-        # An Inf or NaN times zero is NaN, so the sum finds both; it is read in the page's own dtype, so that
-        # an overflow of the cast is found too.
-        if (
-            check_values
-            and not bool(torch.isfinite(target[: full + (rest > 0)].float().sum()))
-            and not bool(torch.isfinite(target[: full + (rest > 0)]).all())
-        ):
-            raise AdapterError(
-                "invalid",
-                f"The adapter's '{place.module}' has NaN or Inf in {layout.dtype}; use an earlier checkpoint "
-                "of its training.",
-            )
+
+
+def _write_slice(
+    layout: Layout,
+    place: SlicePlace,
+    pair: Pair,
+    scale: float,
+    pages: torch.Tensor,
+    check_values: bool,
+    writer: native_rows.RowWriter | None,
+) -> bool:
+    """Whether all that was written is finite; always so where the values are not checked."""
+    a, b = pair
+    finite = True
+    for rows, offset, factor in ((a, place.a_offset, 1.0), (b.T, place.b_offset, scale)):
+        written = writer.write(rows, pages, offset, layout.page_rows, factor) if writer is not None else None
+        if written is None:
+            written = _write_rows(rows, pages, offset, layout.page_rows, factor, check_values)
+        finite = finite and written
+    return finite or not check_values
+
+
+def _write_rows(
+    rows: torch.Tensor, pages: torch.Tensor, offset: int, page_rows: int, scale: float, check_values: bool
+) -> bool:
+    """As `RowWriter.write`, in torch."""
+    rank, width = rows.shape
+    target = pages.as_strided(
+        (pages.shape[0], page_rows, width), (pages.stride(0), width, 1), pages.storage_offset() + offset
+    )
+    if scale != 1.0:
+        rows = rows.float() * scale  # rounded once, by the cast into the page
+    full, rest = divmod(rank, page_rows)
+    if full:
+        target[:full].copy_(rows[: full * page_rows].unflatten(0, (full, page_rows)))
+    if rest:
+        target[full, :rest].copy_(rows[full * page_rows :])
+    if not check_values:
+        return True
+    # An Inf or NaN times zero is NaN, so the sum finds both; it is read in the page's own dtype, so that
+    # an overflow of the cast is found too.
+    written = target[: full + (rest > 0)]
+    return bool(torch.isfinite(written.float().sum())) or bool(torch.isfinite(written).all())
 
 
 def page_addresses(layout: Layout, pages: Sequence[int], address: int) -> tuple[list[int], list[int]]:

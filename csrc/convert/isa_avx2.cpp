@@ -1,0 +1,2 @@
+#define LSC_ISA avx2
+#include "rows.inl"

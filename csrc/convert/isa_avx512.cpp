@@ -1,0 +1,2 @@
+#define LSC_ISA avx512
+#include "rows.inl"

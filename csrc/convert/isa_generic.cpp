@@ -1,0 +1,2 @@
+#define LSC_ISA generic
+#include "rows.inl"
