@@ -270,24 +270,25 @@ def test_loads_that_hang_for_ever_stop_nobody_else(build: Any, clock: Any) -> No
     assert scheduler.readiness.counters.timeouts == 7 * 2, "each once, and once more"
 
 
-def test_an_adapter_joins_a_running_batch_alone_and_soon(build: Any) -> None:
+def test_an_adapter_of_high_rank_joins_a_running_batch_alone_and_soon(build: Any) -> None:
     """Bringing pages in and reading them in the first prefill cost a step; they don't add up in one."""
     from scheduler_harness import checker, finished, make_request, run_until, settled_step
 
     from vllm_loraserve.engine.scheduler import JOIN_STEPS
 
-    scheduler, workers = build(max_loras=8)
-    for adapter in range(1, 5):
+    ranks = {1: 8, 2: 128, 3: 128, 4: 128, 5: 8, 6: 16}
+    scheduler, workers = build(ranks=ranks, rank_rows=1024, max_loras=8)
+    for adapter in ranks:
         workers.bring_in(adapter)
     scheduler.add_request(make_request("decoding", 10, 200, adapter=1))
     run_until(scheduler, lambda: any(not r.is_prefill_chunk for r in scheduler.running), checker(scheduler))
-    for adapter in (2, 3, 4):
+    for adapter in (2, 3, 4, 5, 6):
         scheduler.add_request(make_request(f"new{adapter}", 10, 50, adapter=adapter))
     scheduler.add_request(make_request("same", 10, 50, adapter=1))
     began = [{r.req_id for r in settled_step(scheduler)[0].scheduled_new_reqs} for _ in range(JOIN_STEPS + 2)]
-    assert began[0] == {"same"}, "whose adapter runs needs no page"
+    assert began[0] == {"same", "new5", "new6"}, "whose adapter runs needs no page, and low ranks need few"
     assert began[1] == {"new2"}
-    assert set().union(*began) == {"same", "new2", "new3", "new4"}, "nobody waits for longer than the bound"
+    assert set().union(*began) == {"same", *(f"new{n}" for n in range(2, 7))}, "nobody waits for longer than the bound"
     run_until(scheduler, finished(scheduler), checker(scheduler))
 
 

@@ -43,7 +43,9 @@ logger = init_logger("vllm.loraserve.scheduler")
 WORKERS_TIMEOUT_S = 10.0
 WAITS_EVERY_S = 0.25
 JOIN_STEPS = 2
-"""Steps that an adapter nobody runs may wait for one in which nothing else begins."""
+"""Steps that an adapter nobody runs may wait for one in which little else begins."""
+JOIN_ROWS = 64
+"""Rank rows of adapters nobody runs that may join others in one step."""
 LOADS_EVERY_S = 0.05
 """How often loads are looked at when nothing has changed: back-offs and timeouts run out."""
 LOADS_POLL_S = 0.005
@@ -290,16 +292,19 @@ class RankAwareMixin(_Base):
                 for lane in lanes
                 if lane is self._drain_for or (lane.adapter in self.room.users and lane.adapter not in self._draining)
             )
-        return self._one_joins(list(lanes)) if self._decoding else lanes
+        return self._few_join(list(lanes)) if self._decoding else lanes
 
-    def _one_joins(self, lanes: list[Lane]) -> list[Lane]:
-        """While others decode, an adapter that joins them (its pages are brought in, its prefill has them to read)
-        yields to other prefill for JOIN_STEPS steps, so that those costs don't add up in one step."""
-        users = self.room.users
-        joining = [lane for lane in lanes if lane.adapter not in users and lane.yielded < JOIN_STEPS]
-        if not joining:
-            return lanes
-        if len(joining) == len(lanes) and not self.waiting.base_waits:
+    def _few_join(self, lanes: list[Lane]) -> list[Lane]:
+        """While others decode, adapters join them (their pages are brought in, their prefill has those to read) by at
+        most JOIN_ROWS rank rows in a step, low ranks first; a larger one yields to other prefill for JOIN_STEPS steps.
+        So those costs don't add up in one step."""
+        rank_of = self.readiness.rank_of
+        joining = [lane for lane in lanes if lane.adapter not in self.room.users and lane.yielded < JOIN_STEPS]
+        joining.sort(key=lambda lane: (rank_of(lane.adapter), self.waiting.head(lane)[0]))
+        rows = 0
+        while joining and (rows := rows + self.room.rows_of(rank_of(joining[0].adapter))) <= JOIN_ROWS:
+            del joining[0]
+        if joining and len(joining) == len(lanes) and not self.waiting.base_waits:
             joining.remove(min(joining, key=lambda lane: self.waiting.head(lane)[0]))
         for lane in joining:
             lane.yielded += 1
