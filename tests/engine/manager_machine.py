@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,6 +195,22 @@ class ManagerMachine(RuleBasedStateMachine):
             assert self.manager.is_prepared(lora_id)
             known = self.manager._adapter_manager.adapter
             assert all(kept in self.manager.host or known(kept) for kept in self.manager._prepared), "gone for good"
+
+    @rule(lora_id=st.integers(1, 8))
+    def stage(self, lora_id: int) -> None:
+        """A load's thread stages what it has prepared, while the engine steps."""
+        manager = self.manager._adapter_manager
+        active = lora_id in manager._active_adapters.cache
+        results: list[bool] = []
+        thread = threading.Thread(target=lambda: results.append(self.manager.stage(lora_id)))
+        thread.start()
+        while thread.is_alive():
+            manager.stage_waiting()
+            thread.join(1e-3)
+        if active or lora_id not in self.manager.host:
+            assert results == [False]
+        if results == [True]:
+            assert lora_id in manager.residents.staged()
 
     @rule(lora_id=st.integers(1, 8), unpin=st.booleans())
     def pin(self, lora_id: int, unpin: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from threading import RLock
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,8 +77,9 @@ def test_a_device_copies_behind_the_step_and_its_source_stays_until_then() -> No
         device=SimpleNamespace(type="cuda"),
         copies=PendingCopies(event),
         host=SimpleNamespace(reading=read, targets=lambda entry: [None]),
-        residents=SimpleNamespace(to_evict=lambda *_: [], bring_in=lambda *_: [[0]]),
-        _victims=lambda adapter: [],
+        residents=SimpleNamespace(is_staged=lambda *_: False, lock=RLock(), bring_in=lambda *_: [[0]]),
+        _page_victims=lambda adapter: [],
+        _make_room=lambda *_: None,
         _take_slot=lambda adapter: None,
     )
     for adapter in (1, 2):
@@ -105,13 +107,16 @@ def test_a_copy_that_could_not_be_queued_holds_nothing() -> None:
         finally:
             ended.append(adapter)
 
-    def full(*_: Any) -> list[int]:
+    def full(*_: Any) -> None:
         raise ArenaFullError("no room")
 
     manager: Any = SimpleNamespace(
-        copies=PendingCopies(Event), host=SimpleNamespace(reading=read), residents=SimpleNamespace(to_evict=full),
-        _victims=lambda adapter: [],
-    )  # fmt: skip
+        copies=PendingCopies(Event),
+        host=SimpleNamespace(reading=read),
+        residents=SimpleNamespace(is_staged=lambda *_: False, lock=RLock()),
+        _page_victims=lambda adapter: [],
+        _make_room=full,
+    )
     with pytest.raises(ArenaFullError):
         PagedLoRAModelManager._bring_in(manager, 1, SimpleNamespace())  # type: ignore[arg-type]
     assert ended == [1]

@@ -1,12 +1,17 @@
-"""Who holds which pages of the arena: the active adapters and the warm-up adapters' shared zeros.
+"""Who holds which pages of the arena: active adapters, staged ones, and the warm-up adapters' shared zeros.
 
 The bookkeeping beside the allocators (`memory/allocator.py` only knows that a page has an owner): what an adapter
 owns, which generation of its host entry was copied, and which adapters have to go so that another one fits. Knows
-nothing of slots or of vLLM. The engine's thread only.
+nothing of slots or of vLLM.
+
+A staged adapter has its pages before it is active; a side thread fills them (`staging.py`). All else is for the
+engine's thread. `lock` guards the pages: who looks for room and then takes it holds it meanwhile.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -21,11 +26,25 @@ class ArenaFullError(RuntimeError):
     """A batch needs more rank rows than the arena has."""
 
 
+class Staged:
+    """Pages that a side thread fills, and then sets `filled`; `intact`: with all of the adapter."""
+
+    __slots__ = ("filled", "intact", "pages", "since")
+
+    def __init__(self, pages: list[list[int]]) -> None:
+        self.pages = pages
+        self.filled = threading.Event()
+        self.intact = False
+        self.since = time.monotonic()
+
+
 class ArenaResidents:
-    """The pages of the adapters that are active in `arena`."""
+    """The pages of the adapters in `arena`."""
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
+        self.lock = threading.RLock()
+        self._staged: dict[int, Staged] = {}
         self._pages: dict[int, list[list[int]]] = {}
         self._generations: dict[int, int] = {}
         self._zeros: list[list[int]] | None = None
@@ -36,8 +55,12 @@ class ArenaResidents:
         return sum(len(pages) * layout.page_bytes(group) for group, pages in enumerate(self._pages.get(lora_id, [])))
 
     def is_current(self, lora_id: int, generation: int) -> bool:
-        """Whether the pages here were copied from this generation of the adapter's host entry."""
-        return self._generations.get(lora_id) == generation
+        """Whether the adapter is active with pages copied from this generation of its host entry."""
+        return lora_id not in self._staged and self._generations.get(lora_id) == generation
+
+    def __contains__(self, lora_id: int) -> bool:
+        """Whether the adapter has pages, active or staged."""
+        return lora_id in self._pages
 
     def capacity_problem(self, pages: Sequence[int]) -> str | None:
         """Why an adapter with so many pages in each group could never be active, or None."""
@@ -73,24 +96,73 @@ class ArenaResidents:
         self, lora_id: int, needed: Sequence[int], sources: Sequence[torch.Tensor | None], generation: int
     ) -> list[list[int]]:
         """Take `needed` free pages and copy the adapter's host pages into them (see `Arena.write`)."""
-        pages = self.arena.allocate(needed, lora_id)
+        with self.lock:
+            pages = self._take(lora_id, needed, generation)
         assert pages is not None, "room was made before"
-        self._pages[lora_id] = pages
-        self._generations[lora_id] = generation
         self.arena.write(pages, sources)
         return pages
 
-    def release(self, lora_id: int) -> None:
-        """The adapter's pages are free; nothing happens if it holds none."""
-        self._generations.pop(lora_id, None)
-        pages = self._pages.pop(lora_id, None)
+    def _take(self, lora_id: int, needed: Sequence[int], generation: int) -> list[list[int]] | None:
+        pages = self.arena.allocate(needed, lora_id)
         if pages is not None:
-            self.arena.free(pages, lora_id)
+            self._pages[lora_id] = pages
+            self._generations[lora_id] = generation
+        return pages
+
+    def release(self, lora_id: int) -> None:
+        """The adapter's pages are free; nothing happens if it holds none. Of a staged one waits for its copy."""
+        with self.lock:
+            staged = self._staged.pop(lora_id, None)
+            if staged is not None:
+                staged.filled.wait()
+            self._generations.pop(lora_id, None)
+            pages = self._pages.pop(lora_id, None)
+            if pages is not None:
+                self.arena.free(pages, lora_id)
+
+    # --- staged adapters --------------------------------------------------------------------------------
+
+    def stage(self, lora_id: int, needed: Sequence[int], generation: int) -> Staged | None:
+        """Free pages for an adapter that has none; None where it has, or too few are free. Any thread."""
+        with self.lock:
+            if lora_id in self._pages:
+                return None
+            pages = self._take(lora_id, needed, generation)
+            if pages is None:
+                return None
+            self._staged[lora_id] = staged = Staged(pages)
+            return staged
+
+    def staged(self, least_s: float = 0.0) -> list[int]:
+        """Adapters staged for `least_s` seconds or longer, in the order in which they came."""
+        now = time.monotonic()
+        with self.lock:
+            return [lora_id for lora_id, staged in self._staged.items() if now - staged.since >= least_s]
+
+    def is_staged(self, lora_id: int, generation: int) -> bool:
+        """Whether `take_staged` will find this generation of the adapter; waits for a copy under way. What is staged of
+        another one is given up."""
+        staged = self._staged.get(lora_id)
+        if staged is None:
+            return False
+        staged.filled.wait()
+        if staged.intact and self._generations[lora_id] == generation:
+            return True
+        self.release(lora_id)
+        return False
+
+    def take_staged(self, lora_id: int) -> list[list[int]]:
+        """The pages of an adapter that `is_staged`: an active one's from now on."""
+        with self.lock:
+            return self._staged.pop(lora_id).pages
+
+    # --- warm-up adapters -------------------------------------------------------------------------------
 
     def zeros(self, needed: Sequence[int]) -> list[list[int]]:
         """Pages of zeros that all warm-up adapters share."""
         if self._zeros is None:
-            self._zeros = self.arena.allocate(needed, _WARM_UP)
+            with self.lock:
+                self._zeros = self.arena.allocate(needed, _WARM_UP)
             if self._zeros is None:
                 raise ArenaFullError("The arena has no room for the warm-up adapter's pages.")
             self.arena.zero(self._zeros)
@@ -98,13 +170,19 @@ class ArenaResidents:
 
     def release_zeros(self) -> None:
         if self._zeros is not None:
-            self.arena.free(self._zeros, _WARM_UP)
+            with self.lock:
+                self.arena.free(self._zeros, _WARM_UP)
             self._zeros = None
 
     def check_integrity(self, active: Collection[int]) -> None:
-        """Raise AssertionError unless every page is free or has one owner, who is active."""
+        """Raise AssertionError unless every page is free or has one owner, who is active or staged."""
+        with self.lock:
+            self._check_integrity(active)
+
+    def _check_integrity(self, active: Collection[int]) -> None:
         self.arena.check_integrity()
-        assert set(self._pages) <= set(active), "pages of an adapter that is not active"
+        assert set(self._pages) <= {*active, *self._staged}, "pages of an adapter that is not active"
+        assert set(self._staged) <= set(self._pages), "a staged adapter without pages"
         for group, allocator in enumerate(self.arena.allocators):
             for lora_id, pages in self._pages.items():
                 assert sorted(pages[group]) == allocator.owned_by(lora_id), f"pages of LoRA {lora_id} differ"

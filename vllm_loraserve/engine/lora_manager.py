@@ -140,6 +140,11 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
             self.peers.served(lora_request)
         return adapter
 
+    def stage(self, lora_id: int) -> bool:
+        """Copies a prepared adapter's pages into the arena, if there is room, before a step needs them. Thread-safe,
+        off the engine's thread."""
+        return self._adapter_manager.staging.stage(lora_id)
+
     def _forget_prepared(self) -> None:
         """Drops what left the host tier before anybody used it; not what is to replace a registered adapter, which
         would pass for current then."""
@@ -209,6 +214,7 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
         for request in wanted.values():
             # In place means once, when it is added; vLLM keeps the flag in the request of every later step.
             self.add_adapter(settled(request))
+        manager.stage_waiting()
 
     def pin_adapter(self, adapter_id: int) -> bool:
         pinned = super().pin_adapter(adapter_id)

@@ -1,13 +1,15 @@
 """Slots and activation: vLLM's LoRA model manager with adapters in pages instead of stacks padded to the largest rank.
 
-Takes the place of vLLM's LRUCacheLoRAModelManager. An adapter goes through three states: in the host tier (any
-thread), registered (vLLM knows its id), active (in a slot, its pages in the arena: `activate_adapter`, the engine's
-thread, a copy of whole pages). Modules that pages do not cover stay on vLLM's path inside the same calls.
+Takes the place of vLLM's LRUCacheLoRAModelManager. An adapter goes through four states: in the host tier (any
+thread), staged (its pages are in the arena already: `staging.py`, where there is time and room), registered (vLLM knows
+its id), active (in a slot, its pages in the arena: `activate_adapter`, the engine's thread, a copy of whole pages where
+they were not staged). Modules that pages do not cover stay on vLLM's path inside the same calls.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,6 +24,7 @@ from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.lora_memory import ScratchReserve, log_arena, scratch_bytes, worker_layout
 from vllm_loraserve.engine.paged_layers import SlotTables, attach, is_paged, stacked_bytes, without_stacked_weights
 from vllm_loraserve.engine.pending_copies import PendingCopies
+from vllm_loraserve.engine.staging import UNUSED_S, Staging
 from vllm_loraserve.engine.stock_layers import track_slots
 from vllm_loraserve.memory.arena import Arena, arena_rank_rows
 from vllm_loraserve.memory.eviction import Candidate, Demand, eviction_order, load_seconds
@@ -69,6 +72,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         )
         self.arena = Arena(self.layout, rows, self.device)
         self.residents = ArenaResidents(self.arena)
+        self.staging = Staging(self.residents, lambda: self.host, self.device)
         self.tables = SlotTables(self.layout, self.lora_slots, self.options.max_rank, self.device)
         self._attach_kernels()
         # On a CPU the wrapper has taken it by now.
@@ -148,13 +152,35 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
                 raise LookupError(f"LoRA {lora_id} is not in the host tier; prepare it first")
             # A replacement may have reached the host tier since this adapter was registered.
             adapter.ranks, adapter.pages = entry.ranks, entry.pages
-            for victim in self.residents.to_evict(lora_id, adapter.pages, self._victims(lora_id)):
-                self.deactivate_adapter(victim)
-            self._take_slot(lora_id)
-            pages = self.residents.bring_in(lora_id, adapter.pages, self.host.targets(entry), entry.generation)
+            if self.residents.is_staged(lora_id, entry.generation):
+                self._take_slot(lora_id)
+                return self.residents.take_staged(lora_id)
+            with self.residents.lock:
+                self._make_room(lora_id, adapter.pages, self._page_victims(lora_id))
+                self._take_slot(lora_id)
+                pages = self.residents.bring_in(lora_id, adapter.pages, self.host.targets(entry), entry.generation)
             if self.device.type != "cpu":
                 self.copies.hold(reading.pop_all())
         return pages
+
+    def _make_room(self, lora_id: int, needed: Sequence[int], victims: Sequence[int]) -> None:
+        """Sends so many of the victims away that the pages are free. Raises ArenaFullError; nobody has gone then."""
+        for victim in self.residents.to_evict(lora_id, needed, victims):
+            if victim in self._active_adapters:
+                self.deactivate_adapter(victim)
+            else:
+                self.residents.release(victim)
+
+    def stage_waiting(self) -> None:
+        """In every step, when its adapters are active: idle ones make room for those that wait to be staged."""
+        self.staging.step(self._make_room_ahead)
+
+    def _make_room_ahead(self, lora_id: int, needed: Sequence[int]) -> bool:
+        try:
+            self._make_room(lora_id, needed, self.residents.staged(UNUSED_S) + self._idle())
+        except ArenaFullError:
+            return False
+        return True
 
     def _take_slot(self, lora_id: int) -> None:
         if None not in self.lora_index_to_id:
@@ -164,6 +190,12 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             self.deactivate_adapter(victims[0])
         # vLLM's own activation: finds the slot and serves the modules outside the pages.
         LoRAModelManager.activate_adapter(self, lora_id)
+
+    def _page_victims(self, lora_id: int) -> list[int]:
+        """Whom to take pages from for `lora_id`, in this order: `_victims`, and those that are staged."""
+        unused, staged = self.residents.staged(UNUSED_S), self.residents.staged()
+        pinned = self._idle(pinned=True) if lora_id in self.in_use else []
+        return unused + self._idle() + [each for each in staged if each not in unused] + pinned
 
     def _victims(self, lora_id: int) -> list[int]:
         """Whom to evict for `lora_id`, in this order; pinned ones last, and only for an adapter of the step at hand."""
@@ -226,12 +258,18 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         self.copies.drain()
         self._demand.forget(adapter_id)
         self.host.remove(adapter_id)
+        self._unstage([adapter_id])
         return super().remove_adapter(adapter_id)
+
+    def _unstage(self, lora_ids: Iterable[int]) -> None:
+        for lora_id in set(self.residents.staged()).intersection(lora_ids):
+            self.residents.release(lora_id)
 
     def remove_all_adapters(self) -> None:
         self.copies.drain(wait=True)
         for lora_id in [lora for lora in self.lora_index_to_id if lora is not None]:
             self._deactivate_adapter(lora_id)
+        self._unstage(self.residents.staged())
         for lora_id in list(self._registered_adapters.cache):
             self.host.remove(lora_id)
         super().remove_all_adapters()

@@ -146,6 +146,8 @@ class SideLoadingMixin:
             self._paths[adapter] = request.lora_path
             self.load_errors.pop(adapter, None)
             seconds = time.monotonic() - begin
+            if attempt and (stage := getattr(self, "stage", None)) is not None:
+                stage(adapter)
             self._report(channel.Ready(rank, adapter, attempt, _rank_of(lora_rank), seconds, request.lora_path))
         except Exception as error:
             self._fail(request, attempt, error)

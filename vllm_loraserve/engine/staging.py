@@ -1,0 +1,133 @@
+"""Pages into the arena beside the step: an adapter that requests wait for is staged before they are scheduled.
+
+A load's thread asks for free pages and copies the adapter from the host tier into them; activating it then only fills
+a slot. Where no pages are free it waits for the engine's thread, which alone may send an idle adapter away, to do so
+in its next step; an engine that does not step has nobody who would suffer from a copy in the step, so nothing is
+waited for then. Nothing depends on staging: what is not staged is copied when it is activated.
+
+On a GPU the copies run on a stream of their own, behind what the step's stream has been given by then, since a step
+under way may still read the pages that have just come free.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vllm_loraserve.engine.arena_residents import ArenaResidents, Staged
+from vllm_loraserve.memory.host_tier import HostEntry, HostTier
+
+STEPS_WITHIN_S = 0.2
+"""An engine whose last step is longer ago stands still."""
+GRANT_S = 0.1
+"""Longest wait for the engine's thread to make room."""
+UNUSED_S = 10.0
+"""After which a staged adapter nobody activated goes before others."""
+
+
+class SideStream:
+    """A copy stream of one GPU. `device`: torch's, with an index or the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = None
+
+    def __call__(self, copy: Callable[[], None], behind: Any) -> None:
+        """Runs `copy`, which queues copies, behind what the stream `behind` has been given; waits until it is done."""
+        torch.cuda.set_device(self._device)  # of this thread
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        if behind is not None:
+            self._stream.wait_stream(behind)
+        with torch.cuda.stream(self._stream):
+            copy()
+        self._stream.synchronize()
+
+
+def _at_once(copy: Callable[[], None], behind: Any) -> None:
+    copy()
+
+
+class _Want:
+    """A thread's wish for pages, until the engine's thread has looked at it (`seen`)."""
+
+    def __init__(self, lora_id: int, entry: HostEntry) -> None:
+        self.lora_id, self.entry = lora_id, entry
+        self.seen = threading.Event()
+        self.staged: Staged | None = None
+
+
+class Staging:
+    """Stages adapters of `host` in the arena of `residents`."""
+
+    def __init__(
+        self,
+        residents: ArenaResidents,
+        host: Callable[[], HostTier],
+        device: torch.device,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._residents, self._host, self._clock = residents, host, clock
+        self._run: Callable[[Callable[[], None], Any], None] = _at_once if device.type == "cpu" else SideStream(device)
+        self._step_stream: Any = None
+        self._on_gpu = device.type == "cuda"
+        self._last_step = float("-inf")
+        self._lock = threading.Lock()
+        self._wants: deque[_Want] = deque()
+
+    def stage(self, lora_id: int) -> bool:
+        """Copies the adapter's host pages into the arena; False: it is active, not in the host tier, or finds no room.
+        For side threads; takes GRANT_S at most besides the copy."""
+        with self._host().reading(lora_id) as entry:
+            if entry is None:
+                return False
+            staged = self._room(lora_id, entry)
+            if staged is None:
+                return False
+            try:
+                self._fill(staged.pages, self._host().targets(entry))
+                staged.intact = True
+            finally:
+                staged.filled.set()
+        return True
+
+    def _fill(self, pages: list[list[int]], sources: Sequence[torch.Tensor | None]) -> None:
+        self._run(lambda: self._residents.arena.write(pages, sources), self._step_stream)
+
+    def _room(self, lora_id: int, entry: HostEntry) -> Staged | None:
+        staged = self._residents.stage(lora_id, entry.pages, entry.generation)
+        stands = self._clock() - self._last_step > STEPS_WITHIN_S
+        if staged is not None or stands or lora_id in self._residents:
+            return staged
+        want = _Want(lora_id, entry)
+        with self._lock:
+            self._wants.append(want)
+        want.seen.wait(GRANT_S)
+        with self._lock:
+            if want in self._wants:
+                self._wants.remove(want)
+            return want.staged
+
+    def step(self, make_room: Callable[[int, Sequence[int]], bool]) -> None:
+        """The engine's thread, in every step, when its adapters are active: room for those that wait to be staged.
+
+        make_room(adapter, needed pages): sends idle adapters away until so many are free; False: nobody went.
+        """
+        self._last_step = self._clock()
+        if self._on_gpu:
+            self._step_stream = torch.cuda.current_stream()
+        while True:
+            with self._lock:
+                if not self._wants:
+                    return
+                want = self._wants.popleft()
+                with self._residents.lock:
+                    lora_id, entry = want.lora_id, want.entry
+                    if lora_id not in self._residents and make_room(lora_id, entry.pages):
+                        want.staged = self._residents.stage(lora_id, entry.pages, entry.generation)
+                want.seen.set()
