@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-InstanceName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]{0,127}\Z")]
+InstanceName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}\Z")]
 
 
 ADDITIONAL_CONFIG_KEY = "loraserve"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vllm_loraserve.adapters.errors import AdapterError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _CHECKED_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
