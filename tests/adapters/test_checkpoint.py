@@ -17,6 +17,9 @@ from vllm_loraserve.adapters.checkpoint import (
     open_checkpoint,
     resolve_source,
 )
+from vllm_loraserve.adapters.shapes import OTHERS, merged
+
+MODULES = {name: [sizes] for name, sizes in SHAPES.items()}
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def refused(kind: str, path: Path, *words: str, **options: object) -> str:
 
 
 def test_describes_a_plain_adapter(adapter: Path) -> None:
-    info = inspect_checkpoint(adapter, module_shapes=SHAPES, check_values=True)
+    info = inspect_checkpoint(adapter, module_shapes=MODULES, check_values=True)
     assert info.rank == 8
     assert info.target_modules == ("down_proj", "k_proj", "q_proj", "v_proj")
     assert info.module_ranks == ((8, 8),)
@@ -146,8 +149,23 @@ def test_rank_over_the_limit(tmp_path: Path) -> None:
 
 
 def test_shapes_of_another_model(adapter: Path) -> None:
-    refused("mismatch", adapter, "q_proj", module_shapes={**SHAPES, "q_proj": (64, 128)})
-    refused("mismatch", adapter, "down_proj", module_shapes={"q_proj": (64, 64)})
+    refused("mismatch", adapter, "q_proj", "(64, 128)", module_shapes={**MODULES, "q_proj": [(64, 128)]})
+    refused("mismatch", adapter, "down_proj", module_shapes={"q_proj": [(64, 64)]})
+
+
+def test_a_module_may_have_several_sizes_or_be_left_to_the_load(adapter: Path) -> None:
+    several = {**MODULES, "q_proj": [(64, 64), (64, 128)]}
+    assert inspect_checkpoint(adapter, module_shapes=several).rank == 8
+    refused("mismatch", adapter, "(64, 128) or (96, 64)", module_shapes={**several, "q_proj": [(96, 64), (64, 128)]})
+    assert inspect_checkpoint(adapter, module_shapes={**MODULES, "q_proj": []}).rank == 8
+    assert inspect_checkpoint(adapter, module_shapes={OTHERS: [], "q_proj": [(64, 64)]}).rank == 8
+    refused("mismatch", adapter, "q_proj", module_shapes={OTHERS: [], "q_proj": [(1, 1)]})
+
+
+def test_tables_of_workers_and_instances_are_put_together() -> None:
+    one, two = {"q_proj": [(4, 8)], "lm_head": []}, {"q_proj": ((4, 8), (4, 6)), "o_proj": [(8, 4)]}
+    assert merged([one, two]) == {"lm_head": (), "o_proj": ((8, 4),), "q_proj": ((4, 6), (4, 8))}
+    assert merged([]) == {}
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 40, -1, -4000])
@@ -306,4 +324,8 @@ class TestResolveSource:
         assert resolve_source("org/name", []) == tmp_path
         assert resolve_source("org/name", [], allow_download=True) == tmp_path
         assert calls == [("org/name", True), ("org/name", False)]
+        for other in ("örg/name", "org/näme", "org/name\u0661"):
+            with pytest.raises(AdapterError, match="There is no adapter"):
+                resolve_source(other, [], allow_download=True)
+        assert len(calls) == 2, "no id that the hub could have"
         self.forbidden("org/absent", [], "not_found")

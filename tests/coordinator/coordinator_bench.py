@@ -95,7 +95,7 @@ class FakeInstance:
     def hello(self, base_model: str = "toy") -> Register:
         return Register(
             instance=self.name, incarnation=self.incarnation, url=self.url, base_model=base_model,
-            capacity=self.capacity, module_shapes=SHAPES,
+            capacity=self.capacity, modules={name: (sizes,) for name, sizes in SHAPES.items()},
             resident=tuple(self.resident.values()), transfer=self.transfer,
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ import sqlite3
 import pytest
 from coordinator_bench import FakeInstance, record
 
-from vllm_loraserve.coordinator.control import fitting
+from vllm_loraserve.coordinator.control import ControlOptions, fitting
 from vllm_loraserve.coordinator.membership import Refused
 from vllm_loraserve.coordinator.messages import Capacity, Residency
 from vllm_loraserve.coordinator.registry import RegistryError
@@ -385,3 +385,43 @@ def test_an_instance_joins_and_leaves_while_nothing_can_be_written(bench):
     assert [m.name for m in b.controller.members.all()] == ["one", "two"]
     b.controller.leave("two", b.instances["two"].incarnation, b.now)
     assert [m.name for m in b.controller.members.all()] == ["one"]
+
+
+def test_what_the_base_models_modules_are_survives_a_restart(bench):
+    b = bench()
+    b.join("one")
+    known = b.controller.modules
+    assert set(known) == {"q_proj", "v_proj"}
+    b.restart()
+    assert b.controller.modules == {}, "the registered adapters were not compared with it yet"
+    b.join("one")
+    b.controller.all_compared(b.controller.modules)
+    b.restart()
+    assert b.controller.modules == known
+    b.join("one")
+    assert not b.controller.modules_changed.is_set()
+    b.options = ControlOptions(base_model="another")
+    b.restart()
+    assert b.controller.modules == {}
+
+
+def test_a_failed_adapter_has_no_place_and_can_be_removed_or_registered_again(bench):
+    b = bench()
+    b.join("one")
+    add(b, "a", "b")
+    for name in "ab":
+        b.controller.fail(b.registry.get(name), "It is for another model.")
+    b.run(1)
+    assert b.routes() == {"a": {}, "b": {}}
+    assert not b.controller.commands.pending()
+    assert "'a' can't be served: It is for another model." in b.controller.problems()
+    b.restart()
+    assert b.registry.get("a").state == "failed"
+    b.controller.register(b.instances["one"].hello(), b.now)
+    add(b, "a")
+    assert b.registry.get("a").state == "active"
+    done = b.controller.remove("b", 0.0, b.now)
+    b.run(2)
+    assert done.is_set()
+    assert set(b.routes()) == {"a"}
+    assert b.routes()["a"]

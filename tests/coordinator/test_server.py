@@ -27,6 +27,8 @@ from vllm_loraserve.coordinator.messages import (
     AdapterReply,
     AddAdapter,
     Error,
+    Explain,
+    Explanation,
     GetAdapter,
     GetStatus,
     GetTable,
@@ -34,6 +36,7 @@ from vllm_loraserve.coordinator.messages import (
     Ok,
     Registered,
     RemoveAdapter,
+    Residency,
     RoutingTable,
     Status,
 )
@@ -264,6 +267,87 @@ async def test_bad_adapters_are_refused_and_nothing_is_registered(running, tmp_p
     assert "\n" not in str(raised.value)
     assert not server.controller.registry.all()
     assert not server._name_locks  # names that clients make up are not kept
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_what_was_registered_before_any_instance_is_compared_when_one_joins(running, tmp_path):
+    """One that does not fit is `failed`, with the reason; told otherwise, it is served after all."""
+    server, client = running
+    controller, adapters = server.controller, tmp_path / "adapters"
+    write_adapter(adapters / "good")
+    write_adapter(adapters / "other", hidden=32)
+    write_adapter(adapters / "away")
+    for name in ("good", "other", "away"):
+        assert (await client.ask(AddAdapter(name=name, source=name), AdapterReply)).created, "nothing to compare with"
+    shutil.rmtree(adapters / "away")
+    instance = await join(client)
+    await until(lambda: controller.registry.get_meta("modules"))
+    assert {r.name: r.state for r in controller.registry.all()} == {
+        "good": "active",
+        "other": "failed",
+        "away": "active",  # whoever loads it says what is the matter
+    }
+    record = controller.registry.get("other")
+    assert "(in, out) (32, 32), but the base model's is (16, 16)" in record.reason
+    status = await client.ask(GetStatus(), Status)
+    assert f"'other' can't be served: {record.reason}" in status.problems
+    routes = {r.adapter.name: len(r.routes) for r in status.table.adapters}
+    assert routes["other"] == 0
+    await beat(client, instance)
+    assert ("prefetch", "other") not in instance.done
+    for refused in (GetAdapter(name="other"), AddAdapter(name="other", source="other")):
+        with pytest.raises(CoordinatorError, match="base model") as raised:
+            await client.request(refused)
+    assert raised.value.code == "invalid"
+    assert "(32, 32)" in "".join((await client.ask(Explain(name="other"), Explanation)).lines)
+
+    wider = FakeInstance("two")
+    hello = msgspec.structs.replace(wider.hello(), modules=dict.fromkeys(("q_proj", "v_proj"), ((32, 32),)))
+    await client.ask(hello, Registered)
+    await until(lambda: controller.registry.get("other").state == "active")
+    assert controller.registry.get("other").reason == ""
+
+
+async def test_what_an_instance_holds_is_not_failed_for_what_lies_at_its_source(running, tmp_path):
+    server, client = running
+    write_adapter(tmp_path / "adapters" / "a")
+    added = await client.ask(AddAdapter(name="a", source="a"), AdapterReply)
+    write_adapter(tmp_path / "adapters" / "a", hidden=32)
+    instance = FakeInstance("one")
+    instance.resident["a"] = Residency(name="a", sha256=added.adapter.sha256)
+    await client.ask(instance.hello(), Registered)
+    await until(lambda: server.controller.registry.get_meta("modules"))
+    assert server.controller.registry.get("a").state == "active"
+
+
+async def test_an_adapter_that_is_being_inspected_while_the_first_instance_joins_is_compared_too(
+    running, tmp_path, monkeypatch
+):
+    import vllm_loraserve.coordinator.server as module
+
+    server, client = running
+    write_adapter(tmp_path / "adapters" / "a", hidden=32)
+    real = module.inspect_source
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*args, **kw):
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        return real(*args, **kw)
+
+    monkeypatch.setattr(module, "inspect_source", slow)
+    adding = asyncio.create_task(client.request(AddAdapter(name="a", source="a")))
+    await asyncio.to_thread(begun.wait, PATIENCE_S)
+    await join(client)
+    go_on.set()
+    with pytest.raises(CoordinatorError, match="base model"):
+        await adding
+    assert not server.controller.registry.all()
 
 
 async def test_a_source_below_home_is_kept_as_the_path_that_was_inspected(running, tmp_path, monkeypatch):

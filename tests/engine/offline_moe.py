@@ -106,6 +106,8 @@ def serve(model: Path, adapters: dict[str, Path], **options: Any) -> list[dict[s
             max_lora_rank=RANK,
             **options,
         )
+    from vllm_loraserve.engine.lora_shapes import lora_shapes
+
     worker = llm.collective_rpc(lambda worker: worker)[0]
     manager = worker.model_runner.lora_manager._adapter_manager
     experts = {n: layer for n, layer in manager.modules.items() if isinstance(layer, FusedMoEWithLoRA)}
@@ -113,6 +115,9 @@ def serve(model: Path, adapters: dict[str, Path], **options: Any) -> list[dict[s
     if "additional_config" in options:
         assert {name.rsplit(".", 1)[-1] for name in manager.paged_modules} >= {"qkv_proj", "o_proj"}
         assert not set(experts) & set(manager.paged_modules)
+        told = {name: sizes for name, sizes in lora_shapes(manager).items() if sizes}
+        assert all(told[name] == [(HIDDEN, HIDDEN)] for name in ("q_proj", "k_proj", "v_proj", "o_proj")), told
+        assert not set(told) & set(KINDS["experts"]), "experts are left to the load"
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=0, detokenize=False)
     seen = []
     for turn, kind in enumerate(ORDER):

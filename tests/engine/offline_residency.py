@@ -68,7 +68,7 @@ def main(folder: Path) -> dict[str, Any]:
         entry = host.get(lora_id)
         return hashlib.sha256(host.slab.view(entry.offset, entry.size)).hexdigest()
 
-    out: dict[str, Any] = {"first": residency()}
+    out: dict[str, Any] = {"first": residency(), "shapes": llm.collective_rpc("loraserve_shapes")[0]}
     engine = llm.llm_engine
     one = LoRARequest("a", 1, str(adapter))
     engine.add_lora(one)

@@ -131,6 +131,8 @@ def main() -> None:
 
 def _worker(worker: Any) -> dict[str, Any]:
     """Runs in each worker: its share of the adapters."""
+    from vllm_loraserve.engine.lora_shapes import lora_shapes
+
     manager = worker.model_runner.lora_manager._adapter_manager
     layout = getattr(manager, "layout", None)
     if layout is None:
@@ -140,6 +142,7 @@ def _worker(worker: Any) -> dict[str, Any]:
     return {
         "fingerprint": layout.fingerprint,
         "rows": manager.arena.rank_rows,
+        "shapes": lora_shapes(manager),
         "paged": len(manager.paged_modules),
         "on_vllms_path": sorted({type(layer).__name__ for layer in manager.modules.values()}),
         "down_proj_in": next((place.in_size for name, place in places.items() if name.endswith("down_proj")), None),

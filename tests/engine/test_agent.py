@@ -93,6 +93,8 @@ class FakeEngine:
     async def collective_rpc(self, method, args=()):
         if method == "loraserve_transfer_endpoint":
             return ["127.0.0.1:7001", "127.0.0.1:7002"]
+        if method == "loraserve_shapes":
+            return [{"q_proj": [[64, 64]], "lm_head": []}, {"q_proj": [[64, 64]], "o_proj": [[64, 64]]}]
         if method == "loraserve_residency":
             return [([i for i in self.held if i == 1], list(self.held), self.errors), ([], list(self.held), {})]
         assert method == "loraserve_locate"
@@ -205,14 +207,14 @@ async def joined(coordinator):
     LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
 
 
-async def test_registers_with_capacity_and_shapes(joined):
+async def test_registers_with_its_capacity(joined):
     coordinator, *_ = joined
     hello = coordinator.controller.members.get("one").hello
     assert hello.base_model == "toy"
     assert (hello.capacity.slots, hello.capacity.rank_rows, hello.capacity.max_rank) == (4, 256, 256)
     assert hello.capacity.max_model_len == 1024
     assert hello.capacity.kv_tokens == 1600
-    assert hello.module_shapes["k_proj"] == (64, 32)
+    assert hello.modules == {}, "this worker can't be asked"
 
 
 async def test_prefetches_reports_and_releases(joined):
@@ -336,7 +338,8 @@ async def test_workers_hear_who_holds_an_adapter_before_they_load_it(coordinator
     agent = await start_agent(engine, vllm_config(WORKER_EXTENSION), config, "http://127.0.0.1:8000", models)
     await until(lambda: len(coordinator.controller.members) == 1)
     controller = coordinator.controller
-    assert controller.members.get("one").hello.transfer == "127.0.0.1:7001,127.0.0.1:7002"
+    await until(lambda: controller.members.get("one").hello.transfer == "127.0.0.1:7001,127.0.0.1:7002")
+    assert controller.modules == {"lm_head": (), "o_proj": ((64, 64),), "q_proj": ((64, 64),)}, "of all workers"
     other = Register(
         instance="two",
         incarnation="x",
@@ -381,6 +384,44 @@ async def test_workers_hear_what_was_registered_before_they_load_it_also_without
     LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
 
 
+async def test_a_busy_engine_keeps_a_restarted_coordinator_waiting_only_for_what_is_not_known_yet(
+    coordinator, monkeypatch
+):
+    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
+    monkeypatch.setattr("vllm_loraserve.engine.agent.ANSWER_TIMEOUT_S", 0.2)
+    await coordinator.start()
+    engine = FakeEngine()
+    models = FakeModels(engine)
+    answers, rpc = asyncio.Event(), engine.collective_rpc
+
+    async def collective_rpc(method, args=()):
+        await answers.wait()
+        return await rpc(method, args)
+
+    monkeypatch.setattr(engine, "collective_rpc", collective_rpc)
+    config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1)
+    agent = await start_agent(engine, vllm_config(WORKER_EXTENSION), config, "http://127.0.0.1:8000", models)
+    await until(lambda: len(coordinator.controller.members) == 1)
+    assert not coordinator.controller.modules, "it joined without"
+    answers.set()
+    await until(lambda: coordinator.controller.modules)
+    coordinator.add(record("a"))
+    await until(lambda: "a" in coordinator.controller.members.get("one").resident)
+    # The engine is in a step that does not end, and the coordinator is a new one.
+    answers.clear()
+    monkeypatch.setattr("vllm_loraserve.engine.agent.ANSWER_TIMEOUT_S", 1000.0)
+    await coordinator.stop()
+    await coordinator.start()
+    await until(lambda: len(coordinator.controller.members) == 1)
+    hello = coordinator.controller.members.get("one").hello
+    assert [copy.name for copy in hello.resident] == ["a"]
+    assert hello.modules
+    answers.set()
+    await agent.stop()
+    await coordinator.stop()
+    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
+
+
 async def test_what_the_operator_loaded_is_left_alone(joined):
     coordinator, agent, engine, models = joined
     own = LoRARequest("mine", models.lora_id_counter.inc(1), "/own")
@@ -416,7 +457,7 @@ async def test_survives_the_coordinators_absence_and_is_back_with_everything(joi
     await until(lambda: not agent._reachable)
     await coordinator.start()
     await until(lambda: len(coordinator.controller.members) == 1 and coordinator.controller.settled)
-    assert set(coordinator.controller.members.get("one").resident) == {"a", "b"}
+    await until(lambda: set(coordinator.controller.members.get("one").resident) == {"a", "b"})
     async with CoordinatorClient(coordinator.endpoint) as client:
         table = await client.ask(GetTable(), RoutingTable)
     assert [r.adapter.name for r in table.adapters if r.routes] == ["a", "b"]
@@ -485,7 +526,7 @@ def test_without_statistics_everything_in_flight_is_running():
     assert LoadLogger().load(meter, ()).running == 0
 
 
-def test_shapes_are_told_for_plain_dense_models_only():
+def test_sizes_are_reckoned_for_plain_dense_models_only():
     assert module_shapes(LLAMA)["down_proj"] == (128, 64)
     assert module_shapes(SimpleNamespace(model_type="mixtral")) == {}
 
@@ -572,6 +613,11 @@ def test_instance_names():
     assert instance_name(LoRAServeConfig(instance="x"), "http://h:1") == "x"
     assert instance_name(LoRAServeConfig(), "http://127.0.0.1:8000") == "127.0.0.1-8000"
     assert instance_name(LoRAServeConfig(), "http://[::1]:8000") == "1-8000"
+    assert instance_name(LoRAServeConfig(), "http://bücher.local:8000") == "b-cher.local-8000"
+    assert instance_name(LoRAServeConfig(), "http://_h:80") == "h-80"
+    for name in ("bücher", "n\u0661", "_h"):
+        with pytest.raises(ConfigError, match="instance="):
+            parse_config({"instance": name})
 
 
 async def test_a_coordinator_in_trouble_does_not_unregister_what_is_known(monkeypatch):

@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from offline_tensor_parallel import SHAPES
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROGRAM = Path(__file__).parent / "offline_tensor_parallel.py"
@@ -83,6 +85,17 @@ def test_each_worker_holds_its_shard(engines: dict[str, dict[str, Any]]) -> None
     assert first["paged"] == second["paged"] == 8
     fingerprints = {worker["fingerprint"] for worker in (alone, first, second)}
     assert len(fingerprints) == 3, "pages of one shard must never be taken for another's"
+
+
+def test_every_worker_tells_the_sizes_of_the_whole_model(engines: dict[str, dict[str, Any]]) -> None:
+    """Of the modules as adapters name them; the model has two key-value heads, and pages or not is all the same."""
+    whole = {name.rsplit(".", 1)[-1]: [list(sizes)] for name, sizes in SHAPES.items()}
+    fused = {"qkv_proj": [[64, 128 + 64 + 64]], "gate_up_proj": [[64, 2 * 96]]}
+    for name in ("one", "two", "sharded"):
+        for worker in engines[name]["workers"]:
+            told = dict(worker["shapes"])
+            assert {key for key in told if key not in whole | fused} == {"embed_tokens", "lm_head"}
+            assert {key: sizes for key, sizes in told.items() if sizes} == whole | fused
 
 
 def test_fully_sharded_loras_stay_on_vllms_path(engines: dict[str, dict[str, Any]]) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("vllm")
+
+from manager_machine import SHAPES
+
 pytestmark = pytest.mark.vllm
 
 
@@ -23,6 +26,8 @@ def test_a_worker_says_what_it_holds_and_exchanges_adapters_with_a_peer(tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
     assert told["first"] == [[], [], {}]
+    hidden, inner = SHAPES["mlp.down_proj"][1], SHAPES["mlp.down_proj"][0]
+    assert (told["shapes"]["down_proj"], told["shapes"]["up_proj"]) == ([[inner, hidden]], [[hidden, inner]])
     assert told["aside"][0] == []
     assert told["listed_aside"] == [], "vLLM's own list would call it absent"
     assert "broken" in told["error"]["2"]

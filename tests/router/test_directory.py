@@ -113,4 +113,4 @@ def test_a_failed_adapter_says_why() -> None:
     directory.apply(table([A], [routes("one", state="failed", reason="its file is gone", a=1.0)]))
     with pytest.raises(ApiError, match="its file is gone") as failed:
         directory.resolve("one")
-    assert failed.value.status == 503
+    assert failed.value.status == 400

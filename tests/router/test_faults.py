@@ -139,7 +139,7 @@ class Agent:
             url=self._stub.url,
             base_model="toy",
             capacity=Capacity(slots=8, rank_rows=512),
-            module_shapes=SHAPES,
+            modules={name: (sizes,) for name, sizes in SHAPES.items()},
         )
         while True:
             with contextlib.suppress(CoordinatorUnavailable, CoordinatorError):

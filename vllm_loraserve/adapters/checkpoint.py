@@ -20,6 +20,7 @@ from vllm_loraserve.adapters.safetensors_header import (
     read_header,
     readable_file,
 )
+from vllm_loraserve.adapters.shapes import ModuleShapes, check_shapes
 from vllm_loraserve.adapters.source import resolve_source
 
 __all__ = [
@@ -45,7 +46,6 @@ _SUFFIXES = {
 }
 # PEFT saves the base embedding beside an adapter that resized it; it is no part of the delta.
 _BASE_COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
-_MODULES_OUTSIDE_SHAPES = ("embed_tokens", "lm_head")
 
 
 class AdapterInfo(msgspec.Struct, frozen=True):
@@ -140,13 +140,13 @@ def inspect_checkpoint(
     path: str | Path,
     *,
     max_rank: int = 256,
-    module_shapes: Mapping[str, tuple[int, int]] | None = None,
+    module_shapes: ModuleShapes | None = None,
     check_values: bool = False,
 ) -> AdapterInfo:
     """Check the adapter in directory `path` and say what it is.
 
-    `module_shapes` maps a module suffix (`q_proj`) to its unsharded (in, out) features; with it every
-    module must be known and fit. `check_values` also refuses NaN and Inf (reads all weights).
+    With `module_shapes` every module must be one of the base model's and fit it, see `check_shapes`. `check_values`
+    also refuses NaN and Inf (reads all weights).
     The weights are read once for the hash.
     Raises AdapterError: `not_found`, `invalid`, `unsupported`, `too_large` (rank), `mismatch` (shapes).
     """
@@ -178,30 +178,6 @@ def check_finite(checkpoint: Checkpoint) -> None:
             "invalid",
             f"'{checkpoint.directory}' has NaN or Inf in '{bad}'; use an earlier checkpoint of its training.",
         )
-
-
-def check_shapes(checkpoint: Checkpoint, module_shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise AdapterError `mismatch` unless every linear module is in `module_shapes` with its sizes.
-
-    Embeddings, lm_head and MoE experts are left to vLLM, which serves them on its own path.
-    """
-    for module in checkpoint.modules:
-        if module.is_embedding or module.suffix in _MODULES_OUTSIDE_SHAPES or ".experts" in module.name:
-            continue
-        expected = module_shapes.get(module.suffix)
-        if expected is None:
-            raise AdapterError(
-                "mismatch",
-                f"'{checkpoint.directory}' targets '{module.name}', but the base model's modules are "
-                f"{', '.join(sorted(module_shapes))}; train the adapter on this base model.",
-            )
-        found = (module.a.shape[1], module.b.shape[0])
-        if found != tuple(expected):
-            raise AdapterError(
-                "mismatch",
-                f"'{checkpoint.directory}' has '{module.name}' of (in, out) {found}, but the base model's is "
-                f"{tuple(expected)}; train the adapter on this base model.",
-            )
 
 
 def content_hash(checkpoint: Checkpoint, file: BufferedReader | None = None) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from vllm_loraserve.adapters.checkpoint import AdapterError, inspect_checkpoint, resolve_source
+from vllm_loraserve.adapters.checkpoint import AdapterError, inspect_checkpoint, open_checkpoint, resolve_source
+from vllm_loraserve.adapters.shapes import ModuleShapes, check_shapes
 from vllm_loraserve.coordinator.membership import Refused
 from vllm_loraserve.coordinator.messages import AdapterRecord, ErrorCode
 
@@ -19,7 +21,7 @@ def inspect_source(
     *,
     roots: Sequence[str],
     max_rank: int,
-    module_shapes: Mapping[str, tuple[int, int]] | None,
+    module_shapes: ModuleShapes | None,
     base_model: str,
     allow_download: bool = False,
 ) -> AdapterRecord:
@@ -47,3 +49,15 @@ def inspect_source(
         base_model=base_model or info.base_model or "",
         added_at=time.time(),
     )
+
+
+def misfit(source: str, *, roots: Sequence[str], module_shapes: ModuleShapes) -> str | None:
+    """Why the registered adapter at `source` does not fit the base model; empty: it does; None: that can't be seen here
+    and now. Reads no weights."""
+    try:
+        check_shapes(open_checkpoint(resolve_source(source, roots), max_rank=sys.maxsize), module_shapes)
+    except AdapterError as error:
+        return str(error) if error.kind == "mismatch" else None
+    except OSError:
+        return None
+    return ""

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from vllm_loraserve.adapters.shapes import merged
 from vllm_loraserve.cluster.operating_points import OperatingPoints, shipped_defaults
 from vllm_loraserve.cluster.placement import (
     Placement,
@@ -50,6 +51,8 @@ from vllm_loraserve.coordinator.registry import Registry, RegistryError
 
 logger = logging.getLogger(__name__)
 
+ModuleTable = dict[str, tuple[tuple[int, int], ...]]
+
 FETCH_PATIENCE_S = 10.0
 """An instance that has not confirmed a prefetch by then is routed to all the same: the request itself brings it in."""
 COMMAND_S = 1.0
@@ -58,6 +61,8 @@ REFUSED_S = 30.0
 """A refused instance asks again every few seconds; so long after its last try it is no longer mentioned."""
 RESUMED_DRAIN_S = 30.0
 """A drain that a restart interrupted ends when no instance reports a running request any more, or so long after."""
+MODULES = "modules"
+"""Where the registry keeps what its adapters were compared with."""
 RELEASE_PATIENCE_S = 10.0
 """A removal waits so long, after its drain, for instances to confirm the release."""
 WRITE_AGAIN_S = 2.0
@@ -110,6 +115,10 @@ class Controller:
         self.commands = CommandBook()
         self.base_model = options.base_model or registry.get_meta("base_model") or ""
         self.dirty = asyncio.Event()
+        self.modules = self._compared_with()
+        """`adapters.shapes.ModuleShapes` of the base model, as instances tell it; empty: none has yet."""
+        self.modules_changed = asyncio.Event()
+        """The registered adapters have not been compared with `modules`: see `CoordinatorServer._recheck`."""
         self.version = 0
         self._drains: dict[str, Drain] = {}
         self._awaited = registry.known_instances()
@@ -121,6 +130,11 @@ class Controller:
         for record in registry.all():
             if record.state == "draining":
                 self._drains[record.name] = Drain(now, now + RESUMED_DRAIN_S)
+
+    def _compared_with(self) -> ModuleTable:
+        stored = self.registry.get_meta(MODULES)
+        model, modules = msgspec.json.decode(stored, type=tuple[str, ModuleTable]) if stored else ("", {})
+        return modules if model == self.base_model else {}
 
     # ---- instances ----
 
@@ -141,6 +155,7 @@ class Controller:
                 "Instance '%s' joined at %s with %d adapters resident", member.name, hello.url, len(member.resident)
             )
         self.registry.remember_instance(hello.instance, hello.url, time.time())
+        self._learn_modules()
         self._adopt_residents(member)
         self._awaited.discard(hello.instance)
         if known is None:
@@ -159,6 +174,12 @@ class Controller:
             )
         self.registry.set_meta("base_model", hello.base_model)
         self.base_model = hello.base_model
+
+    def _learn_modules(self) -> None:
+        told = merged(m.hello.modules for m in self.members.all())
+        if told and told != self.modules:
+            self.modules = told
+            self.modules_changed.set()
 
     def _adopt_residents(self, member: Member) -> None:
         """After a restart of ours: what an instance holds is where it was placed."""
@@ -236,6 +257,9 @@ class Controller:
         """Stores an inspected adapter; (record, False) if this content is there already, Refused if other."""
         self.check_name(inspected.name)
         present = self.registry.get(inspected.name)
+        if present is not None and present.state == "failed" and present.sha256 == inspected.sha256:
+            self.found_to_fit(present, now)
+            present = self.registry.get(inspected.name)
         if present is not None:
             if present.sha256 != inspected.sha256:
                 raise Refused(
@@ -268,15 +292,39 @@ class Controller:
         if drain is None:
             self.registry.update(name, state="draining")
             drain = self._drains[name] = Drain(now, now + drain_s)
-            self.placement.phi.pop(name, None)
-            self.placement.standby.pop(name, None)
-            for member in self.members.all():
-                self.commands.cancel(member.name, name)
-            self.dirty.set()
+            self._unplace(name)
             logger.info("Adapter '%s' draining, %d requests running", name, self.members.running(name))
         else:
             drain.deadline = min(drain.deadline, now + drain_s)
         return drain.done
+
+    def _unplace(self, name: str) -> None:
+        """No new request gets the adapter, and no instance is to fetch it."""
+        self.placement.phi.pop(name, None)
+        self.placement.standby.pop(name, None)
+        for member in self.members.all():
+            self.commands.cancel(member.name, name)
+        self.dirty.set()
+
+    def fail(self, record: AdapterRecord, reason: str) -> None:
+        """An adapter that was registered before the base model was known turns out not to fit it."""
+        present = self.registry.get(record.name)
+        if present is None or present.adapter_id != record.adapter_id or present.state == "draining":
+            return
+        self.registry.update(record.name, state="failed", reason=reason)
+        self._unplace(record.name)
+        logger.warning("Adapter '%s' can't be served: %s", record.name, reason)
+
+    def found_to_fit(self, record: AdapterRecord, now: float) -> None:
+        """The opposite of `fail`."""
+        present = self.registry.get(record.name)
+        if present is not None and present.adapter_id == record.adapter_id and present.state == "failed":
+            self.registry.update(record.name, state="active", reason="")
+            self._place(now)
+
+    def all_compared(self, modules: ModuleTable) -> None:
+        """Every registered adapter was compared with `modules`; that need not be done again after a restart."""
+        self.registry.set_meta(MODULES, msgspec.json.encode((self.base_model, modules)).decode())
 
     def _drain(self, now: float) -> None:
         for name, drain in list(self._drains.items()):
@@ -450,7 +498,8 @@ class Controller:
 
     def problems(self) -> list[str]:
         """What an operator should know, one sentence each."""
-        out = [f"'{a}' has no place: it {why}." for a, why in sorted(self.placement.unplaced.items())]
+        out = [f"'{r.name}' can't be served: {r.reason}" for r in self.registry.all() if r.state == "failed"]
+        out += [f"'{a}' has no place: it {why}." for a, why in sorted(self.placement.unplaced.items())]
         out += [
             f"'{instance}' can't load '{adapter}': {f.error}"
             for (instance, adapter), f in sorted(self.commands.failures().items())

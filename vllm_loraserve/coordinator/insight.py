@@ -91,6 +91,9 @@ def explain(controller: Controller, name: str, now: float) -> Explanation:
     if record.state == "draining":
         lines.append("It is being removed: it gets no new requests.")
         return Explanation(lines=tuple(lines))
+    if record.state == "failed":
+        lines.append(f"It can't be served: {record.reason}")
+        return Explanation(lines=tuple(lines))
     routes = loop.placement.phi.get(name, {})
     load = server_loads(inp, loop.placement)
     if name in loop.placement.unplaced:

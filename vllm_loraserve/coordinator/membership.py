@@ -131,7 +131,3 @@ class Membership:
                     )
                 )
         return total
-
-    def module_shapes(self) -> dict[str, tuple[int, int]] | None:
-        """Shapes of the base model's modules, or None while no instance has told them."""
-        return next((m.hello.module_shapes for m in self.all() if m.hello.module_shapes), None)

@@ -55,7 +55,7 @@ class AdapterRecord(Part, frozen=True):
     added_at: float
     state: Literal["active", "draining", "failed"] = "active"
     reason: str = ""
-    """Why it is `failed`."""
+    """Why it is `failed`: it was registered before any instance was there, and does not fit the base model."""
     adapter_id: int = 0
     """Never used twice, not even for other content under the same name. Engines number adapters by themselves."""
 
@@ -185,8 +185,8 @@ class Register(Message, frozen=True):
     url: str
     base_model: str
     capacity: Capacity
-    module_shapes: dict[str, tuple[int, int]] = {}
-    """Module suffix (`q_proj`) -> (in, out) features, unsharded; new adapters are checked against it."""
+    modules: dict[str, tuple[tuple[int, int], ...]] = {}
+    """`adapters.shapes.ModuleShapes` of the base model: adapters are checked against it. Empty: not known."""
     resident: tuple[Residency, ...] = ()
     transfer: str = ""
 

@@ -21,9 +21,9 @@ import zmq
 import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 
-from vllm_loraserve.coordinator.admission import inspect_source
+from vllm_loraserve.coordinator.admission import inspect_source, misfit
 from vllm_loraserve.coordinator.client import INSPECTION_S, publish_endpoint
-from vllm_loraserve.coordinator.control import Controller
+from vllm_loraserve.coordinator.control import Controller, ModuleTable
 from vllm_loraserve.coordinator.curve import CoordinatorKeys, is_loopback
 from vllm_loraserve.coordinator.insight import explain, plan
 from vllm_loraserve.coordinator.inspections import Inspections
@@ -125,7 +125,7 @@ class CoordinatorServer:
             self._authenticator.configure_curve_callback(credentials_provider=_Curve(self._keys))
         self._router = self._bind(zmq.ROUTER, self.options.bind)
         self._pub = self._bind(zmq.PUB, publish)
-        for work in (self._serve(), self._tick(), self._publish()):
+        for work in (self._serve(), self._tick(), self._publish(), self._recheck()):
             self._spawn(work)
         logger.info(
             "Coordinator epoch %d at %s, tables at %s: %d adapters, policy %s",
@@ -266,6 +266,8 @@ class CoordinatorServer:
                     record = self.controller.registry.get(message.name)
                     if record is None or record.state == "draining":
                         raise Refused("not_found", f"There is no adapter '{message.name[:200]}'.")
+                    if record.state == "failed":
+                        raise Refused("not_found", f"The adapter '{record.name}' can't be served: {record.reason}")
                     return AdapterReply(adapter=record, locations=self.controller.locations(record))
                 case GetTable():
                     return self.controller.table(now)
@@ -324,17 +326,21 @@ class CoordinatorServer:
         lock = self._name_locks.setdefault(message.name, asyncio.Lock())
         try:
             async with lock:
-                look = functools.partial(
-                    inspect_source,
-                    message.name,
-                    message.source,
-                    roots=self.options.adapter_roots,
-                    max_rank=controller.max_rank(),
-                    module_shapes=controller.members.module_shapes(),
-                    base_model=controller.base_model,
-                    allow_download=self.options.allow_download,
-                )
-                inspected = await self._inspections.run(message.source, look)
+                modules: ModuleTable | None = None
+                # Again where the base model became known meanwhile.
+                while modules is not controller.modules:
+                    modules = controller.modules
+                    look = functools.partial(
+                        inspect_source,
+                        message.name,
+                        message.source,
+                        roots=self.options.adapter_roots,
+                        max_rank=controller.max_rank(),
+                        module_shapes=modules or None,
+                        base_model=controller.base_model,
+                        allow_download=self.options.allow_download,
+                    )
+                    inspected = await self._inspections.run(message.source, look)
                 record, created = controller.add(inspected, time.monotonic())
         finally:
             del lock  # names come from clients; an exception's frames would keep the lock, and it the name
@@ -345,6 +351,36 @@ class CoordinatorServer:
         return Ok()
 
     # ---- time, table ----
+
+    async def _recheck(self) -> None:
+        """Compares the registered adapters with the base model's modules whenever more is known of those.
+
+        What an instance holds fits: it was compared with the layers themselves.
+        """
+        controller = self.controller
+        while True:
+            await controller.modules_changed.wait()
+            controller.modules_changed.clear()
+            modules = controller.modules
+            for record in controller.registry.all():
+                if record.state == "draining" or controller.members.holders(record.name, record.sha256):
+                    continue
+                look = functools.partial(misfit, record.source, roots=self.options.adapter_roots, module_shapes=modules)
+                try:
+                    problem = await self._inspections.run(record.source, look)
+                    if problem:
+                        controller.fail(record, problem)
+                    elif problem is not None:
+                        controller.found_to_fit(record, time.monotonic())
+                except (Refused, RegistryError) as error:
+                    logger.warning("Adapter '%s' could not be compared with the base model: %s", record.name, error)
+                except Exception:
+                    self._count("internal_error")
+                    logger.exception("Adapter '%s' could not be compared with the base model", record.name)
+            try:
+                controller.all_compared(modules)
+            except RegistryError as error:
+                logger.warning("%s The adapters will be compared with the base model again.", error)
 
     async def _tick(self) -> None:
         while True:

@@ -25,6 +25,7 @@ import msgspec
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolverRegistry
 
+from vllm_loraserve.adapters.shapes import merged
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
 from vllm_loraserve.coordinator.messages import (
@@ -79,7 +80,7 @@ def instance_name(config: LoRAServeConfig, url: str) -> str:
     if config.instance is not None:
         return config.instance
     parts = urllib.parse.urlsplit(url)
-    return re.sub(r"[^\w.\-]+", "-", f"{parts.hostname}-{parts.port or 80}").strip("-.")
+    return re.sub(r"[^\w.\-]+", "-", f"{parts.hostname}-{parts.port or 80}", flags=re.ASCII).strip("-._")
 
 
 class Agent:
@@ -105,7 +106,6 @@ class Agent:
             url=url,
             base_model=serving_models.base_model_paths[0].name,
             capacity=capacity_of(vllm_config, config, shapes),
-            module_shapes=shapes,
         )
         self._client = CoordinatorClient(config.coordinator, timeout_s=ANSWER_TIMEOUT_S)
         self._extended = getattr(vllm_config.parallel_config, "worker_extension_cls", "") == WORKER_EXTENSION
@@ -115,6 +115,7 @@ class Agent:
         self._epoch: int | None = None
         self._reachable = True
         self._resident: tuple[Residency, ...] = ()
+        self._asked: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
         self._taken: dict[tuple[int, int], CommandResult | None] = {}
         self._outbox: dict[tuple[int, int], CommandResult] = {}
@@ -161,10 +162,11 @@ class Agent:
             leave = Leave(instance=self.name, incarnation=self._hello.incarnation)
             await self._client.request(leave, timeout_s=2.0)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -197,21 +199,39 @@ class Agent:
             task.cancel()
         await self._leave()
 
-    async def _register(self) -> None:
-        # An engine in a long step (or compiling) answers late; the membership must not wait for it.
-        with contextlib.suppress(TimeoutError):
-            self._resident = await asyncio.wait_for(self._residency(), ANSWER_TIMEOUT_S)
-            if self._transfers and not self._hello.transfer:
-                endpoints = await asyncio.wait_for(self._rpc("loraserve_transfer_endpoint"), ANSWER_TIMEOUT_S)
-                self._hello = msgspec.structs.replace(self._hello, transfer=",".join(endpoints))
-        hello = msgspec.structs.replace(self._hello, resident=self._resident)
+    async def _ask_engine(self) -> None:
+        """What a coordinator is told when this instance joins and only the engine knows."""
         try:
-            reply = await self._client.ask(hello, Registered)
+            self._resident = await self._residency()
+            hello = self._hello
+            if self._extended:
+                hello = msgspec.structs.replace(hello, modules=merged(await self._rpc("loraserve_shapes")))
+            if self._transfers:
+                endpoints = await self._rpc("loraserve_transfer_endpoint")
+                hello = msgspec.structs.replace(hello, transfer=",".join(endpoints))
+        except Exception:
+            logger.warning("The engine did not say what it holds", exc_info=True)
+            self._asked = None
+            return
+        if hello != self._hello:
+            self._hello = hello
+            self._epoch = None  # who has registered meanwhile does so again, with all of it
+
+    async def _register(self) -> None:
+        if self._asked is None:
+            self._asked = self._spawn(self._ask_engine())
+        # An engine in a long step (or compiling) answers late; the membership must not wait for it. Once it has
+        # answered, what is known is kept fresh besides, and a coordinator that was restarted gets it at once.
+        await asyncio.wait({self._asked}, timeout=ANSWER_TIMEOUT_S)
+        told = self._hello
+        try:
+            reply = await self._client.ask(msgspec.structs.replace(told, resident=self._resident), Registered)
         except CoordinatorError as error:
             logger.error("The coordinator does not take this instance: %s", error)
             await asyncio.sleep(5.0)
             return
-        self._epoch = reply.epoch
+        self._epoch = reply.epoch if told is self._hello else None
+        self._look.set()
         logger.info("Registered as '%s' at %s, epoch %d", self.name, self.config.coordinator, reply.epoch)
 
     async def _report(self) -> None:

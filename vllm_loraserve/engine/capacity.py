@@ -1,4 +1,4 @@
-"""What this instance can hold, and the shapes of its base model, from vLLM's configuration alone."""
+"""What this instance can hold, from vLLM's configuration alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _PLAIN_DENSE = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
     *("smollm3", "granite", "olmo2", "starcoder2", "cohere"),
 )
-"""Model types whose decoder layers are q/k/v/o projections and a gated MLP with these names. For others no shapes are
-told, and adapters are checked when they are loaded instead of when they are registered."""
+"""Model types whose decoder layers are q/k/v/o projections and a gated MLP with these names. What a rank row of others
+takes is not reckoned here."""
 
 
 GIB = 1 << 30

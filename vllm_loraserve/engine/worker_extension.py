@@ -27,6 +27,12 @@ class WorkerExtension:
             dict(getattr(manager, "load_errors", {})),
         )
 
+    def loraserve_shapes(self) -> dict[str, list[tuple[int, int]]]:
+        """The base model's modules and their sizes, see `lora_shapes`."""
+        from vllm_loraserve.engine.lora_shapes import lora_shapes
+
+        return lora_shapes(self._loraserve_manager()._adapter_manager)
+
     def loraserve_transfer_endpoint(self) -> str:
         """Where peers find this worker; empty where transfers are off."""
         peers = getattr(self._loraserve_manager(), "peers", None)

@@ -16,7 +16,7 @@ import msgspec
 
 from vllm_loraserve.coordinator.client import STALE_S
 from vllm_loraserve.coordinator.messages import AdapterRoutes, RoutingTable
-from vllm_loraserve.router.errors import ApiError, unavailable, unknown_model
+from vllm_loraserve.router.errors import invalid, unavailable, unknown_model
 from vllm_loraserve.router.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -138,8 +138,9 @@ class Directory:
     def resolve(self, model: str | None) -> Target:
         """The target of a request for `model` (none or empty: the base model, as vLLM takes it).
 
-        Raises ApiError 404 for a name that is not registered or on its way out, 503 for an adapter that failed, and
-        for every name while nothing is known of the cluster: a client may give up on a 404 for good.
+        Raises ApiError 404 for a name that is not registered or on its way out, 400 for an adapter that does not fit
+        the base model, and 503 for every name while nothing is known of the cluster: a client may give up on a 404 for
+        good.
         """
         name = model or self.base_model
         target = self._targets.get(name)
@@ -154,9 +155,7 @@ class Directory:
             if known is None or known.adapter.state == "draining":
                 raise unknown_model(name, self.base_model)
             if known.adapter.state == "failed":
-                raise ApiError(
-                    503, "ServiceUnavailableError", f"The adapter `{name}` can't be served: {known.adapter.reason}"
-                )
+                raise invalid(f"The adapter `{name}` can't be served: {known.adapter.reason}", "model")
             routes = {route.instance: route.phi for route in known.routes if route.instance in self.upstreams}
             target = Target(name, routes, known.adapter.rank, known.adapter.size_bytes)
         self._targets[name] = target
