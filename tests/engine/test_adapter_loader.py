@@ -133,6 +133,25 @@ def test_a_directory_that_was_overwritten_after_registration_is_refused(loader: 
     assert loader.prepare(LoRARequest("own", 4, path)).ranks == (8,)
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_checkpoint_tells_whether_its_experts_are_stacked(loader: Any, tmp_path: Path, stacked: bool) -> None:
+    """Whatever the request says: one that the registry's resolver made says nothing."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from vllm.lora.request import LoRARequest
+
+    folder, experts = write(tmp_path / "a", seed=1), 4
+    weights = load_file(folder / "adapter_model.safetensors")
+    for name in ("experts.base_layer", "experts") if stacked else (f"experts.{i}.up_proj" for i in range(experts)):
+        key, rows = f"base_model.model.model.layers.0.mlp.{name}", 8 * experts if stacked else 8
+        weights |= {f"{key}.lora_A.weight": torch.ones(rows, 64), f"{key}.lora_B.weight": torch.ones(64, rows)}
+    save_file(weights, folder / "adapter_model.safetensors")
+    for said in (False, True):
+        adapter = loader.prepare(LoRARequest("a", 1, str(folder), is_3d_lora_weight=said))
+        assert adapter.is_3d_lora_weight is stacked
+        assert adapter.ranks == (8,)
+
+
 def test_a_file_that_is_overwritten_while_it_is_read_is_refused(
     loader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

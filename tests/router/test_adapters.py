@@ -76,7 +76,7 @@ async def test_load_and_unload_speak_vllms_texts_and_are_seen_at_once(serve: Ser
     served = await serve(1, registry=registry)
     stub = served.stubs[0]
     registry.table = table([entry("a", stub.url)], [routes("one", a=1.0)], version=10)
-    body = {"lora_name": "one", "lora_path": "/adapters/one", "load_inplace": True, "is_3d_lora_weight": False}
+    body = {"lora_name": "one", "lora_path": "/adapters/one", "load_inplace": True, "is_3d_lora_weight": True}
     async with served.client.post("/v1/load_lora_adapter", json=body) as r:
         assert (r.status, await r.text()) == (200, "Success: LoRA adapter 'one' added successfully.")
     assert registry.asked[0] == AddAdapter(name="one", source="/adapters/one")

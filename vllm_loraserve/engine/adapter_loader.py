@@ -311,5 +311,7 @@ class AdapterLoader:
             weights_mapper=facts.weights_mapper,
             skip_prefixes=facts.skip_prefixes,
         )
-        adapter.is_3d_lora_weight = request.is_3d_lora_weight
+        # One pair for all experts is stored under their own name.
+        # vLLM wants the request to say it, which one for a registered name cannot.
+        adapter.is_3d_lora_weight = any(name.endswith(".experts") for name in adapter.loras)
         return adapter

@@ -34,11 +34,13 @@ class Registry(Protocol):
 
 
 class LoadBody(msgspec.Struct):
-    """Body of /v1/load_lora_adapter. `load_inplace` is accepted and changes nothing: content is identity."""
+    """Body of /v1/load_lora_adapter. Two of vLLM's fields are accepted and change nothing: content is identity, and a
+    checkpoint tells whether its experts are stacked."""
 
     lora_name: str
     lora_path: str
     load_inplace: bool = False
+    is_3d_lora_weight: bool = False
 
 
 class UnloadBody(msgspec.Struct):
