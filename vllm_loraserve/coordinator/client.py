@@ -33,6 +33,7 @@ from vllm_loraserve.coordinator.messages import (
     Reply,
     RoutingTable,
 )
+from vllm_loraserve.coordinator.table_decoder import TableDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +241,7 @@ class TableSubscriber:
         self._socket: zmq.asyncio.Socket | None = None
         self._task: asyncio.Task[None] | None = None
         self._arrived = asyncio.Event()
-        self._decoder = msgspec.msgpack.Decoder(RoutingTable)
+        self._decoder = TableDecoder()
 
     @property
     def silence_s(self) -> float:

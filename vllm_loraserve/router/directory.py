@@ -89,7 +89,8 @@ class Directory:
             self._epoch_since = now
         self.received = now
         self.table = table
-        self.adapters = {routes.adapter.name: routes for routes in table.adapters}
+        if old is None or table.adapters is not old.adapters:
+            self.adapters = {routes.adapter.name: routes for routes in table.adapters}
         for entry in table.instances:
             known = self.upstreams.get(entry.name)
             if known is None or known.entry.incarnation != entry.incarnation or known.entry.url != entry.url:
