@@ -3,7 +3,9 @@
 Three processes beside this one: stub instances that answer at once (`--role stub`), the router, and an open-loop load
 generator (`--role load`), whose requests start at their scheduled times whether or not earlier ones have been answered
 and whose latencies count from then. The router has one CPU to itself, the other two share another one. Direct and
-routed blocks alternate; the figures are differences of percentiles over all blocks.
+routed blocks alternate; the figures are differences of percentiles over all blocks. All of it is done with a router of
+two instances, which lists their adapters, and again (`table_...`) with one that takes a coordinator's table of
+thousands of adapters every second (`published_table.py`), requests for all of them mixed.
 
     python benchmarks/router_overhead.py --json benchmarks/results/router_overhead.json
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -22,10 +25,13 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 try:
     import uvloop
@@ -165,10 +171,10 @@ def request_bytes(model: str, stream_tokens: int = 0) -> bytes:
 class Load:
     """Requests to one port over keep-alive connections."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, adapters: int) -> None:
         self.port = port
         self.idle: deque[LoadConnection] = deque()
-        self.requests = [request_bytes("base")] + [request_bytes(f"adapter-{i}") for i in range(ADAPTERS)]
+        self.requests = [request_bytes("base")] + [request_bytes(f"adapter-{i}") for i in range(adapters)]
 
     async def connect(self, count: int) -> None:
         loop = asyncio.get_running_loop()
@@ -266,11 +272,13 @@ class Load:
 
 
 async def load() -> None:
-    """Obeys commands on stdin, one JSON object a line: [port, method, arguments...]."""
-    loads: dict[int, Load] = {}
+    """Obeys commands on stdin, one JSON object a line: [port, number of adapters, method, arguments...]."""
+    loads: dict[tuple[int, int], Load] = {}
     for line in iter(sys.stdin.readline, ""):
-        port, method, *arguments = json.loads(line)
-        target = loads.setdefault(port, Load(port))
+        port, adapters, method, *arguments = json.loads(line)
+        if (port, adapters) not in loads:
+            loads[port, adapters] = Load(port, adapters)
+        target = loads[port, adapters]
         await target.connect(CONNECTIONS if method == "open_loop" and arguments[0] > 200 else 32)
         print(json.dumps(await getattr(target, method)(*arguments)), flush=True)
         # Nothing reads while this process waits for a command; stale connections would fail the next one.
@@ -311,75 +319,98 @@ def spawn(arguments: list[str], cpu: int | None, **options: object) -> subproces
     )
 
 
-def measure(options: argparse.Namespace) -> dict[str, object]:
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    router_cpu, other_cpu = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    children = [spawn([__file__, "--role", "stub"], other_cpu, stdout=subprocess.PIPE)]
-    try:
-        assert children[0].stdout is not None
-        stubs: list[int] = json.loads(children[0].stdout.readline())
-        urls = [f"http://127.0.0.1:{port}" for port in stubs]
-        arguments = ["-m", "vllm_loraserve.cli", "router", "--port", "0", "--instances", *urls]
-        router = spawn(arguments, router_cpu, stderr=subprocess.PIPE)
-        children.append(router)
+class Target(NamedTuple):
+    """A port to send requests to, and for how many adapters."""
+
+    port: int
+    adapters: int
+    pid: int = 0
+
+
+class Machine:
+    """The processes of a measurement: stubs and load generator, and the router that is measured now."""
+
+    def __init__(self) -> None:
+        cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self.router_cpu, self.other_cpu = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
+        self.children: list[subprocess.Popen[str]] = []
+        stubs = json.loads(self.start_other([__file__, "--role", "stub"]).readline())
+        self.stub: int = stubs[0]
+        self.urls = [f"http://127.0.0.1:{port}" for port in stubs]
+        self.answers = self.start_other([__file__, "--role", "load"])
+        self.generator = self.children[-1]
+
+    def start_other(self, arguments: list[str]) -> IO[str]:
+        """A process beside the router; what it prints."""
+        child = spawn(arguments, self.other_cpu, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.children.append(child)
+        assert child.stdout is not None
+        return child.stdout
+
+    def start_router(self, *arguments: str, adapters: int) -> Target:
+        command = ["-m", "vllm_loraserve.cli", "router", "--port", "0", *arguments]
+        router = spawn(command, self.router_cpu, stderr=subprocess.PIPE)
+        self.children.append(router)
         assert router.stderr is not None
-        routed = next(int(line.rpartition(":")[2]) for line in router.stderr if "listens" in line)
-        generator = spawn([__file__, "--role", "load"], other_cpu, **pipes)
-        children.append(generator)
-        assert generator.stdin is not None
-        assert generator.stdout is not None
+        port = next(int(line.rpartition(":")[2]) for line in router.stderr if "listens" in line)
+        while True:  # it listens, and knows no instance before the first table
+            with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                return Target(port, adapters, router.pid)
+            time.sleep(0.1)
 
-        def command(port: int, method: str, *rest: object) -> dict[str, object]:
-            generator.stdin.write(json.dumps([port, method, *rest]) + "\n")  # type: ignore[union-attr]
-            generator.stdin.flush()  # type: ignore[union-attr]
-            answer: dict[str, object] = json.loads(generator.stdout.readline())  # type: ignore[union-attr]
-            if answer["bad"]:
-                raise RuntimeError(f"{answer['bad']} requests failed in {method} on port {port}")
-            return answer
+    def stop_last(self) -> None:
+        child = self.children.pop()
+        child.send_signal(signal.SIGTERM)
+        child.wait(60)
 
-        for port in (routed, stubs[0]):
-            command(port, "closed_loop", 8, 1.0, 0)
-        latencies: dict[str, list[float]] = {"direct": [], "routed": []}
-        for block in range(options.blocks):
-            for side, port in (("direct", stubs[0]), ("routed", routed)):
-                answer = command(port, "open_loop", 100.0, options.seconds, block)
-                latencies[side] += answer["latencies_ms"]  # type: ignore[operator]
-        direct, through = sorted(latencies["direct"]), sorted(latencies["routed"])
+    def stop(self) -> None:
+        while self.children:
+            self.stop_last()
 
-        closed, cost = [], []
-        for repeat in range(3):
-            before = cpu_s(router.pid)
-            rps = float(command(routed, "closed_loop", 64, options.seconds, repeat)["rps"])  # type: ignore[arg-type]
-            closed.append(rps)
-            cost.append((cpu_s(router.pid) - before) / (rps * options.seconds) * 1e6)
-        # Sustained: the answers keep up with a schedule that waits for nobody, so no queue grows.
-        sustained, at_sustained = 0.0, []
-        for share in (0.95, 0.9, 0.9, 0.8, 0.8, 0.7, 0.7, 0.6, 0.6, 0.5, 0.5, 0.4, 0.4, 0.3, 0.2):
-            rate = statistics.median(closed) * share
-            answer = command(routed, "open_loop", rate, options.seconds, 99)
-            at_sustained = answer["latencies_ms"]  # type: ignore[assignment]
-            if float(answer["achieved_rps"]) >= 0.97 * rate and percentile(at_sustained, 0.5) < 20.0:  # type: ignore[arg-type]
-                sustained = float(answer["achieved_rps"])  # type: ignore[arg-type]
-                break
-        before = cpu_s(router.pid)
-        stream = command(routed, "streams", 20, 60)
-        stream_cpu = cpu_s(router.pid) - before
-        one = command(routed, "streams", 1, 60)
-    finally:
-        for child in children:
-            child.send_signal(signal.SIGTERM)
-        for child in children:
-            child.wait(10)
-    gaps, one_gaps = stream["gaps_ms"], one["gaps_ms"]
-    assert isinstance(gaps, list)
-    assert isinstance(one_gaps, list)
+    def command(self, target: Target, method: str, *rest: object) -> dict[str, Any]:
+        """Has the generator send requests. Raises RuntimeError when one was not answered with a 200."""
+        assert self.generator.stdin is not None
+        self.generator.stdin.write(json.dumps([target.port, target.adapters, method, *rest]) + "\n")
+        self.generator.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.answers.readline())
+        if answer["bad"]:
+            raise RuntimeError(f"{answer['bad']} requests failed in {method} on port {target.port}")
+        return answer
+
+
+def measure_requests(machine: Machine, routed: Target, options: argparse.Namespace) -> dict[str, object]:
+    """Added latency at 100 requests/s, and requests/s on one core."""
+    command = machine.command
+    direct = Target(machine.stub, routed.adapters)
+    for target in (routed, direct):
+        command(target, "closed_loop", 8, 1.0, 0)
+    latencies: dict[Target, list[float]] = {direct: [], routed: []}
+    for block in range(options.blocks):
+        for target, seen in latencies.items():
+            seen += command(target, "open_loop", 100.0, options.seconds, block)["latencies_ms"]
+    straight, through = sorted(latencies[direct]), sorted(latencies[routed])
+
+    closed, cost = [], []
+    for repeat in range(3):
+        before = cpu_s(routed.pid)
+        rps = float(command(routed, "closed_loop", 64, options.seconds, repeat)["rps"])
+        closed.append(rps)
+        cost.append((cpu_s(routed.pid) - before) / (rps * options.seconds) * 1e6)
+    # Sustained: the answers keep up with a schedule that waits for nobody, so no queue grows.
+    sustained, at_sustained = 0.0, []
+    for share in (0.95, 0.9, 0.9, 0.8, 0.8, 0.7, 0.7, 0.6, 0.6, 0.5, 0.5, 0.4, 0.4, 0.3, 0.2):
+        rate = statistics.median(closed) * share
+        answer = command(routed, "open_loop", rate, options.seconds, 99)
+        at_sustained = answer["latencies_ms"]
+        if float(answer["achieved_rps"]) >= 0.97 * rate and percentile(at_sustained, 0.5) < 20.0:
+            sustained = float(answer["achieved_rps"])
+            break
     return {
-        "added_ms_p50": percentile(through, 0.5) - percentile(direct, 0.5),
-        "added_ms_p99": percentile(through, 0.99) - percentile(direct, 0.99),
+        "added_ms_p50": percentile(through, 0.5) - percentile(straight, 0.5),
+        "added_ms_p99": percentile(through, 0.99) - percentile(straight, 0.99),
         "max_rps": sustained,
-        "direct_ms_p50": percentile(direct, 0.5),
-        "direct_ms_p99": percentile(direct, 0.99),
+        "direct_ms_p50": percentile(straight, 0.5),
+        "direct_ms_p99": percentile(straight, 0.99),
         "routed_ms_p50": percentile(through, 0.5),
         "routed_ms_p99": percentile(through, 0.99),
         "requests": len(through),
@@ -387,16 +418,50 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "max_rps_ms_p99": percentile(at_sustained, 0.99),
         "closed_loop_rps": statistics.median(closed),
         "router_cpu_us_per_request": statistics.median(cost),
+    }
+
+
+def measure_streams(machine: Machine, routed: Target) -> dict[str, object]:
+    """Whether streamed tokens stay apart."""
+    before = cpu_s(routed.pid)
+    stream = machine.command(routed, "streams", 20, 60)
+    stream_cpu = cpu_s(routed.pid) - before
+    one = machine.command(routed, "streams", 1, 60)
+    gaps, one_gaps = stream["gaps_ms"], one["gaps_ms"]
+    return {
         "stream_token_gap_ms": TOKEN_GAP_S * 1e3,
         "one_stream_gap_ms_min_p50_max": [one_gaps[0], percentile(one_gaps, 0.5), one_gaps[-1]],
         "one_stream_joined_events": one["joined"],
         "streams_20_gap_ms_p1_p50_p99": [percentile(gaps, 0.01), percentile(gaps, 0.5), percentile(gaps, 0.99)],
         "streams_20_joined_events": stream["joined"],
         "streams_20_events": stream["events"],
-        "router_cpu_us_per_event": stream_cpu / int(stream["events"]) * 1e6,  # type: ignore[call-overload]
-        "router_cpu": router_cpu,
-        "other_cpu": other_cpu,
+        "router_cpu_us_per_event": stream_cpu / int(stream["events"]) * 1e6,
     }
+
+
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    machine = Machine()
+    try:
+        routed = machine.start_router("--instances", *machine.urls, adapters=ADAPTERS)
+        result = measure_requests(machine, routed, options) | measure_streams(machine, routed)
+        machine.stop_last()
+        told = [
+            str(Path(__file__).with_name("published_table.py")),
+            "--adapters",
+            str(options.table_adapters),
+            "--instances",
+        ]
+        table = json.loads(machine.start_other([*told, *machine.urls]).readline())
+        routed = machine.start_router("--coordinator", table["endpoint"], adapters=table["adapters"])
+        of_table = {f"table_{key}": table[key] for key in ("adapters", "instances", "bytes")}
+        before, began = cpu_s(routed.pid), time.monotonic()
+        time.sleep(options.seconds)
+        of_table["table_router_cpu_share_idle"] = (cpu_s(routed.pid) - before) / (time.monotonic() - began)
+        of_table |= {f"table_{key}": value for key, value in measure_requests(machine, routed, options).items()}
+        of_table |= {f"table_{key}": value for key, value in measure_streams(machine, routed).items() if "20" in key}
+    finally:
+        machine.stop()
+    return result | of_table | {"router_cpu": machine.router_cpu, "other_cpu": machine.other_cpu}
 
 
 def main() -> None:
@@ -404,6 +469,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--blocks", type=int, default=4, help="direct and routed blocks at 100 requests/s")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of a block")
+    parser.add_argument("--table-adapters", type=int, default=5000, help="adapters in the coordinator's table")
     parser.add_argument("--role", choices=("stub", "load"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.role is not None:
