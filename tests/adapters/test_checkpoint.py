@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -111,6 +112,20 @@ def test_a_pickle_is_refused_unread(adapter: Path, name: str) -> None:
 def test_a_broken_config(adapter: Path, text: str) -> None:
     (adapter / "adapter_config.json").write_text(text, encoding="latin-1")
     refused("invalid", adapter, "adapter_config.json")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "huge"])
+def test_a_config_that_is_no_small_file_is_refused_unread(adapter: Path, kind: str) -> None:
+    config = adapter / "adapter_config.json"
+    config.unlink()
+    if kind == "fifo":
+        os.mkfifo(config)  # reading it would wait for a writer
+    elif kind == "directory":
+        config.mkdir()
+    else:
+        with config.open("wb") as file:
+            file.truncate(1 << 40)
+    refused("invalid", adapter, "adapter_config.json", "16 MiB")
 
 
 @pytest.mark.parametrize(

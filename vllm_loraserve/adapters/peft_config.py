@@ -8,6 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import msgspec
@@ -15,6 +16,8 @@ import msgspec
 from vllm_loraserve.adapters.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
+MAX_CONFIG_BYTES = 16 << 20
+"""Far more than one that names every module; what is no regular file (a FIFO) could keep its reader for ever."""
 
 # Initialisations that only choose the first weights. Others (PiSSA, OLoRA, CorDA, LoftQ) also change the
 # base model, so that the saved A and B are not a delta to the model that is being served.
@@ -81,6 +84,12 @@ def read_peft_config(directory: Path, *, allow_modules_to_save: bool = False) ->
     """
     path = directory / CONFIG_FILE
     try:
+        about = path.stat()
+        if not S_ISREG(about.st_mode) or about.st_size > MAX_CONFIG_BYTES:
+            raise AdapterError(
+                "invalid",
+                f"'{path}' is no file of at most {MAX_CONFIG_BYTES >> 20} MiB; save the adapter again with PEFT.",
+            )
         raw = path.read_bytes()
     except FileNotFoundError:
         raise AdapterError(
