@@ -177,6 +177,20 @@ def test_a_module_may_have_several_sizes_or_be_left_to_the_load(adapter: Path) -
     refused("mismatch", adapter, "q_proj", module_shapes={OTHERS: [], "q_proj": [(1, 1)]})
 
 
+def test_experts_and_embeddings_are_refused_where_the_model_has_none(adapter: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    places = {"model.layers.0.mlp.experts.0.up_proj": (".lora_A.weight", ".lora_B.weight")}
+    places["model.embed_tokens"] = (".lora_embedding_A", ".lora_embedding_B")
+    for name, (a, b) in places.items():
+        more = {f"base_model.model.{name}{a}": np.ones((8, 5), np.float32)}
+        more[f"base_model.model.{name}{b}"] = np.ones((7, 8), np.float32)
+        save_file({**weights, **more}, adapter / "adapter_model.safetensors")
+        refused("mismatch", adapter, name, "train the adapter on this base model", module_shapes=MODULES)
+        known = "experts" if "experts" in name else "embed_tokens"
+        for table in ({**MODULES, known: []}, {**MODULES, OTHERS: []}):
+            assert inspect_checkpoint(adapter, module_shapes=table).rank == 8, "sizes are for the load"
+
+
 def test_tables_of_workers_and_instances_are_put_together() -> None:
     one, two = {"q_proj": [(4, 8)], "lm_head": []}, {"q_proj": ((4, 8), (4, 6)), "o_proj": [(8, 4)]}
     assert merged([one, two]) == {"lm_head": (), "o_proj": ((8, 4),), "q_proj": ((4, 6), (4, 8))}

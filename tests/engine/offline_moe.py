@@ -118,6 +118,7 @@ def serve(model: Path, adapters: dict[str, Path], **options: Any) -> list[dict[s
         told = {name: sizes for name, sizes in lora_shapes(manager).items() if sizes}
         assert all(told[name] == [(HIDDEN, HIDDEN)] for name in ("q_proj", "k_proj", "v_proj", "o_proj")), told
         assert not set(told) & set(KINDS["experts"]), "experts are left to the load"
+        assert "experts" in lora_shapes(manager)
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=0, detokenize=False)
     seen = []
     for turn, kind in enumerate(ORDER):

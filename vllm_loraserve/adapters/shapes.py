@@ -21,18 +21,20 @@ of that name have; none: an adapter may target it, and its sizes are looked at b
 def check_shapes(checkpoint: Checkpoint, module_shapes: ModuleShapes) -> None:
     """Raise AdapterError `mismatch` unless every module is one of `module_shapes` and has sizes that it names.
 
-    Embeddings and MoE experts are left to vLLM, which serves them on its own path.
+    The sizes of embeddings and MoE experts are left to vLLM, which serves them on its own path.
     """
+    with_experts = any(name.endswith("experts") for name in module_shapes)
     for module in checkpoint.modules:
-        if module.is_embedding or ".experts" in module.name:
-            continue
+        of_expert = ".experts" in module.name
         expected = module_shapes.get(module.suffix)
-        if expected is None and OTHERS not in module_shapes:
+        if not (with_experts if of_expert else expected is not None) and OTHERS not in module_shapes:
             raise AdapterError(
                 "mismatch",
                 f"'{checkpoint.directory}' targets '{module.name}', but the base model's modules are "
                 f"{', '.join(sorted(module_shapes))}; train the adapter on this base model.",
             )
+        if of_expert or module.is_embedding:
+            continue
         found = (module.a.shape[1], module.b.shape[0])
         if expected and found not in expected:
             raise AdapterError(
