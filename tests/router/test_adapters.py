@@ -50,7 +50,8 @@ async def test_models_lists_base_and_active_adapters_with_parent_and_rank(serve:
     lengths = [("a", 4096), ("b", 2048), ("c", 0)]  # c is of a release that does not tell it
     capacities = [(name, Capacity(slots=8, rank_rows=512, max_model_len=length)) for name, length in lengths]
     known = [msgspec.structs.replace(entry(name, f"http://{name}"), capacity=own) for name, own in capacities]
-    adapters = [routes("one", rank=16, a=1.0), routes("out", state="draining"), routes("org/two", rank=4)]
+    gone = [routes("out", state="draining"), routes("misfit", state="failed", reason="It is for another model.")]
+    adapters = [routes("one", rank=16, a=1.0), *gone, routes("org/two", rank=4)]
     served.router.directory.apply(table(known, adapters))
     async with served.client.get("/v1/models") as r:
         cards = {card["id"]: card for card in (await r.json())["data"]}
