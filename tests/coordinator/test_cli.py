@@ -10,13 +10,21 @@ import sys
 import pytest
 from coordinator_bench import PATIENCE_S, FakeInstance, free_endpoint, write_adapter
 
+from vllm_loraserve.cluster.operating_points import OperatingPoints, StepCost, save
 from vllm_loraserve.coordinator.client import (
     CoordinatorClient,
     CoordinatorError,
     CoordinatorUnavailable,
     TableSubscriber,
 )
-from vllm_loraserve.coordinator.messages import AddAdapter, GetStatus, GetTable, HeartbeatReply, RoutingTable
+from vllm_loraserve.coordinator.messages import (
+    AddAdapter,
+    GetStatus,
+    GetTable,
+    HeartbeatReply,
+    Prediction,
+    RoutingTable,
+)
 
 COMMAND = [sys.executable, "-m", "vllm_loraserve.cli"]
 
@@ -139,6 +147,16 @@ async def test_sources_that_hang_do_not_keep_it_from_ending(tmp_path):
                     task.cancel()
         finally:
             process.kill()
+
+
+async def test_operating_points_of_a_file_are_in_the_table(start, tmp_path):
+    cost = StepCost(base=0.25)
+    save(OperatingPoints(points={8: 100.0}, step_cost=cost, measured=True), tmp_path / "points.json")
+    start("--operating-points", str(tmp_path / "points.json"))
+    async with CoordinatorClient(start.endpoint, timeout_s=PATIENCE_S) as client:
+        await up(client)
+        table = await client.ask(GetTable(), RoutingTable)
+    assert table.prediction == Prediction(step_cost=cost, measured=True)
 
 
 async def test_second_coordinator_on_one_database_is_refused_in_one_line(start, tmp_path):

@@ -5,9 +5,11 @@ import sqlite3
 import pytest
 from coordinator_bench import FakeInstance, record
 
+from vllm_loraserve.cluster.operating_points import OperatingPoints, StepCost, shipped_defaults
+from vllm_loraserve.cluster.placement import make_policy
 from vllm_loraserve.coordinator.control import ControlOptions, fitting
 from vllm_loraserve.coordinator.membership import Refused
-from vllm_loraserve.coordinator.messages import Capacity, Residency
+from vllm_loraserve.coordinator.messages import Capacity, Prediction, Residency
 from vllm_loraserve.coordinator.registry import RegistryError
 
 
@@ -28,6 +30,29 @@ def test_adapters_are_placed_prefetched_and_routed(bench):
     assert all(set(r) == {i for i in held if a in held[i]} for a, r in b.routes().items())
     assert sum(sum(r.values()) for r in b.routes().values()) == pytest.approx(4)
     assert not b.controller.commands.pending()
+
+
+def test_the_table_says_by_what_finish_times_are_predicted_where_the_policy_wants_it(bench):
+    b = bench(policy="loraserve+")
+    b.join("one")
+    shipped = b.controller.table(b.now)
+    assert shipped.prediction == Prediction(step_cost=shipped_defaults().step_cost, measured=False)
+    assert [entry.speed for entry in shipped.instances] == [1.0]
+    # A queue that lasts shows what an instance really sustains.
+    add(b, "a")
+    b.run(2)
+    half = b.controller.loop.op.at(8) / 2
+    b.instances["one"].rates, b.instances["one"].waiting = {"a": half}, 5
+    b.run(15)
+    assert [entry.speed for entry in b.controller.table(b.now).instances] == [pytest.approx(0.5)]
+    cost = StepCost(base=0.1)
+    b.controller.loop.op = OperatingPoints(points={8: 1.0}, step_cost=cost, measured=True)
+    assert b.controller.table(b.now).prediction == Prediction(step_cost=cost, measured=True)
+    b.controller.loop.op = OperatingPoints(points={8: 1.0}, measured=True)
+    assert b.controller.table(b.now).prediction is None
+    b.controller.loop.op = shipped_defaults()
+    b.controller.loop.policy = make_policy("loraserve")
+    assert b.controller.table(b.now).prediction is None, "the paper draws by fraction"
 
 
 def test_a_dead_instance_loses_its_routes_and_comes_back(bench):

@@ -9,12 +9,14 @@ import pytest
 from coordinator_bench import record
 from rich.console import Console
 
+from vllm_loraserve.cluster.operating_points import StepCost
 from vllm_loraserve.coordinator.messages import (
     AdapterDemand,
     AdapterRoutes,
     Capacity,
     InstanceEntry,
     Load,
+    Prediction,
     Residency,
     Route,
     RoutingTable,
@@ -23,7 +25,7 @@ from vllm_loraserve.coordinator.messages import (
 from vllm_loraserve.coordinator.status import format_seconds, render
 
 
-def shown(width: int) -> list[str]:
+def shown(width: int, prediction: Prediction | None = None) -> list[str]:
     held = {
         "one": (Residency(name="a", sha256="sha-a"), Residency(name="b", sha256="sha-b", tier="host")),
         "two": (Residency(name="a", sha256="older"),),
@@ -47,6 +49,7 @@ def shown(width: int) -> list[str]:
             version=1,
             base_model="toy",
             instances=instances,
+            prediction=prediction,
             adapters=tuple(
                 AdapterRoutes(
                     adapter=record(n, rank=64), routes=tuple(Route(instance=i, phi=f) for i, f in phi.items())
@@ -67,7 +70,10 @@ def shown(width: int) -> list[str]:
 
 def test_the_whole_picture() -> None:
     lines = shown(160)
-    assert lines[0] == "toy: 2 instances, 3 adapters; policy loraserve+, coordinator up 1 d 2 h"
+    start = "toy: 2 instances, 3 adapters; policy loraserve+, coordinator up 1 d 2 h"
+    assert lines[0] == f"{start}; requests by fraction and load"
+    predicted = shown(160, Prediction(step_cost=StepCost()))
+    assert predicted[0] == f"{start}; requests by predicted finish time (step cost shipped, not measured)"
     assert "one 2 1 50% 9.0 2 64/512 0.0 s ago http://one:8000 [GPU]" in lines  # the copy in host memory takes no rows
     assert "a 64 62.5 KiB active 3 12.5 one 75%, two 25% (not loaded)" in lines  # two holds other content
     assert "b 64 62.5 KiB active 0 0.0 two 100% (not loaded), one (spare copy)" in lines

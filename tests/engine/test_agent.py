@@ -55,6 +55,7 @@ def vllm_config(extension=""):
         model_config=SimpleNamespace(hf_text_config=LLAMA, dtype="torch.bfloat16", max_model_len=1024),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, worker_extension_cls=extension),
         device_config=SimpleNamespace(device_type="cpu"),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=32),
     )
 
 
@@ -215,6 +216,7 @@ async def test_registers_with_its_capacity(joined):
     assert hello.capacity.max_model_len == 1024
     assert hello.capacity.kv_tokens == 1600
     assert hello.modules == {}, "this worker can't be asked"
+    assert (hello.capacity.max_batched_tokens, hello.capacity.max_seqs) == (512, 32)
 
 
 async def test_prefetches_reports_and_releases(joined):

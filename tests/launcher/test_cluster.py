@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from stubs import PATIENCE_S, STUB, wait_until_dead
 
+from vllm_loraserve.cluster.operating_points import OperatingPoints, save
 from vllm_loraserve.launcher import traffic
 from vllm_loraserve.launcher.cluster import Cluster, Plan, api_key
 from vllm_loraserve.launcher.errors import StartError
@@ -282,6 +283,20 @@ def test_up_lets_hub_ids_be_downloaded_when_told(allow: bool, plan: Plan, tmp_pa
     process = start_up(plan, tmp_path, *(["--allow-download"] if allow else []))
     read_until(process, "Ctrl-C stops everything")
     assert ("--allow-download" in (plan.state / "logs/coordinator.log").read_text()) is allow
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE_S) == 0
+
+
+def test_up_gives_operating_points_to_the_coordinator(plan: Plan, tmp_path: Path) -> None:
+    file = tmp_path / "points.json"
+    process = start_up(plan, tmp_path, "--operating-points", str(file))
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1
+    assert f"no file {file}" in output
+    save(OperatingPoints(points={8: 100.0}), file)
+    process = start_up(plan, tmp_path, "--operating-points", str(file))
+    read_until(process, "Ctrl-C stops everything")
+    assert f"'--operating-points', '{file}'" in (plan.state / "logs/coordinator.log").read_text()
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE_S) == 0
 

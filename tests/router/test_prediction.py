@@ -9,15 +9,15 @@ import msgspec
 import pytest
 
 from vllm_loraserve.cli import main
-from vllm_loraserve.cluster.operating_points import OperatingPoints, StepCost, save
-from vllm_loraserve.coordinator.messages import Load, Residency
+from vllm_loraserve.cluster.operating_points import H100_8B_STEP_COST, OperatingPoints, StepCost, save
+from vllm_loraserve.coordinator.messages import Capacity, Load, Prediction, Residency
 from vllm_loraserve.router import cli
 from vllm_loraserve.router.directory import Target
 from vllm_loraserve.router.ledger import Ledger, Work
 from vllm_loraserve.router.prediction import Predictor
 from vllm_loraserve.router.upstream import Upstream
 
-from .conftest import Serve, entry, routes
+from .conftest import Serve, entry, routes, table
 from .test_queue import COST
 
 
@@ -26,7 +26,9 @@ def upstreams(names: str = "ab", **loads: Load) -> dict[str, Upstream]:
 
 
 def work(predictor: Predictor, target: Target, body_bytes: int = 4000, streams: bool = True) -> Work:
-    return predictor.work(target, body_bytes, 32, streams)
+    made = predictor.work(target, body_bytes, 32, streams)
+    assert made is not None
+    return made
 
 
 def test_the_instance_with_less_to_read_is_done_first() -> None:
@@ -123,8 +125,85 @@ def test_mean_output_follows_what_is_seen() -> None:
     for _ in range(500):
         predictor.saw_output(10)
     assert predictor.mean_output == pytest.approx(10, abs=1)
-    assert predictor.work(Target("base", {}, 0), 4, None, True).output == pytest.approx(10, abs=1)
-    assert predictor.work(Target("base", {}, 0), 4, 3, True).output == 3
+    for most, output in ((None, pytest.approx(10, abs=1)), (3, 3)):
+        made = predictor.work(Target("base", {}, 0), 4, most, True)
+        assert made is not None
+        assert made.output == output
+
+
+def test_the_step_cost_of_the_table_is_followed_unless_the_operator_gives_one() -> None:
+    told, other = table([]), msgspec.structs.replace(COST, base=0.5)
+    told = msgspec.structs.replace(told, prediction=Prediction(step_cost=other, measured=True))
+    predictor, own = Predictor(), Predictor(COST)
+    base = Target("base", {}, 0)
+    assert predictor.work(base, 4, None, True) is None
+    assert predictor.choose(work(own, base), upstreams()) is None
+    for each in (predictor, own):
+        each.follow(told)
+    assert (predictor.cost, own.cost) == (other, COST)
+    assert predictor.choose(work(predictor, base), upstreams()) == "a"
+    predictor.follow(table([]))
+    assert predictor.cost is None
+
+
+def test_unmeasured_costs_do_not_pile_an_adapters_requests_on_one_holder() -> None:
+    """Shipped values of a GPU say that a larger batch costs next to nothing, which need not be so here."""
+    one = Target("one", {"a": 0.5, "b": 0.5}, 64)
+    chosen: dict[bool, list[str | None]] = {}
+    for measured in (False, True):
+        predictor, known = Predictor(), upstreams()
+        prediction = Prediction(step_cost=H100_8B_STEP_COST, measured=measured)
+        predictor.follow(msgspec.structs.replace(table([]), prediction=prediction))
+        for _ in range(8):
+            each = work(predictor, one)
+            name = predictor.choose(each, known)
+            assert name is not None
+            each.sent(known[name].ledger)
+            each.first_token()
+            chosen.setdefault(measured, []).append(name)
+    assert chosen[False].count("a") == chosen[False].count("b") == 4
+    assert set(chosen[True]) == {"a"}
+
+
+def test_speed_seats_and_token_budget_of_an_instance_count() -> None:
+    base, even = Target("base", {}, 0), entry("b", "http://b")
+    for better in (
+        msgspec.structs.replace(even, speed=2.0),
+        msgspec.structs.replace(even, capacity=Capacity(slots=8, rank_rows=512, max_seqs=64)),
+        msgspec.structs.replace(even, capacity=Capacity(slots=8, rank_rows=512, max_batched_tokens=8192)),
+    ):
+        predictor, known = Predictor(COST), upstreams()
+        poor = Capacity(slots=8, rank_rows=512, max_seqs=4, max_batched_tokens=256)
+        known["a"].entry = msgspec.structs.replace(known["a"].entry, capacity=poor)
+        known["b"].entry = msgspec.structs.replace(better, capacity=better.capacity if better.speed == 1.0 else poor)
+        for upstream in known.values():
+            for _ in range(4):
+                running = work(predictor, base)
+                running.sent(upstream.ledger)
+                running.first_token()
+        assert predictor.choose(work(predictor, base), known) == "b"
+
+
+async def test_a_router_without_options_follows_the_tables_step_cost(serve: Serve) -> None:
+    """Two requests to be read are more than three short ones, which by count of requests they are not."""
+    served = await serve(2)
+    listed = [entry(stub.name, stub.url) for stub in served.stubs]
+    told = table(listed, [routes("one", rank=16, a=0.5, b=0.5)], version=2)
+    prediction = Prediction(step_cost=COST)
+    served.router.directory.apply(msgspec.structs.replace(told, prediction=prediction))
+    admission = served.router.admission
+    assert admission.predictor.cost == COST
+    known = served.router.directory.upstreams
+    for _ in range(3):
+        known["a"].started()
+    long = work(admission.predictor, served.router.directory.resolve("one"), 40_000)
+    known["b"].started()
+    long.sent(known["b"].ledger)
+    body = {"model": "one", "prompt": "x", "max_tokens": 5}
+    async with served.client.post("/v1/completions", json=body) as r:
+        assert r.status == 200
+    assert [len(stub.paths) for stub in served.stubs] == [1, 0]
+    long.done()
 
 
 async def test_a_router_with_step_costs_serves_and_clears_its_ledgers(serve: Serve) -> None:

@@ -146,11 +146,13 @@ class PlacementPolicy(Protocol):
     """A placement policy: pure, deterministic, `name` is its key in the registry.
 
     `additive`: the measure it balances by, as in `stability.interference_loads`: every token costs its own rank, or
-    the largest of its batch. Its placements are to be judged by the same one.
+    the largest of its batch. Its placements are to be judged by the same one. `finish_time`: whether requests are to
+    go where they are predicted to be done first (`routing_plus`), instead of by phi and load.
     """
 
     name: str
     additive: bool
+    finish_time: bool
 
     def place(self, inp: PlacementInput) -> Placement:
         """The placement of every adapter of `inp`; raises PlacementError on an impossible input."""
@@ -251,6 +253,7 @@ class RankWeighted:
 
     name = "rank-weighted"
     additive = True
+    finish_time = False
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""

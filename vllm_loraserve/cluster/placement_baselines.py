@@ -68,6 +68,7 @@ class RandomStatic:
 
     name = "random"
     additive = True
+    finish_time = False
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -91,6 +92,7 @@ class Contiguous:
 
     name = "contiguous"
     additive = False
+    finish_time = False
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""
@@ -113,6 +115,7 @@ class FullReplication:
 
     name = "toppings"
     additive = True
+    finish_time = False
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""
@@ -171,6 +174,7 @@ class Rendezvous:
 
     name = "hrw"
     additive = True
+    finish_time = False
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""
@@ -199,6 +203,7 @@ class MinCostFlow:
 
     name = "min-cost-flow"
     additive = True
+    finish_time = False
     new_load = 1.0
     keep = 1.0
 
@@ -262,6 +267,7 @@ class DLoRAProactive:
 
     name = "dlora-proactive"
     additive = True
+    finish_time = False
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""

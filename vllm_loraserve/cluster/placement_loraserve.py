@@ -61,6 +61,7 @@ class LoRAServe:
 
     name = "loraserve"
     additive = False
+    finish_time = False
 
     def __init__(self, damped: bool = True) -> None:
         self.damped = damped

@@ -55,6 +55,7 @@ class LoRAServePlus:
 
     name = "loraserve+"
     additive = True
+    finish_time = True
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""

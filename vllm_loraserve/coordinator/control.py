@@ -39,6 +39,7 @@ from vllm_loraserve.coordinator.messages import (
     HeartbeatReply,
     InstanceEntry,
     Location,
+    Prediction,
     Register,
     Registered,
     Residency,
@@ -484,13 +485,21 @@ class Controller:
                     resident=tuple(m.resident.values()),
                     transfer=m.hello.transfer,
                     last_seen=wall - (now - m.seen),
+                    speed=self.loop.speeds.speed(m.name),
                 )
                 for m in self.members.all()
             ),
             adapters=tuple(AdapterRoutes(adapter=r, routes=self._routes(r, live, now)) for r in self.registry.all()),
             made_at=wall,
             settled=self.settled,
+            prediction=self._prediction(),
         )
+
+    def _prediction(self) -> Prediction | None:
+        op = self.loop.op
+        if not self.loop.policy.finish_time or op.step_cost is None:
+            return None
+        return Prediction(step_cost=op.step_cost, measured=op.measured)
 
     def demand(self) -> tuple[AdapterDemand, ...]:
         """Demand by adapter, heaviest first."""

@@ -17,6 +17,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from vllm_loraserve.cluster.operating_points import StepCost
+
 PROTOCOL_VERSION = 1
 HEADER = b"LRS" + bytes([PROTOCOL_VERSION])
 TABLE_TOPIC = b"table"
@@ -81,6 +83,10 @@ class Capacity(Part, frozen=True):
     """Of the base model."""
     kernels: str = ""
     """LoRA kernels it runs, such as `rank-aware cuda`."""
+    max_batched_tokens: int = 0
+    """Most tokens of a step; 0: not known."""
+    max_seqs: int = 0
+    """Most requests that run at a time; 0: not known."""
 
     def adapters(self) -> int:
         """Adapters that it can hold at a time."""
@@ -171,6 +177,17 @@ class InstanceEntry(Part, frozen=True):
     transfer: str = ""
     """Endpoint of its transfer service, or empty."""
     last_seen: float = 0.0
+    speed: float = 1.0
+    """Learned, relative to the operating points; 1.0 where nothing is."""
+
+
+class Prediction(Part, frozen=True):
+    """By what routers predict finish times."""
+
+    step_cost: StepCost
+    """Of an instance of speed 1.0."""
+    measured: bool = False
+    """By `vllm-loraserve profile`; else shipped values."""
 
 
 # ---- requests of instances ----
@@ -333,6 +350,8 @@ class RoutingTable(Message, frozen=True):
     made_at: float = 0.0
     settled: bool = True
     """False only in a reply to GetTable just after a restart: instances are still coming back; not published."""
+    prediction: Prediction | None = None
+    """Where the policy wants routers to choose by predicted finish time; None: by phi and load."""
 
 
 class Status(Message, frozen=True):

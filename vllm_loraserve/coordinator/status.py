@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_loraserve.coordinator.asking import add_coordinator_arguments, ask, print_json
-from vllm_loraserve.coordinator.messages import AdapterDemand, AdapterRoutes, GetStatus, Status
+from vllm_loraserve.coordinator.messages import AdapterDemand, AdapterRoutes, GetStatus, RoutingTable, Status
 
 WIDE = 120
 """Columns of a terminal that also shows where instances are and what they run on."""
@@ -68,7 +68,7 @@ def picture(status: Status, width: int, most: int | None = None) -> Group:
         Text.assemble(
             (table.base_model or "no model yet", "bold"),
             f": {len(table.instances)} instances, {len(table.adapters)} adapters; policy {status.policy}, "
-            f"coordinator up {format_seconds(status.uptime_s)}",
+            f"coordinator up {format_seconds(status.uptime_s)}; {_routing(table)}",
         )
     ]
     if not table.instances:
@@ -77,6 +77,13 @@ def picture(status: Status, width: int, most: int | None = None) -> Group:
     parts += [_instances(status, with_place=width >= WIDE), _adapters(status, most)]
     parts += [Text(f"! {problem}", style="yellow") for problem in status.problems]
     return Group(*parts)
+
+
+def _routing(table: RoutingTable) -> str:
+    if table.prediction is None:
+        return "requests by fraction and load"
+    by = "measured" if table.prediction.measured else "shipped, not measured"
+    return f"requests by predicted finish time (step cost {by})"
 
 
 def _table(title: str, *columns: tuple[str, Literal["left", "right"]]) -> Table:

@@ -46,6 +46,7 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
     """What to register: the configured memory, else that of `max_loras` (arena) and `max_cpu_loras` (host) adapters
     of `max_lora_rank`."""
     lora, cache, model = vllm_config.lora_config, vllm_config.cache_config, vllm_config.model_config
+    scheduler = vllm_config.scheduler_config
     layers = getattr(model.hf_text_config, "num_hidden_layers", 0)
     row = rank_row_bytes(shapes, layers, getattr(lora.lora_dtype, "itemsize", 2))
     rank_rows = lora.max_loras * lora.max_lora_rank
@@ -66,6 +67,8 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
         max_rank=min(config.max_rank, rank_rows),
         max_model_len=model.max_model_len,
         dtype=str(model.dtype).removeprefix("torch."),
+        max_batched_tokens=scheduler.max_num_batched_tokens,
+        max_seqs=scheduler.max_num_seqs,
         kernels=f"rank-aware {vllm_config.device_config.device_type}",
     )
 

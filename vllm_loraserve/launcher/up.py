@@ -16,6 +16,8 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from vllm_loraserve.cluster.operating_points import OperatingPointsError
+from vllm_loraserve.cluster.operating_points import load as load_points
 from vllm_loraserve.launcher.assets import AssetError
 from vllm_loraserve.launcher.checks import check_model, check_vllm
 from vllm_loraserve.launcher.cluster import Cluster, Plan
@@ -52,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state", type=Path, metavar="DIR", help="adapter registry and logs (default: one directory per model)"
     )
+    parser.add_argument(
+        "--operating-points",
+        type=Path,
+        metavar="FILE",
+        help="what `vllm-loraserve profile` measured of such an instance, for placement and routing",
+    )
     parser.epilog = "What follows `--` is given to every `vllm serve`, for example: -- --max-model-len 4096"
 
 
@@ -72,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
             max_rank=args.max_rank,
             adapter_roots=tuple(str(Path(root).resolve()) for root in (args.adapters, *args.adapter_root) if root),
             vllm_options=tuple(args.after_dashes),
-            # Into the cache of this machine, which the instances read.
-            coordinator_options=("--allow-download",) if args.allow_download else (),
+            coordinator_options=_coordinator_options(args),
         )
         with StartProgress(console) as progress:
             cluster = Cluster(plan, progress.show)
@@ -88,11 +95,22 @@ def run(args: argparse.Namespace) -> int:
         finally:
             console.print("stopping")
             cluster.stop()
-    except (StartError, AssetError, OSError) as error:
+    except (StartError, AssetError, OperatingPointsError, OSError) as error:
         console.print(f"vllm-loraserve up: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 0
+
+
+def _coordinator_options(args: argparse.Namespace) -> tuple[str, ...]:
+    """Raises OperatingPointsError for a file that can't be used: before anything is started."""
+    options = []
+    if args.allow_download:  # into the cache of this machine, which the instances read
+        options.append("--allow-download")
+    if args.operating_points is not None:
+        load_points(args.operating_points)
+        options += ["--operating-points", str(args.operating_points)]
+    return tuple(options)
 
 
 def state_dir(model: str) -> Path:

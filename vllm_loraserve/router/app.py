@@ -55,7 +55,7 @@ class RouterConfig:
     connect_timeout_s: float = 2.0
     unload_drain_s: float = 30.0
     step_cost: StepCost | None = None
-    """Measured; with it instances are chosen by predicted finish time."""
+    """By which finish times are predicted, instead of what the coordinator's table says."""
 
 
 class Router:
@@ -72,9 +72,9 @@ class Router:
             max_concurrency=config.max_concurrency,
             max_queue=config.max_queue,
             queue_timeout_s=config.queue_timeout_s,
-            predictor=Predictor(config.step_cost) if config.step_cost is not None else None,
+            predictor=Predictor(config.step_cost),
         )
-        self.directory.on_change = self.admission.grant
+        self.directory.on_change = self._changed
         self.metrics = RouterMetrics(self.directory, self.admission)
         self._client: CoordinatorClient | None = None
         if registry is None and config.coordinator is not None:
@@ -84,6 +84,12 @@ class Router:
         self._proxy: Proxy | None = None
         self._session: ClientSession | None = None
         self.app = self._application()
+
+    def _changed(self) -> None:
+        """A table came into force."""
+        if self.directory.table is not None:
+            self.admission.predictor.follow(self.directory.table)
+        self.admission.grant()
 
     def _application(self) -> web.Application:
         app = web.Application(client_max_size=self.config.max_body_bytes)

@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--operating-points",
         type=Path,
         metavar="FILE",
-        help="what `vllm-loraserve profile` measured: choose by predicted finish time instead of by phi and load",
+        help="what `vllm-loraserve profile` measured: predict finish times by this, not by what the coordinator says",
     )
     parser.add_argument("--access-log", action="store_true", help="log every request")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))

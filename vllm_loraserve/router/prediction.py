@@ -1,9 +1,10 @@
 """Choice by predicted finish time (`loraserve+`): the instance that would be done with a request first gets it.
 
-With the operating points of `vllm-loraserve profile` the router knows what a step costs. From its ledgers (what it has
-under way on each instance) and the load that instances report it asks `cluster.routing_plus` who would finish first.
-An instance that does not hold the adapter is a candidate too, with the time of the fetch added, so that a hot spot
-spills over only when that is faster.
+The routing table says what a step costs where the coordinator's policy wants this choice (measured by
+`vllm-loraserve profile`, else shipped values; an operator may give a file to the router itself). From its ledgers (what
+it has under way on each instance) and the load, limits and speed in the table it asks `cluster.routing_plus` who would
+finish first. An instance that does not hold the adapter is a candidate too, with the time of the fetch added, so that a
+hot spot spills over only when that is faster.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Mapping
 
 from vllm_loraserve.cluster.operating_points import StepCost
 from vllm_loraserve.cluster.routing import rendezvous_weighted
-from vllm_loraserve.cluster.routing_plus import ServerView, choose_finish_time, predict_wait
+from vllm_loraserve.cluster.routing_plus import EXTERNALITY, ServerView, choose_finish_time, predict_wait
+from vllm_loraserve.coordinator.messages import RoutingTable
 from vllm_loraserve.router.directory import Target
 from vllm_loraserve.router.ledger import Work
 from vllm_loraserve.router.upstream import Upstream
@@ -24,18 +26,37 @@ FETCH_BYTES_S, FETCH_LATENCY_S = 1e9, 5e-3
 AFFINITY_SHARE = 0.5
 """Share of the prompt that a session's own instance is expected to have in its prefix cache."""
 FIRST_MEAN_OUTPUT = 128.0
+SLOWEST = 1e-6
+"""Of speeds that are divided by."""
 
 
 class Predictor:
-    """Chooses by predicted finish time. One per router."""
+    """Chooses by predicted finish time, while it has a step cost. One per router.
 
-    def __init__(self, cost: StepCost) -> None:
-        self._cost = cost
+    `given`: the operator's step cost for this router; it goes before that of the table.
+    """
+
+    def __init__(self, given: StepCost | None = None) -> None:
+        self._given = given
+        self.cost = given
+        """Of a step of an instance of speed 1.0; None: nothing is predicted."""
+        self._externality = EXTERNALITY
         self.mean_output = FIRST_MEAN_OUTPUT
         """Tokens of an answer, a running mean over streams."""
 
-    def work(self, target: Target, body_bytes: int, max_tokens: int | None, streams: bool) -> Work:
-        """The prediction's view of a new request."""
+    def follow(self, table: RoutingTable) -> None:
+        """Takes the step cost of a table that comes into force."""
+        told = table.prediction
+        if self._given is None:
+            self.cost = told.step_cost if told is not None else None
+            # Values of another device may be wrong about what a batch costs, and requests of an adapter would then
+            # pile up on one of its holders while another is idle: unmeasured, one's own finish time alone decides.
+            self._externality = EXTERNALITY if told is None or told.measured else 0.0
+
+    def work(self, target: Target, body_bytes: int, max_tokens: int | None, streams: bool) -> Work | None:
+        """The prediction's view of a new request; None while nothing is predicted."""
+        if self.cost is None:
+            return None
         return Work(target, body_bytes, max_tokens, self.mean_output, streams)
 
     def saw_output(self, tokens: int) -> None:
@@ -43,11 +64,13 @@ class Predictor:
         self.mean_output += 0.02 * (tokens - self.mean_output)
 
     def choose(self, work: Work, usable: Mapping[str, Upstream], affinity: str | None = None) -> str | None:
-        """The instance for `work` among `usable` (those with a free place); None when there is none.
+        """The instance for `work` among `usable` (those with a free place); None when there is none, or no step cost.
 
         `affinity`: the session's key; its instance is favoured by what its prefix cache saves. Sets `work.wait_s`.
         """
-        routes = work.target.routes
+        if (cost := self.cost) is None:
+            return None
+        routes, rank = work.target.routes, work.target.rank
         candidates = {name: phi for name, phi in routes.items() if name in usable}
         if candidates:
             others = sorted((u for n, u in usable.items() if n not in candidates), key=lambda u: (u.load(), u.name))
@@ -56,7 +79,6 @@ class Predictor:
             candidates = dict.fromkeys(usable, 1.0)
         if not candidates:
             return None
-        cost, rank = self._cost, work.target.rank
         views = {name: self._view(usable[name], phi, work) for name, phi in candidates.items()}
         if len(views) == 1:
             (chosen,) = views
@@ -64,7 +86,15 @@ class Predictor:
             own = None if affinity is None else rendezvous_weighted(affinity, candidates)
             gain = AFFINITY_SHARE * work.prompt * cost.prefill_token
             chosen = choose_finish_time(
-                views.values(), cost, work.prompt, work.output, rank, work.rank_rows, own=own, affinity_gain_s=gain
+                views.values(),
+                cost,
+                work.prompt,
+                work.output,
+                rank,
+                work.rank_rows,
+                own=own,
+                affinity_gain_s=gain,
+                externality=self._externality,
             )
         work.wait_s, _ = predict_wait(views[chosen], cost, work.prompt, work.output, rank)
         return chosen
@@ -89,11 +119,17 @@ class Predictor:
         # Room in the arena; the base model needs none.
         view.demanded = view.active or not work.target.rank
         view.rows_demanded = ledger.rows
-        if entry.capacity.rank_rows:
-            view.arena_rows = entry.capacity.rank_rows
-        if entry.capacity.kv_tokens:
-            view.kv_free = entry.capacity.kv_tokens * (1.0 - entry.load.kv_usage)
+        capacity = entry.capacity
+        if capacity.rank_rows:
+            view.arena_rows = capacity.rank_rows
+        if capacity.kv_tokens:
+            view.kv_free = capacity.kv_tokens * (1.0 - entry.load.kv_usage)
             view.kv_queued = ledger.prompts
+        if capacity.max_batched_tokens:
+            view.max_batched_tokens = capacity.max_batched_tokens
+        if capacity.max_seqs:
+            view.seats_free = max(0, capacity.max_seqs - view.running)
+        view.speed = max(entry.speed, SLOWEST)
         return view
 
 

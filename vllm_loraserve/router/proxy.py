@@ -180,8 +180,7 @@ class Proxy:
         call.rank = target.rank
         headers = self._headers(request.headers, call.id)
         affinity = headers.get(SESSION_HEADER)
-        if self._predictor is not None:
-            call.work = self._predictor.work(target, len(body), head.most_tokens(), bool(head.stream))
+        call.work = self._predictor.work(target, len(body), head.most_tokens(), bool(head.stream))
         tried: list[str] = []
         reason = ""
         refusal: web.Response | None = None
@@ -327,8 +326,7 @@ class Proxy:
                             events += data.count(b"\n\n")
                             await stream.write(data)
                         if ended:
-                            if self._predictor is not None:
-                                self._predictor.saw_output(events)
+                            self._predictor.saw_output(events)
                             await stream.write_eof()
                             return stream
                 except OSError as error:

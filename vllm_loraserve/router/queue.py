@@ -4,8 +4,8 @@ A request takes a place on an instance: one of its adapter's by phi and live loa
 those are full or failing, any live one that can take its rank (its resolver loads the adapter). With every instance
 full it waits in one first-come queue of bounded length; a place that comes free goes to the head of the queue. Nobody
 overtakes, but past a request that can't use the place: its instance has failed that request, or is too small. A full
-queue is an ApiError 429 whose Retry-After comes from the rate at which requests have been finishing. With measured
-operating points the instance is chosen by predicted finish time instead (`prediction`).
+queue is an ApiError 429 whose Retry-After comes from the rate at which requests have been finishing. With a step cost,
+the table's or the operator's, the instance is chosen by predicted finish time instead (`prediction`).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Admission:
         predictor: Predictor | None = None,
     ) -> None:
         self.directory = directory
-        self.predictor = predictor
+        self.predictor = predictor if predictor is not None else Predictor()
         self.max_concurrency = max_concurrency
         self.max_queue = max_queue
         self.queue_timeout_s = queue_timeout_s
@@ -112,7 +112,7 @@ class Admission:
         again: bool = False,
         work: Work | None = None,
     ) -> Upstream:
-        """A place for one request (`work`: its size, where there is a predictor), waiting when there is none free.
+        """A place for one request (`work`: its size, where times are predicted), waiting when there is none free.
 
         `exclude`: instances that failed this request; they are taken only when no other is left. `again`: a retry of
         an admitted request goes to the head of the queue and is never refused by its length. Raises ApiError 429
@@ -209,7 +209,7 @@ class Admission:
         if target.rank > self.directory.smallest_max_rank:
             able = {name: u for name, u in known.items() if u.entry.capacity.max_rank >= target.rank}
             known = able or known  # none: any one of them says what is wrong better than we can
-        if self.predictor is not None and work is not None:
+        if work is not None:
             free = {
                 name: u for name, u in known.items() if u.in_flight < limit and name not in exclude and u.available(now)
             }
