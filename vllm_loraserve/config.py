@@ -31,7 +31,9 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = ()
     arena_gib: Annotated[
         Annotated[float, Meta(gt=0)] | None,
-        Meta(description="Device memory for adapters, in GiB; unset: what stock vLLM takes for the same flags."),
+        Meta(
+            description="Device memory for adapters, in GiB a worker; unset: what stock vLLM takes for the same flags."
+        ),
     ] = None
     arena_rank_rows: Annotated[
         Annotated[int, Meta(ge=1)] | None,
@@ -39,7 +41,7 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = None
     host_gib: Annotated[
         Annotated[float, Meta(gt=0)] | None,
-        Meta(description="Host memory for adapters, in GiB; unset: --max-cpu-loras of --max-lora-rank."),
+        Meta(description="Host memory for adapters, in GiB a worker; unset: --max-cpu-loras of --max-lora-rank."),
     ] = None
     page_rows: Annotated[int, Meta(ge=1, le=64, description="Rank rows in a page.")] = 8
     page_cache_dir: Annotated[

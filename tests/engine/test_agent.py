@@ -19,6 +19,7 @@ from vllm.lora.resolver import LoRAResolverRegistry  # noqa: E402
 from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
 from vllm.utils.counter import AtomicCounter  # noqa: E402
 
+from vllm_loraserve.adapters.layout import ModuleShape, build_layout  # noqa: E402
 from vllm_loraserve.cluster.placement import make_policy  # noqa: E402
 from vllm_loraserve.config import ConfigError, LoRAServeConfig, parse_config  # noqa: E402
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable  # noqa: E402
@@ -35,7 +36,7 @@ from vllm_loraserve.coordinator.messages import (  # noqa: E402
 from vllm_loraserve.coordinator.registry import Registry  # noqa: E402
 from vllm_loraserve.coordinator.server import CoordinatorServer, ServerOptions  # noqa: E402
 from vllm_loraserve.engine.agent import RESOLVER_NAME, instance_name, start_agent  # noqa: E402
-from vllm_loraserve.engine.capacity import capacity_of, module_shapes, rank_row_bytes  # noqa: E402
+from vllm_loraserve.engine.capacity import capacity_of, module_shapes  # noqa: E402
 from vllm_loraserve.engine.engine_config import WORKER_EXTENSION, check_layout, prepare_engine_args  # noqa: E402
 from vllm_loraserve.engine.meter import LoadLogger, Meter  # noqa: E402
 from vllm_loraserve.engine.resolver import LoRAServeResolver  # noqa: E402
@@ -535,8 +536,7 @@ def test_sizes_are_reckoned_for_plain_dense_models_only():
 
 def test_capacity_is_the_configured_memory_else_the_flags():
     shapes = module_shapes(LLAMA)
-    row = rank_row_bytes(shapes, 2, 2)
-    assert row == 2 * 2 * sum(i + o for i, o in shapes.values())
+    row = 2 * 2 * sum(i + o for i, o in shapes.values())
     plain = capacity_of(vllm_config(), LoRAServeConfig(), shapes)
     assert (plain.rank_rows, plain.host_bytes, plain.host_adapters) == (4 * 64, 8 * 64 * row, 8)
     assert capacity_of(vllm_config(), LoRAServeConfig(arena_rank_rows=77), shapes).rank_rows == 77
@@ -544,6 +544,32 @@ def test_capacity_is_the_configured_memory_else_the_flags():
     big = capacity_of(vllm_config(), LoRAServeConfig(arena_gib=1.0, host_gib=2.0), shapes)
     assert (big.rank_rows, big.host_bytes) == ((1 << 30) // row, 2 << 30)
     assert capacity_of(vllm_config(), LoRAServeConfig(max_rank=32), shapes).max_rank == 32
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_page_groups_are_those_of_the_layout(tp):
+    """Rank rows of fused layers lie together; workers hold A (of column-parallel layers) or B each."""
+    shapes = module_shapes(LLAMA)
+    config = vllm_config()
+    config.parallel_config.tensor_parallel_size = tp
+    told = capacity_of(config, LoRAServeConfig(page_rows=16, host_gib=1.0, arena_gib=1.0), shapes)
+    sizes = {name: (inner, outer // tp) for name, (inner, outer) in shapes.items()}
+    sizes |= {name: (shapes[name][0] // tp, shapes[name][1]) for name in ("o_proj", "down_proj")}
+    layers = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
+    layers |= {"o": ("o_proj",), "down": ("down_proj",)}
+    modules = [
+        ModuleShape(f"{layer}.{i}", layer, sizes[parts[0]][0], tuple(sizes[p][1] for p in parts))
+        for layer, parts in layers.items()
+        for i in range(2)
+    ]
+    layout = build_layout(modules, model="m", dtype="bfloat16", page_rows=16, tp_rank=0, tp_size=tp)
+    by_modules = {group.modules: group.row_bytes for group in told.page_groups}
+    assert by_modules == {layers[group.name]: tp * layout.page_bytes(i) // 16 for i, group in enumerate(layout.groups)}
+    assert (told.page_rows, told.host_bytes) == (16, tp << 30)
+    assert told.rank_rows == (1 << 30) * 16 // layout.bytes_per_page_set
+    config.lora_config.target_modules = ["q_proj", "down_proj"]
+    some = capacity_of(config, LoRAServeConfig(), shapes).page_groups
+    assert [group.modules for group in some] == [layers["qkv"], layers["down"]]
 
 
 def test_a_transfer_key_that_can_not_be_used_is_refused_before_the_model_loads(tmp_path):

@@ -29,6 +29,7 @@ from vllm_loraserve.cluster.placement import (
     normalise,
 )
 from vllm_loraserve.coordinator.commands import CommandBook
+from vllm_loraserve.coordinator.footprint import page_bytes, rank_rows
 from vllm_loraserve.coordinator.membership import Member, Membership, Refused
 from vllm_loraserve.coordinator.messages import (
     AdapterDemand,
@@ -46,7 +47,7 @@ from vllm_loraserve.coordinator.messages import (
     Route,
     RoutingTable,
 )
-from vllm_loraserve.coordinator.placement_loop import PAGE_ROWS, PlacementLoop
+from vllm_loraserve.coordinator.placement_loop import PlacementLoop
 from vllm_loraserve.coordinator.rebalance import effective_routes
 from vllm_loraserve.coordinator.registry import Registry, RegistryError
 
@@ -524,7 +525,7 @@ def fitting(records: Iterable[AdapterRecord], capacity: Capacity) -> Iterator[Ad
     count = capacity.adapters()
     room = capacity.host_bytes or capacity.rank_rows
     for record in records:
-        room -= record.size_bytes if capacity.host_bytes else -(-record.rank // PAGE_ROWS) * PAGE_ROWS
+        room -= page_bytes(record, capacity) if capacity.host_bytes else rank_rows(record, capacity)
         count -= 1
         if room < 0 or count < 0:
             return

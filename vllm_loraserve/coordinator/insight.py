@@ -82,9 +82,10 @@ def explain(controller: Controller, name: str, now: float) -> Explanation:
     op = loop.op.at(record.rank)
     expected = inp.demand.get(name, 0.0)
     source = "measured" if loop.op.measured else "shipped defaults, not measured"
+    taken = next((a.bytes for a in inp.adapters if a.name == name), record.size_bytes)
     lines = [
-        f"'{name}' has rank {record.rank}, {record.size_bytes} bytes, sha256 {record.sha256[:12]}, "
-        f"from '{record.source}'; it is {record.state}.",
+        f"'{name}' has rank {record.rank}, {record.size_bytes} bytes ({taken} in an instance's memory), "
+        f"sha256 {record.sha256[:12]}, from '{record.source}'; it is {record.state}.",
         f"Expected demand: {expected:.1f} tokens/s ({loop.history.last_backtest.explain()}).",
         f"One instance sustains {op:.0f} tokens/s at that rank ({source}), so it asks for {expected / op:.1%}.",
     ]

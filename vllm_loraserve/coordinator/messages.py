@@ -62,6 +62,15 @@ class AdapterRecord(Part, frozen=True):
     """Never used twice, not even for other content under the same name. Engines number adapters by themselves."""
 
 
+class PageGroup(Part, frozen=True):
+    """Modules whose rank rows lie in the same pages: an adapter that targets one of them takes pages for all."""
+
+    modules: tuple[str, ...]
+    """Suffixes (`q_proj`)."""
+    row_bytes: int
+    """Of one rank row of these modules in all layers, on all tensor-parallel workers together."""
+
+
 class Capacity(Part, frozen=True):
     """What an instance can hold and do; fixed while it lives."""
 
@@ -70,7 +79,7 @@ class Capacity(Part, frozen=True):
     rank_rows: int
     """Rank rows its device arena holds."""
     host_bytes: int = 0
-    """Bytes of adapters that its host memory holds; 0: no host tier, or not known."""
+    """Bytes of adapters that its host memory holds, all workers together; 0: no host tier, or not known."""
     host_adapters: int = 0
     """Adapters that it can hold at a time, in slots or ready beside them; 0: as many as slots."""
     device: str = ""
@@ -87,6 +96,10 @@ class Capacity(Part, frozen=True):
     """Most tokens of a step; 0: not known."""
     max_seqs: int = 0
     """Most requests that run at a time; 0: not known."""
+    page_rows: int = 8
+    """Rank rows in a page."""
+    page_groups: tuple[PageGroup, ...] = ()
+    """How pages are made up; empty: not known for this model."""
 
     def adapters(self) -> int:
         """Adapters that it can hold at a time."""
@@ -283,7 +296,7 @@ class PlannedMove(Part, frozen=True):
 
 
 class Forecast(Part, frozen=True):
-    """One instance under a placement: load (1.0: at its operating point) and adapters placed."""
+    """One instance under a placement: load by the policy's measure (1.0: at its operating point), adapters placed."""
 
     instance: Name
     load: float

@@ -25,6 +25,7 @@ from vllm_loraserve.cluster.placement import (
     ServerSpec,
 )
 from vllm_loraserve.coordinator.arrivals import Arrivals
+from vllm_loraserve.coordinator.footprint import page_bytes, rank_rows
 from vllm_loraserve.coordinator.learning import SpeedLearner, work_of
 from vllm_loraserve.coordinator.membership import Member, Membership
 from vllm_loraserve.coordinator.messages import AdapterRecord, Heartbeat
@@ -32,8 +33,6 @@ from vllm_loraserve.coordinator.rebalance import Move, moves, only_fractions, re
 
 logger = logging.getLogger(__name__)
 
-PAGE_ROWS = 8
-"""Rank rows are taken in pages of so many."""
 BURST_PAUSE_S = 5.0
 """Bursts do not lead to another look earlier than this after the last one."""
 
@@ -83,9 +82,16 @@ class PlacementLoop:
         """What a policy gets to see."""
         live = members.all()
         load = self.speeds.live_load()
+        # One figure for each adapter: where instances differ, what it takes at most.
+        kinds = {(c.page_rows, c.page_groups): c for c in (m.hello.capacity for m in live)}.values()
         return PlacementInput(
             adapters=[
-                AdapterSpec(r.name, r.rank, -(-r.rank // PAGE_ROWS) * PAGE_ROWS, r.size_bytes)
+                AdapterSpec(
+                    r.name,
+                    r.rank,
+                    max((rank_rows(r, kind) for kind in kinds), default=r.rank),
+                    max((page_bytes(r, kind) for kind in kinds), default=r.size_bytes),
+                )
                 for r in records
                 if r.state == "active"
             ],

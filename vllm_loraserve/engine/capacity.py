@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_loraserve.config import LoRAServeConfig
-from vllm_loraserve.coordinator.messages import Capacity
+from vllm_loraserve.coordinator.messages import Capacity, PageGroup
 
 _PLAIN_DENSE = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
@@ -14,6 +15,10 @@ _PLAIN_DENSE = (
 """Model types whose decoder layers are q/k/v/o projections and a gated MLP with these names. What a rank row of others
 takes is not reckoned here."""
 
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Modules that vLLM runs as one layer, and whose rank rows so lie in the same pages."""
+_ROW_PARALLEL = ("o_proj", "down_proj", "c_proj")
 
 GIB = 1 << 30
 
@@ -37,9 +42,27 @@ def module_shapes(hf_config: Any) -> dict[str, tuple[int, int]]:
     return shapes | {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
 
 
-def rank_row_bytes(shapes: dict[str, tuple[int, int]], layers: int, element_bytes: int) -> int:
-    """Bytes of one rank row over all modules and layers of the model; 0 when the shapes are not known."""
-    return sum(i + o for i, o in shapes.values()) * layers * element_bytes
+def page_groups(
+    shapes: dict[str, tuple[int, int]], layers: int, element_bytes: int, tp: int, targets: Sequence[str] | None = None
+) -> tuple[PageGroup, ...]:
+    """The groups of pages of `tp` workers together; empty when the shapes are not known.
+
+    A column-parallel layer has A whole on every worker and its share of B, a row-parallel one the reverse. `targets`:
+    vLLM's --lora-target-modules; other layers have no pages.
+    """
+
+    def row(suffix: str) -> int:
+        inner, outer = shapes[suffix]
+        return inner + tp * outer if suffix in _ROW_PARALLEL else tp * inner + outer
+
+    fused = {name: parts for name, parts in _FUSED.items() if shapes.keys() >= set(parts)}
+    in_layers = {part for parts in fused.values() for part in parts}
+    alone = {suffix: (suffix,) for suffix in shapes if suffix not in in_layers}
+    return tuple(
+        PageGroup(modules=modules, row_bytes=sum(map(row, modules)) * layers * element_bytes)
+        for name, modules in (fused | alone).items()
+        if targets is None or not {name, *modules}.isdisjoint(targets)
+    )
 
 
 def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tuple[int, int]]) -> Capacity:
@@ -48,20 +71,23 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
     lora, cache, model = vllm_config.lora_config, vllm_config.cache_config, vllm_config.model_config
     scheduler = vllm_config.scheduler_config
     layers = getattr(model.hf_text_config, "num_hidden_layers", 0)
-    row = rank_row_bytes(shapes, layers, getattr(lora.lora_dtype, "itemsize", 2))
+    tp = vllm_config.parallel_config.tensor_parallel_size
+    targets = getattr(lora, "target_modules", None)
+    groups = page_groups(shapes, layers, getattr(lora.lora_dtype, "itemsize", 2), tp, targets)
+    row = sum(group.row_bytes for group in groups)
     rank_rows = lora.max_loras * lora.max_lora_rank
     if config.arena_rank_rows is not None:
         rank_rows = config.arena_rank_rows
     elif config.arena_gib is not None and row:
-        rank_rows = int(config.arena_gib * GIB) // row
+        rank_rows = int(config.arena_gib * GIB) * tp // row
     host_bytes = (lora.max_cpu_loras or lora.max_loras) * lora.max_lora_rank * row
     return Capacity(
         slots=lora.max_loras,
         rank_rows=rank_rows,
-        host_bytes=host_bytes if config.host_gib is None else int(config.host_gib * GIB),
+        host_bytes=host_bytes if config.host_gib is None else int(config.host_gib * GIB) * tp,
         host_adapters=lora.max_cpu_loras or lora.max_loras,
         device=_device_name(vllm_config),
-        tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
+        tensor_parallel=tp,
         kv_tokens=(cache.num_gpu_blocks or 0) * (cache.block_size or 0),
         # Pages know no --max-lora-rank; an adapter only has to fit the arena.
         max_rank=min(config.max_rank, rank_rows),
@@ -69,6 +95,8 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
         dtype=str(model.dtype).removeprefix("torch."),
         max_batched_tokens=scheduler.max_num_batched_tokens,
         max_seqs=scheduler.max_num_seqs,
+        page_rows=config.page_rows,
+        page_groups=groups,
         kernels=f"rank-aware {vllm_config.device_config.device_type}",
     )
 
