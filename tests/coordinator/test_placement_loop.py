@@ -152,6 +152,24 @@ def test_a_plan_changes_nothing_and_says_what_it_would(bench):
         plan(b.controller, "wishful", b.now)
 
 
+@pytest.mark.parametrize("policy", ["loraserve", "loraserve+"])
+def test_a_plan_shows_loads_by_the_policys_own_measure(bench, policy):
+    """Kernels that pay the largest rank of a batch make a mixed instance dearer than each token at its own rank."""
+    b = bench(policy=policy, rebalance_s=1000.0)
+    cluster(b, adapters=0, instances=2)
+    for name, rank in (("small", 8), ("large", 128)):
+        b.controller.add(record(name, rank=rank), b.now)
+    b.controller.loop.placement = Placement(phi={"small": {"i0": 1.0}, "large": {"i0": 1.0}})
+    op = b.controller.loop.op
+    b.instances["i0"].rates = {"small": 0.3 * op.at(8), "large": 0.3 * op.at(128)}
+    b.run(2)
+    made = plan(b.controller, "", b.now)
+    mixed = 0.3 * op.at(8) / op.at(128) + 0.3
+    assert max(f.load for f in made.now) == pytest.approx(0.6 if policy == "loraserve+" else mixed, rel=0.01)
+    assert f"{max(f.load for f in made.now):.2f} ->" in made.why, "what is shown is what decides"
+    assert any(f"load there {made.now[0].load:.2f}" in line for line in explain(b.controller, "small", b.now).lines)
+
+
 def test_a_plan_without_instances_is_refused(bench):
     b = bench()
     with pytest.raises(Refused, match="there is no server") as refused:

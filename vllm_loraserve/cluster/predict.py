@@ -11,7 +11,8 @@ import math
 
 import msgspec
 
-from vllm_loraserve.cluster.placement import Placement, PlacementInput, server_loads
+from vllm_loraserve.cluster.placement import Placement, PlacementInput
+from vllm_loraserve.cluster.stability import interference_loads
 
 
 class Prediction(msgspec.Struct, frozen=True):
@@ -24,10 +25,26 @@ class Prediction(msgspec.Struct, frozen=True):
     headroom: float
 
 
+class _Queue(msgspec.Struct, frozen=True):
+    """An M/M/1 queue: its share of all requests, the share of time it is busy, seconds of one request's work and of
+    its prompt."""
+
+    share: float
+    rho: float
+    service: float
+    prompt_s: float
+
+    def later(self, t: float) -> float:
+        """P(time to first token > t): P(wait > w) = rho exp(-(1 - rho) w / service)."""
+        wait = t - self.prompt_s
+        return 1.0 if wait < 0.0 else self.rho * math.exp(-(1.0 - self.rho) * wait / self.service)
+
+
 def predict(
     inp: PlacementInput,
     placement: Placement,
     *,
+    additive: bool = True,
     prompt_tokens: float = 1024.0,
     output_tokens: float = 200.0,
     utilisation_at_op: float = 0.85,
@@ -35,43 +52,41 @@ def predict(
 ) -> Prediction:
     """What `placement` would do under the demand of `inp`.
 
-    `utilisation_at_op`: share of raw capacity that an operating point stands for. `burstiness`: squared
-    coefficient of variation of arrivals plus service, halved (1.0: Poisson arrivals, exponential service).
+    `additive`: the measure of load of the policy in question, as in `interference_loads`. `utilisation_at_op`: share of
+    raw capacity that an operating point stands for. `burstiness`: squared coefficient of variation of arrivals plus
+    service, halved (1.0: Poisson arrivals, exponential service).
     """
-    loads = server_loads(inp, placement)
+    loads = interference_loads(inp, placement, additive)
     worst = max(loads.values(), default=0.0)
-    share: list[tuple[float, float]] = []
-    rank_tokens = {s.name: [0.0, 0.0] for s in inp.servers}
+    tokens = dict.fromkeys(loads, 0.0)
     for a in inp.adapters:
         for s, phi in placement.phi.get(a.name, {}).items():
-            if s in rank_tokens:
-                tokens = phi * inp.demand.get(a.name, 0.0)
-                rank_tokens[s][0] += tokens
-                rank_tokens[s][1] += tokens / inp.op.at(a.rank)
-    speed = {s.name: s.speed for s in inp.servers}
-    total = sum(t for t, _ in rank_tokens.values())
-    p95 = 0.0
-    for s, (tokens, work) in rank_tokens.items():
-        if tokens <= 0.0:
+            if s in tokens:
+                tokens[s] += phi * inp.demand.get(a.name, 0.0)
+    total = sum(tokens.values())
+    queues = []
+    for s, rate in tokens.items():
+        if rate <= 0.0:
             continue
-        # Raw seconds of one request's work on this server, and the share of time it is busy.
-        rho = work / speed[s] * utilisation_at_op
-        service = work / tokens * utilisation_at_op * (prompt_tokens + output_tokens) / speed[s]
-        prompt_s = service * prompt_tokens / (prompt_tokens + output_tokens)
+        rho = loads[s] * utilisation_at_op
         if rho >= 1.0:
-            p95 = math.inf
-            break
-        share.append((tokens / total, prompt_s + _wait_quantile(rho, service * burstiness, 0.95)))
-    if p95 == 0.0 and share:
-        # The P95 over servers: the smallest t that covers 95 % of the requests is at most the worst
-        # server's, and each server's own P95 is known; weigh by traffic.
-        p95 = sum(w * t for w, t in share)
-        p95 = max(p95, min(max(t for _, t in share), p95 * 2))
-    return Prediction(loads, p95, 1.0 / worst if worst > 0.0 else math.inf)
+            return Prediction(loads, math.inf, 1.0 / worst)
+        service = rho / rate * (prompt_tokens + output_tokens)
+        prompt_s = service * prompt_tokens / (prompt_tokens + output_tokens)
+        queues.append(_Queue(rate / total, rho, service * burstiness, prompt_s))
+    return Prediction(loads, _quantile(queues, 0.95), 1.0 / worst if worst > 0.0 else math.inf)
 
 
-def _wait_quantile(rho: float, service: float, q: float) -> float:
-    """Quantile of the M/M/1 waiting time: P(wait > t) = rho exp(-(1 - rho) t / service)."""
-    if rho <= 1.0 - q:
-        return 0.0
-    return service / (1.0 - rho) * math.log(rho / (1.0 - q))
+def _quantile(queues: list[_Queue], q: float) -> float:
+    """Quantile of the time to first token over the requests of all queues; 0.0 without any."""
+
+    def later(t: float) -> float:
+        return sum(queue.share * queue.later(t) for queue in queues)
+
+    low, high = 0.0, max((queue.prompt_s for queue in queues), default=0.0)
+    while later(high) > 1.0 - q:
+        low, high = high, 2.0 * high
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if later(middle) > 1.0 - q else (low, middle)
+    return high

@@ -10,9 +10,9 @@ from vllm_loraserve.cluster.placement import (
     PlacementError,
     PlacementInput,
     make_policy,
-    server_loads,
 )
 from vllm_loraserve.cluster.predict import Prediction, predict
+from vllm_loraserve.cluster.stability import interference_loads
 from vllm_loraserve.coordinator.control import Controller
 from vllm_loraserve.coordinator.membership import Refused
 from vllm_loraserve.coordinator.messages import Explanation, Forecast, Plan, PlannedMove
@@ -28,8 +28,8 @@ def plan(controller: Controller, policy_name: str, now: float) -> Plan:
         proposal = loop.propose(inp, policy)
     except PlacementError as error:
         raise Refused("invalid", f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
-    now_predicted = _predict(controller, inp, loop.placement)
-    then_predicted = _predict(controller, inp, proposal.placement)
+    now_predicted = _predict(controller, inp, loop.placement, policy.additive)
+    then_predicted = _predict(controller, inp, proposal.placement, policy.additive)
     return Plan(
         policy=policy.name,
         adopt=proposal.adopt and bool(proposal.moves),
@@ -47,15 +47,16 @@ def plan(controller: Controller, policy_name: str, now: float) -> Plan:
     )
 
 
-def _predict(controller: Controller, inp: PlacementInput, placement: Placement) -> Prediction:
-    """Queueing estimate, with the size of a request as observed where there are requests."""
+def _predict(controller: Controller, inp: PlacementInput, placement: Placement, additive: bool) -> Prediction:
+    """Queueing estimate by the policy's measure of load, with the size of requests as observed where there are any."""
     demand = controller.members.demand()
     requests = sum(d.requests_per_s for name, d in demand.items() if name)
     tokens = sum(d.tokens_per_s for name, d in demand.items() if name)
     if requests <= 0.0:
-        return predict(inp, placement)
+        return predict(inp, placement, additive=additive)
     # Reports do not tell prompt from output; the default's proportion is taken.
-    return predict(inp, placement, prompt_tokens=tokens / requests * 0.8, output_tokens=tokens / requests * 0.2)
+    size = tokens / requests
+    return predict(inp, placement, additive=additive, prompt_tokens=0.8 * size, output_tokens=0.2 * size)
 
 
 def _finite(seconds: float) -> float:
@@ -96,7 +97,7 @@ def explain(controller: Controller, name: str, now: float) -> Explanation:
         lines.append(f"It can't be served: {record.reason}")
         return Explanation(lines=tuple(lines))
     routes = loop.placement.phi.get(name, {})
-    load = server_loads(inp, loop.placement)
+    load = interference_loads(inp, loop.placement, loop.policy.additive)
     if name in loop.placement.unplaced:
         lines.append(f"It has no place: it {loop.placement.unplaced[name]}.")
     for instance, phi in sorted(routes.items()):
