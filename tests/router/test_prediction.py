@@ -100,6 +100,19 @@ def test_a_session_stays_while_its_prefix_cache_pays() -> None:
     assert predictor.choose(work(predictor, base), known, key) == "b"
 
 
+def test_of_many_instances_the_least_loaded_are_looked_at_and_the_sessions_own() -> None:
+    predictor, base = Predictor(COST), Target("base", {}, 0)
+    known = {name: Upstream(entry(name, f"http://{name}")) for name in (f"i{n:02}" for n in range(40))}
+    for number, upstream in enumerate(known.values()):
+        upstream.in_flight = 40 - number
+        for _ in range(40 - number):
+            work(predictor, base).sent(upstream.ledger)
+    assert predictor.choose(work(predictor, base), known) == "i39"
+    homes = {predictor.choose(work(predictor, base, 400_000), dict(known), key) for key in map(str, range(20))}
+    assert len(homes) > 1, "a long prompt's cache is worth the queue"
+    assert not homes <= set(list(known)[-16:])
+
+
 def test_ledgers_return_to_zero_on_every_path() -> None:
     predictor, ledger = Predictor(COST), Ledger()
     one, base = Target("one", {}, 20), Target("base", {}, 0)

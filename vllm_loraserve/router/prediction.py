@@ -9,6 +9,7 @@ hot spot spills over only when that is faster.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 
 from vllm_loraserve.cluster.operating_points import StepCost
@@ -21,6 +22,8 @@ from vllm_loraserve.router.upstream import Upstream
 
 SPILL_CANDIDATES = 2
 """Non-holders that are looked at beside the holders: those with the fewest requests."""
+MOST_CANDIDATES = 16
+"""Of all that could take a request (for the base model: all), those with the fewest requests are looked at."""
 FETCH_BYTES_S, FETCH_LATENCY_S = 1e9, 5e-3
 """A modest guess of what it takes to bring in an adapter that an instance lacks."""
 AFFINITY_SHARE = 0.5
@@ -79,11 +82,14 @@ class Predictor:
             candidates = dict.fromkeys(usable, 1.0)
         if not candidates:
             return None
+        own = None if affinity is None else rendezvous_weighted(affinity, candidates)
+        if len(candidates) > MOST_CANDIDATES:
+            least = heapq.nsmallest(MOST_CANDIDATES, candidates, key=lambda name: (usable[name].load(), name))
+            candidates = {name: candidates[name] for name in (*least, *filter(None, (own,)))}
         views = {name: self._view(usable[name], phi, work) for name, phi in candidates.items()}
         if len(views) == 1:
             (chosen,) = views
         else:
-            own = None if affinity is None else rendezvous_weighted(affinity, candidates)
             gain = AFFINITY_SHARE * work.prompt * cost.prefill_token
             chosen = choose_finish_time(
                 views.values(),
