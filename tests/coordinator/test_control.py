@@ -57,6 +57,25 @@ def test_the_table_says_by_what_finish_times_are_predicted_where_the_policy_want
     assert b.controller.table(b.now).prediction is None, "the paper draws by fraction"
 
 
+def test_operating_points_of_another_model_or_device_are_a_problem(bench):
+    b = bench(policy="loraserve+")
+    b.join("one")
+    for model, device, says in (
+        ("toy", "", ""),
+        ("", "GPU", "of 'GPU', not of 'CPU'"),
+        ("toy", "CPU", ""),
+        ("other", "CPU", "of 'other', not of 'toy'"),
+    ):
+        b.instances["one"].capacity = msgspec.structs.replace(b.instances["one"].capacity, device="CPU")
+        b.controller.register(b.instances["one"].hello(), b.now)
+        op = OperatingPoints(points={8: 1.0}, measured=True, model=model, device=device)
+        b.controller.loop.op = op
+        assert says in "".join(b.controller.problems())
+        assert bool(b.controller.problems()) is bool(says)
+        b.controller.loop.op = msgspec.structs.replace(op, measured=False)
+        assert not b.controller.problems()
+
+
 def test_a_dead_instance_loses_its_routes_and_comes_back(bench):
     b = bench()
     b.join("one")

@@ -514,10 +514,22 @@ class Controller:
             f"'{instance}' can't load '{adapter}': {f.error}"
             for (instance, adapter), f in sorted(self.commands.failures().items())
         ]
+        out += self._foreign_points()
         out += self.loop.speeds.warnings()
         out += [f"Refused {url}: {why}" for url, (_, why) in sorted(self._refused.items())]
         out += [f"Waiting for '{name}' to register again after the restart." for name in sorted(self._awaited)]
         return out
+
+    def _foreign_points(self) -> list[str]:
+        """Measured operating points that are none of this cluster's."""
+        op, kinds = self.loop.op, {m.hello.capacity.device for m in self.members.all()}
+        if op.measured and op.model and self.base_model not in ("", op.model):
+            of, here = op.model, self.base_model
+        elif op.measured and op.device and kinds and op.device not in kinds:
+            of, here = op.device, ", ".join(sorted(kinds))
+        else:
+            return []
+        return [f"The operating points are those of '{of}', not of '{here}'; measure them by `vllm-loraserve profile`."]
 
 
 def fitting(records: Iterable[AdapterRecord], capacity: Capacity) -> Iterator[AdapterRecord]:
