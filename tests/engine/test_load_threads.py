@@ -65,6 +65,7 @@ def test_queued_loads_wait_for_a_place_in_order_and_ordered_ones_do_not(jobs: Jo
     jobs.start(threads, "ordered", 9)
     until(lambda: "ordered" in jobs.began)
     assert set(jobs.began) == {"q0", "q1", "ordered"}
+    jobs.gates["ordered"].set()
     jobs.gates["q1"].set()
     until(lambda: "q2" in jobs.began)
     assert "q3" not in jobs.began
@@ -73,6 +74,34 @@ def test_queued_loads_wait_for_a_place_in_order_and_ordered_ones_do_not(jobs: Jo
     until(lambda: len(jobs.ended) == 5)
     jobs.start(threads, "later", 1, queued=True)
     until(lambda: "later" in jobs.began)
+
+
+def test_a_load_nobody_waits_for_begins_when_no_ordered_one_runs(jobs: Jobs) -> None:
+    from vllm_loraserve.engine.load_threads import LoadThreads
+
+    threads = LoadThreads(2, LONG)
+    jobs.start(threads, "first", 1)
+    jobs.start(threads, "ahead", 2, queued=True)
+    jobs.start(threads, "second", 3)
+    until(lambda: len(jobs.began) == 2)
+    jobs.gates["first"].set()
+    until(lambda: jobs.ended == ["first"])
+    with threads._changed:  # the queue's thread has looked since: it decides under this lock
+        assert threads._until_place() > 0
+    assert "ahead" not in jobs.began
+    jobs.gates["second"].set()
+    until(lambda: "ahead" in jobs.began)
+    assert jobs.ended == ["first", "second"]
+
+
+def test_an_ordered_load_that_hangs_holds_up_no_prefetch(jobs: Jobs) -> None:
+    from vllm_loraserve.engine.load_threads import LoadThreads
+
+    threads = LoadThreads(1, 0.05)
+    jobs.start(threads, "hangs", 1)
+    jobs.start(threads, "ahead", 2, queued=True)
+    until(lambda: "ahead" in jobs.began)
+    assert "hangs" not in jobs.ended
 
 
 def test_loads_that_hang_give_their_places_back(jobs: Jobs) -> None:

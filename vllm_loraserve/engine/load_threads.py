@@ -1,10 +1,11 @@
 """The threads that load adapters: one for each load, a bounded number, and none that hangs keeps the others waiting.
 
-Loads that the scheduler orders start at once, since it bounds their number; others (`add_lora`) wait in a queue for one
-of `places`. A load that takes longer than `timeout_s` hangs: its place goes to the next one, and its thread, a daemon,
-is only counted from then on. Of one adapter at most HUNG_EACH loads may hang, of all HUNG_MOST; beyond that a load is
-refused at once, until one of them ends. Of several loads of one adapter the one asked for last counts: what an earlier
-one brings, however late, is dropped.
+Loads that the scheduler orders start at once, since it bounds their number and requests wait for them; others
+(`add_lora`: a prefetch, a registration) wait in a queue for one of `places`, and until no ordered one runs. A load that
+takes longer than `timeout_s` hangs: its place goes to the next one, and its thread, a daemon, is only counted from then
+on. Of one adapter at most HUNG_EACH loads may hang, of all HUNG_MOST; beyond that a load is refused at once, until one
+of them ends. Of several loads of one adapter the one asked for last counts: what an earlier one brings, however late,
+is dropped.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ class Load:
 
 
 _here = threading.local()
+
+
+def ordered() -> bool:
+    """Whether this is the thread of a load that requests wait for, or no thread of a load at all."""
+    load = getattr(_here, "load", None)
+    return load is None or not load.takes_place
 
 
 def ensure_wanted() -> None:
@@ -111,6 +118,7 @@ class LoadThreads:
         before = self._latest.pop(adapter, None)
         if before is not None:
             before.superseded = True
+            self._changed.notify_all()
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -147,10 +155,10 @@ class LoadThreads:
         load.refuse(problem)
 
     def _feed(self) -> None:
-        """Gives places to queued loads, in order; ends with the queue."""
+        """Gives places to queued loads, in order, while nobody waits for another adapter; ends with the queue."""
         while True:
             with self._changed:
-                while self._queue and (wait := self._until_place()) > 0:
+                while self._queue and not self._queue[0].superseded and (wait := self._until_place()) > 0:
                     self._changed.wait(wait)
                 if not self._queue:
                     self._pump = None
@@ -162,12 +170,13 @@ class LoadThreads:
             self._launch(load, problem)
 
     def _until_place(self) -> float:
-        """Seconds until a place may be free; 0: one is."""
+        """Seconds until a place may be free; 0: one is, and no ordered load runs."""
         self._expire()
-        taken = [load.started for load in self._running if load.takes_place and not load.hangs]
-        if len(taken) < self.places:
+        live = [load for load in self._running if not load.hangs]
+        taken = [load.started for load in live if load.takes_place]
+        if len(taken) == len(live) < self.places:
             return 0.0
-        return max(min(taken) + self.timeout_s - time.monotonic(), 0.0) + 0.001
+        return max(min(load.started for load in live) + self.timeout_s - time.monotonic(), 0.0) + 0.001
 
     def _run(self, load: Load) -> None:
         _here.load = load
