@@ -20,9 +20,9 @@ async def test_totals_reach_the_metrics_page(tmp_path: Path) -> None:
     from vllm_loraserve.engine.trace import StepCounters
 
     def count(source: str, n: float) -> tuple[str, dict[str, str], float]:
-        return "loraserve_fetches_total", {"source": source, "result": "ok"}, n
+        return "loraserve:fetches_total", {"source": source, "result": "ok"}, n
 
-    transfers = [Family("loraserve_fetches", "Adapters.", "counter", [count("peer", 2.0), count("host", 1.0)])]
+    transfers = [Family("loraserve:fetches", "Adapters.", "counter", [count("peer", 2.0), count("host", 1.0)])]
     address = f"ipc://{tmp_path}/stats"
     publisher, collector, registry = Publisher(address), Collector(), CollectorRegistry()
     registry.register(collector)
@@ -45,8 +45,8 @@ async def test_totals_reach_the_metrics_page(tmp_path: Path) -> None:
     text = generate_latest(registry).decode()
     for line in (
         "loraserve:steps_total 5.0",
-        'loraserve_fetches_total{result="ok",source="peer"} 4.0',
-        'loraserve_fetches_total{result="ok",source="host"} 2.0',
+        'loraserve:fetches_total{result="ok",source="peer"} 4.0',
+        'loraserve:fetches_total{result="ok",source="host"} 2.0',
         "loraserve:skips_total 3.0",
         "loraserve:load_stalls_total 1.0",
         "loraserve:oldest_wait_seconds 1.5",

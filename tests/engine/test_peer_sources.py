@@ -19,6 +19,7 @@ from vllm_loraserve.engine.adapter_loader import ServedAdapter  # noqa: E402
 from vllm_loraserve.engine.peer_sources import PeerSources  # noqa: E402
 from vllm_loraserve.engine.side_loading import _status_of, is_transient  # noqa: E402
 from vllm_loraserve.memory.host_tier import HostEntry, HostTier, HostTierFullError  # noqa: E402
+from vllm_loraserve.transfer import pool  # noqa: E402
 from vllm_loraserve.transfer.auth import generate_key  # noqa: E402
 from vllm_loraserve.transfer.errors import AdapterUnavailableError  # noqa: E402
 
@@ -87,17 +88,37 @@ def test_an_adapter_comes_from_a_peer_under_an_id_of_our_own(worker):
     assert (adapter.id, adapter.rank, adapter.ranks) == (9, 16, (16, 8))
     assert content(ours, 9) == weights
     counted = {(name, *labels.values()): n for f in asker.metrics() for name, labels, n in f.samples}
-    assert counted["loraserve_fetches_total", "peer", "ok"] == 1
-    assert counted["loraserve_transfer_bytes_total",] == len(weights)
+    assert counted["loraserve:fetches_total", "peer", "ok"] == 1
+    assert counted["loraserve:transfer_bytes_total",] == len(weights)
     again = asker.bring(request)
     assert (again.id, again.ranks) == (9, (16, 8)), "it is here already, and its checkpoint need not be"
-    assert sum(n for f in asker.metrics() for name, labels, n in f.samples if name == "loraserve_fetches_total") == 1
+    assert sum(n for f in asker.metrics() for name, labels, n in f.samples if name == "loraserve:fetches_total") == 1
     # From now on the asker is a source too.
     third_tier = tier()
     third = worker("three", third_tier)
     third.locate("a", "/gone", "sha", [("two", asker.endpoint)])
     assert third.bring(LoRARequest("a", 1, "/gone")) is not None
     assert content(third_tier, 1) == weights
+
+
+def test_progress_is_told_while_an_adapter_is_on_its_way(worker, monkeypatch):
+    monkeypatch.setattr(pool, "REPORT_S", 0.01)
+    theirs = tier()
+    holder, asker = worker("one", theirs), worker("two", tier())
+    fill(theirs, 5, "sha", seed=1)
+    holder.served(LoRARequest("a", 5, "/a"))
+    asker.locate("a", "/a", "sha", [("one", holder.endpoint)])
+    told, acquire = threading.Event(), holder._store.acquire
+    monkeypatch.setattr(holder._store, "acquire", lambda name: told.wait(120) and acquire(name))
+    seen = []
+
+    def tell() -> None:
+        seen.extend(labels for f in asker.metrics() for name, labels, _ in f.samples if "progress_bytes" in name)
+        told.set()
+
+    asker.on_progress = tell
+    assert asker.bring(LoRARequest("a", 9, "/a")) is not None
+    assert seen[0] == {"adapter": "a"}
 
 
 @pytest.mark.parametrize("why", ["other content", "other layout", "removed", "not whole", "dead peer", "other rank"])

@@ -290,3 +290,29 @@ def test_a_queued_load_that_the_scheduler_overtakes_fails_for_nobody(pair: Any, 
         time.sleep(0.002)
     assert end.reports() == []
     assert manager.load_errors == {}
+
+
+def test_what_is_on_its_way_is_reported_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_loraserve.engine import channel
+    from vllm_loraserve.engine.side_loading import side_loading
+
+    family = channel.Family("loraserve:fetch_progress_bytes", "", "gauge", [("n", {"adapter": "a"}, 7.0)])
+
+    class WithPeers(Manager):
+        peers = SimpleNamespace(metrics=lambda: [family], on_progress=None)
+
+    monkeypatch.setattr(channel, "address_of", lambda *_: f"ipc://{tmp_path}/loads")
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(rank=3),
+        lora_config=SimpleNamespace(max_loras=2, max_cpu_loras=5),
+        additional_config={"loraserve": {}},
+    )
+    end = channel.SchedulerEnd(f"ipc://{tmp_path}/loads")
+    manager = side_loading(WithPeers)(config)
+    manager.create_lora_manager("model", config)
+    end.wait_for_workers(1, 120)
+    manager.peers.on_progress()
+    end.wait(120)
+    assert end.reports() == [channel.Transfers(3, [family])]
+    manager._channel.close()
+    end.close()

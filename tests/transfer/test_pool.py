@@ -109,13 +109,13 @@ def test_sources_in_their_order(world, source, at):
     brought = world.pool.bring(wanted(), [])
     assert brought.source == "checkpoint"
     assert world.checkpoint.loads == 1
-    assert world.count("loraserve_fetches_total", source="peer", result="ok") == 1
-    assert world.count("loraserve_fetches_total", source="host", result="ok") == 1
-    assert world.count("loraserve_fetches_total", source="checkpoint", result="ok") == 1
-    assert world.count("loraserve_transfer_arrived_bytes_total", rung="memfd") == brought.pages.size
-    assert world.count("loraserve_transfer_bytes_total") == brought.pages.size
-    assert world.count("loraserve_fetch_seconds_count", source="peer") == 1
-    assert world.count("loraserve_fetches_in_flight") == 0
+    assert world.count("loraserve:fetches_total", source="peer", result="ok") == 1
+    assert world.count("loraserve:fetches_total", source="host", result="ok") == 1
+    assert world.count("loraserve:fetches_total", source="checkpoint", result="ok") == 1
+    assert world.count("loraserve:transfer_arrived_bytes_total", rung="memfd") == brought.pages.size
+    assert world.count("loraserve:transfer_bytes_total") == brought.pages.size
+    assert world.count("loraserve:fetch_seconds_count", source="peer") == 1
+    assert world.count("loraserve:fetches_in_flight") == 0
 
 
 def test_the_arena_goes_before_the_host_tier(target, source):
@@ -184,7 +184,7 @@ def test_many_requests_for_one_adapter_fetch_it_once(world, server, source, at, 
     threads = [threading.Thread(target=lambda: results.append(world.pool.bring(wanted(), [at]))) for _ in range(12)]
     for thread in threads:
         thread.start()
-    until(lambda: world.count("loraserve_fetches_shared_total") == 11)
+    until(lambda: world.count("loraserve:fetches_shared_total") == 11)
     assert [p.name for p in world.pool.progress()] == ["a"]
     gate.set()
     for thread in threads:
@@ -212,7 +212,7 @@ def test_a_slow_first_source_gets_company_and_loses(target, source, server, at, 
         brought = made.pool.bring(wanted(), [at])
         assert brought.source == "checkpoint"
         assert time.monotonic() - begun >= 0.1
-        assert made.count("loraserve_fetch_hedges_total") == 1
+        assert made.count("loraserve:fetch_hedges_total") == 1
         held = target.find(wanted())
     finally:
         gate.set()
@@ -220,7 +220,7 @@ def test_a_slow_first_source_gets_company_and_loses(target, source, server, at, 
     # The loser came too late: nothing of it is left, the winner's pages are untouched.
     assert target.find(wanted()) == held
     assert target.free_bytes == target.slab.size - held.size
-    assert made.count("loraserve_fetches_total", source="peer", result="cancelled") == 1
+    assert made.count("loraserve:fetches_total", source="peer", result="cancelled") == 1
     assert source.landings == []
 
 
@@ -294,22 +294,6 @@ def test_so_many_checkpoints_and_no_more_are_read_at_a_time(target, monkeypatch)
     finally:
         made.checkpoint.gate.set()
         made.pool.close()
-
-
-def test_prefetch_waits_for_the_foreground(world, at, source):
-    world.checkpoint.gate.clear()
-    foreground = threading.Thread(target=lambda: world.pool.bring(wanted()))
-    foreground.start()
-    until(lambda: world.checkpoint.loads)
-    future = world.pool.prefetch(wanted("b"), [at])
-    time.sleep(0.1)
-    assert not future.done()
-    assert world.target.find(wanted("b")) is None
-    world.checkpoint.gate.set()
-    foreground.join()
-    assert future.result(PATIENCE_S).source == "peer"
-    assert world.count("loraserve_prefetches_total") == 1
-    assert world.target.bytes_of("b") == source.bytes_of("b")
 
 
 def test_closing_cancels_what_is_under_way(target, source, server, at):

@@ -18,14 +18,10 @@ from vllm_loraserve.transfer.slab_store import SlabStore
 @given(st.lists(st.integers(1, 5_000_000), min_size=1, max_size=60), st.floats(0.0, 0.5))
 def test_no_window_of_the_limiter_exceeds_rate_and_burst(sizes, pause):
     now = [0.0]
-
-    def sleep(seconds: float) -> None:
-        now[0] += seconds
-
-    limiter = RateLimiter(10e6, burst=1 << 20, clock=lambda: now[0], sleep=sleep)
+    limiter = RateLimiter(10e6, burst=1 << 20, clock=lambda: now[0])
     history = []
     for size in sizes:
-        limiter.take(size)
+        now[0] += limiter.book(size)
         history.append((now[0], size))
         now[0] += pause
     for i in range(len(history)):
@@ -34,9 +30,9 @@ def test_no_window_of_the_limiter_exceeds_rate_and_burst(sizes, pause):
             assert moved <= 10e6 * (history[j][0] - history[i][0]) + (1 << 20) + max(sizes) + 1
 
 
-def test_no_limit_never_sleeps():
-    assert RateLimiter(None).take(1 << 40) == 0.0
-    assert RateLimiter(0.0).take(1 << 40) == 0.0
+def test_no_limit_never_waits():
+    assert RateLimiter(None).book(1 << 40) == 0.0
+    assert RateLimiter(0.0).book(1 << 40) == 0.0
 
 
 class CountingStore:

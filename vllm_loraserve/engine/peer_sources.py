@@ -20,7 +20,7 @@ from vllm.lora.request import LoRARequest
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine import channel
 from vllm_loraserve.engine.adapter_loader import AdapterLoader, ServedAdapter
-from vllm_loraserve.engine.load_threads import ensure_wanted
+from vllm_loraserve.engine.load_threads import ensure_wanted, ordered
 from vllm_loraserve.memory.host_tier import HostEntry, HostTier
 from vllm_loraserve.transfer.auth import load_key
 from vllm_loraserve.transfer.errors import AdapterUnavailableError, CancelledError, DeadlineError, TransferError
@@ -108,7 +108,10 @@ class PeerSources:
             load=self._from_checkpoint if loader is not None else None,
             options=options,
             metrics=PoolMetrics(self._metrics),
+            on_progress=lambda: self.on_progress(),
         )
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called about once a second, on a thread that loads, while an adapter is on its way."""
 
     @property
     def endpoint(self) -> str:
@@ -116,7 +119,7 @@ class PeerSources:
         return self._server.endpoint
 
     def metrics(self) -> list[channel.Family]:
-        """The pool's counters since the start."""
+        """The pool's counters since the start, and how far what is on its way has come."""
         return [
             channel.Family(
                 family.name,
@@ -244,7 +247,7 @@ class PeerSources:
             self._failed.pop(name, None)
         wanted = Wanted(name=name, layout=self._tier.layout.fingerprint, digest=digest)
         try:
-            brought = self._pool.bring(wanted, locations)
+            brought = self._pool.bring(wanted, locations, ahead=not ordered())
         except (AdapterUnavailableError, TransferError, CancelledError, TimeoutError) as error:
             logger.warning("'%s' does not come from a peer: %s", name, error)
             if self._loader is None:

@@ -100,6 +100,8 @@ class SideLoadingMixin:
                 host_rows=self._host_rows(),
             )
             self._channel = channel.WorkerEnd(address, hello, self._on_order)
+            if (peers := getattr(self, "peers", None)) is not None:
+                peers.on_progress = self._report_transfers
         return model
 
     def _ahead(self) -> int:
@@ -151,8 +153,7 @@ class SideLoadingMixin:
             self._report(channel.Ready(rank, adapter, attempt, _rank_of(lora_rank), seconds, request.lora_path))
         except Exception as error:
             self._fail(request, attempt, error)
-        if (peers := getattr(self, "peers", None)) is not None:
-            self._report(channel.Transfers(rank, peers.metrics()))
+        self._report_transfers()
         self._sweep()
 
     def _fail(self, request: LoRARequest, attempt: int, error: Exception) -> None:
@@ -169,6 +170,10 @@ class SideLoadingMixin:
                 rank, request.lora_int_id, attempt, reason, transient, 503 if superseded else _status_of(error)
             )
         )
+
+    def _report_transfers(self) -> None:
+        if (peers := getattr(self, "peers", None)) is not None:
+            self._report(channel.Transfers(self._vllm_config.parallel_config.rank, peers.metrics()))
 
     def _report(self, report: channel.Report) -> None:
         if self._channel is not None:

@@ -291,6 +291,7 @@ class Peer:
         landed = False
         destination: Destination | None = None
         try:
+            flight.begin(lease.pages.size)
             destination = landing.reserve(lease.pages)
             try:
                 sums = rung.read(self, lease, destination, flight)

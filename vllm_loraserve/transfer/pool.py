@@ -37,6 +37,10 @@ MOST_READERS = 256
 """Checkpoints that may be read at a time, those included whose file system does not answer."""
 CLOSE_S = 30.0
 """Longest that `close` waits for such a file system."""
+REPORT_S = 1.0
+"""Between two reports of progress while a fetch runs."""
+LOOK_S = 0.02
+"""Shortest pause between two looks at a source that our own bandwidth cap holds up."""
 Find = Callable[[Wanted], AdapterPages | None]
 """A look into a tier of this process: the adapter's pages where they are there, None otherwise."""
 LoadCheckpoint = Callable[[Wanted, Landing, Flight], AdapterPages]
@@ -61,7 +65,8 @@ class Brought(msgspec.Struct, frozen=True, kw_only=True):
 
 class PoolOptions(msgspec.Struct, frozen=True, kw_only=True):
     """deadline_s: for one adapter in all. peer_deadline_s: for one peer's part in it. hedge_s: after so long without an
-    end, a second source is started. rate: bytes/s that all fetches from peers together may take, 0 for no limit."""
+    end, waits for our own `rate` apart, a second source is started. rate: bytes/s that all fetches from peers together
+    may take, 0 for no limit."""
 
     deadline_s: float = 30.0
     peer_deadline_s: float = 30.0
@@ -70,11 +75,18 @@ class PoolOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """One fetch under way: bytes set moving so far by all its sources, and for how long, in seconds."""
+    """One fetch under way: bytes set moving of all that it has to bring (0: not known yet), by the source that is
+    furthest, and for how long, in seconds."""
 
     name: str
-    moved: int
+    done: int
+    total: int
     seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Bytes/s since the fetch began."""
+        return self.done / self.seconds if self.seconds > 0 else 0.0
 
 
 class _Race:
@@ -104,12 +116,18 @@ class _Fetch:
         self.name, self.done, self.begun = name, Future[Brought](), time.monotonic()
         self.flights: list[Flight] = []
 
+    def progress(self, now: float) -> Progress:
+        """As it is `now`."""
+        done, total = max(((flight.done, flight.total) for flight in self.flights), default=(0, 0))
+        return Progress(self.name, done, total, now - self.begun)
+
 
 class AdapterPool:
     """Brings adapters into `landing`. Methods may be called from any thread; `bring` blocks, so never the engine's.
 
     tiers: ("arena", find), ("host", find) in that order. load: how to make pages from the checkpoint, None where
-    there is no way. device: of the landing's slab (-1: host memory), for the choice of the rung.
+    there is no way. device: of the landing's slab (-1: host memory), for the choice of the rung. on_progress: called
+    about once a second, on the thread of a fetch, while fetches run.
     """
 
     def __init__(
@@ -122,58 +140,47 @@ class AdapterPool:
         device: int = -1,
         options: PoolOptions | None = None,
         metrics: PoolMetrics | None = None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._landing, self._peers, self._tiers, self._load, self._device = landing, peers, tuple(tiers), load, device
         self.options = options or PoolOptions()
-        self._metrics = metrics
+        self._metrics, self._on_progress = metrics, on_progress
+        if metrics is not None:
+            metrics.running = self.progress
         self._limiter = RateLimiter(self.options.rate)
         self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
         self._fetches: dict[Wanted, _Fetch] = {}
         self._workers = ThreadPoolExecutor(16, thread_name_prefix="loraserve-pool")
         self._readers: set[threading.Thread] = set()
         """Threads that read a checkpoint."""
-        self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="loraserve-prefetch")
-        self._foreground = 0
+        self._reported = 0.0
         self._closing = False
 
     # ---- bringing in ----
 
-    def bring(self, wanted: Wanted, locations: Sequence[Location] = ()) -> Brought:
+    def bring(self, wanted: Wanted, locations: Sequence[Location] = (), *, ahead: bool = False) -> Brought:
         """The adapter, here. Raises AdapterUnavailableError when every source failed; blocks up to `deadline_s`.
 
-        locations: the peers to ask, in the order to ask them.
+        locations: the peers to ask, in the order to ask them. ahead: nobody waits for it yet (for the metrics only: it
+        is the caller who keeps such loads behind others).
         """
-        with self._lock:
-            self._foreground += 1
-        try:
-            return self._bring(wanted, locations)
-        finally:
-            with self._lock:
-                self._foreground -= 1
-                self._idle.notify_all()
-
-    def prefetch(self, wanted: Wanted, locations: Sequence[Location] = ()) -> Future[Brought]:
-        """The same when nobody is waiting for another adapter; one at a time."""
-
-        def run() -> Brought:
-            with self._lock:
-                while self._foreground and not self._closing:
-                    self._idle.wait()
-                if self._closing:
-                    raise CancelledError("the pool is closing")
-            if self._metrics:
-                self._metrics.prefetches.inc()
-            return self._bring(wanted, locations)
-
-        return self._prefetcher.submit(run)
+        if ahead and self._metrics:
+            self._metrics.prefetches.inc()
+        return self._bring(wanted, locations)
 
     def progress(self) -> list[Progress]:
         """Every fetch under way."""
         now = time.monotonic()
         with self._lock:
-            fetches = list(self._fetches.values())
-        return [Progress(f.name, sum(flight.moved for flight in f.flights), now - f.begun) for f in fetches]
+            return [fetch.progress(now) for fetch in self._fetches.values()]
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if now - self._reported < REPORT_S:
+                return
+            self._reported = now
+        self._on_progress()
 
     def _bring(self, wanted: Wanted, locations: Sequence[Location]) -> Brought:
         for source, find in self._tiers:
@@ -208,17 +215,22 @@ class AdapterPool:
         """Source after source, the next one beside the last where that is slow, until one has landed."""
         race = _Race(self._landing)
         waiting = self._sources(wanted, locations, race)
-        running: dict[Future[Brought], tuple[str, Flight]] = {}
+        running: dict[Future[Brought], tuple[str, Flight, float]] = {}
         failures: list[tuple[str, str]] = []
         end = time.monotonic() + self.options.deadline_s
         try:
             while waiting or running:
-                left = end - time.monotonic()
+                now = time.monotonic()
+                left = end - now
                 if left <= 0:
-                    failures += [(label, "not done in time") for label, _ in running.values()]
+                    failures += [(label, "not done in time") for label, _, _ in running.values()]
                     break
-                # One source, and one more beside it where it is slow.
-                if waiting and len(running) < 2:
+                # One source, and one more beside it where it is slow, and not by our own bandwidth cap.
+                until_hedge = max(
+                    (begun + self.options.hedge_s + flight.held - now for _, flight, begun in running.values()),
+                    default=0.0,
+                )
+                if waiting and len(running) < 2 and until_hedge <= 0:
                     label, run = waiting.pop(0)
                     most = left if label == CHECKPOINT else min(left, self.options.peer_deadline_s)
                     flight = Flight(most, self._limiter, self._moved)
@@ -226,18 +238,21 @@ class AdapterPool:
                     if running and self._metrics:
                         self._metrics.hedges.inc()
                     begin = self._read_aside if label == CHECKPOINT else self._workers.submit
-                    running[begin(run, flight)] = (label, flight)
-                patience = self.options.hedge_s if waiting and len(running) < 2 else left
-                done, _ = wait(running, timeout=min(patience, left), return_when=FIRST_COMPLETED)
+                    running[begin(run, flight)] = (label, flight, now)
+                    until_hedge = self.options.hedge_s
+                patience = max(until_hedge, LOOK_S) if waiting and len(running) < 2 else left
+                done, _ = wait(running, timeout=min(patience, left, REPORT_S), return_when=FIRST_COMPLETED)
                 for future in done:
-                    label, _ = running.pop(future)
+                    label, _, _ = running.pop(future)
                     error = future.exception()
                     if error is None:
                         return self._landed(future.result(), fetch)
                     failures.append((label, str(error)))
                     logger.warning("transfer: %s from %s failed: %s", wanted.name, label, error)
+                if not done:
+                    self._report()
         finally:
-            for _, flight in running.values():
+            for _, flight, _ in running.values():
                 flight.cancel()
         raise AdapterUnavailableError(wanted.name, failures)
 
@@ -308,8 +323,9 @@ class AdapterPool:
         except CancelledError:
             result = "cancelled"
             raise
-        except (PeerLostError, DeadlineError):
-            self._peers.rest(endpoint)
+        except (PeerLostError, DeadlineError) as error:
+            if isinstance(error, PeerLostError) or not flight.held:  # else it was our own bandwidth cap
+                self._peers.rest(endpoint)
             raise
         finally:
             self._count("peer", result)
@@ -346,10 +362,8 @@ class AdapterPool:
         with self._lock:
             self._closing = True
             flights = [flight for fetch in self._fetches.values() for flight in fetch.flights]
-            self._idle.notify_all()
         for flight in flights:
             flight.cancel()
-        self._prefetcher.shutdown(cancel_futures=True)
         self._workers.shutdown()
         with self._lock:
             readers = list(self._readers)
