@@ -122,7 +122,7 @@ class FakeInstance:
                 self.results.append(CommandResult(id=c.id, ok=False, error="no such file"))
                 continue
             if c.action == "prefetch":
-                self.resident[c.adapter.name] = Residency(name=c.adapter.name, sha256=c.adapter.sha256)
+                self.resident[c.adapter.name] = Residency(name=c.adapter.name, sha256=c.adapter.sha256, generation=1)
             else:
                 self.resident.pop(c.adapter.name, None)
             self.results.append(CommandResult(id=c.id, ok=True))

@@ -341,7 +341,7 @@ def test_the_location_table_names_who_can_be_read_from_least_busy_first(bench):
     record_a = b.registry.get("a")
     for name in ("one", "two", "silent"):
         b.instances[name].resident["a"] = Residency(name="a", sha256=record_a.sha256, generation=7)
-    b.instances["three"].resident["a"] = Residency(name="a", sha256="of another content")
+    b.instances["three"].resident["a"] = Residency(name="a", sha256="of another content", generation=3)
     b.instances["one"].running["a"] = 3
     b.beat()
     assert [(x.instance, x.endpoint, x.generation) for x in b.controller.locations(record_a)] == [
@@ -353,6 +353,10 @@ def test_the_location_table_names_who_can_be_read_from_least_busy_first(bench):
     b.run(4)
     told = [c for c in b.instances["three"].told if c.action == "prefetch"]
     assert [x.instance for x in told[0].locations] == ["two", "one"]
+    # What is in an arena alone can not be read.
+    b.instances["two"].resident["a"] = Residency(name="a", sha256=record_a.sha256, tier="arena")
+    b.beat()
+    assert "two" not in [x.instance for x in b.controller.locations(record_a)]
 
 
 def test_what_is_fetched_ahead_fits_the_host_tier_or_else_the_arena():

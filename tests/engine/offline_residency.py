@@ -78,6 +78,7 @@ def main(folder: Path) -> dict[str, Any]:
     out["error"] = until(lambda seen: seen[2])[2]
     out["generated"] = generate(one)
     out["running"], out["pages"] = residency(), pages(1)
+    out["generation"] = host.get(1).generation
 
     # A peer takes it from the worker ...
     tier = HostTier(host.layout, 16 << 20)

@@ -98,7 +98,11 @@ class FakeEngine:
         if method == "loraserve_shapes":
             return [{"q_proj": [[64, 64]], "lm_head": []}, {"q_proj": [[64, 64]], "o_proj": [[64, 64]]}]
         if method == "loraserve_residency":
-            return [([i for i in self.held if i == 1], list(self.held), self.errors), ([], list(self.held), {})]
+            generations = {str(i): 10 + i for i in self.held}
+            return [
+                ([i for i in self.held if i == 1], list(self.held), self.errors, generations),
+                ([], list(self.held), {}, dict.fromkeys(generations, 1)),
+            ]
         assert method == "loraserve_locate"
         self.located += args[0]
         return [None, None]
@@ -350,13 +354,18 @@ async def test_workers_hear_who_holds_an_adapter_before_they_load_it(coordinator
         base_model="toy",
         capacity=Capacity(slots=4, rank_rows=1),
         transfer="127.0.0.1:7003",
-        resident=tuple(Residency(name=n, sha256="one") for n in "ab"),
+        resident=tuple(Residency(name=n, sha256="one", generation=1) for n in "ab"),
     )
     controller.register(other, time.monotonic() + 1000)
     held_by_two = [("two", "127.0.0.1:7003")]
     coordinator.add(record("a"))
     await until(lambda: "a" in models.lora_requests)
     assert ("a", "/adapters/a", "one", held_by_two) in engine.located, "by the command"
+    await until(lambda: "a" in controller.members.get("one").resident)
+    generation = 10 + models.lora_requests["a"].lora_int_id + 1  # of both ranks
+    assert [(x.instance, x.generation) for x in controller.locations(record("a"), besides="two")] == [
+        ("one", generation)
+    ]
     controller.registry.add(record("b", source="/adapters/b"))
     await models.resolve_lora("b")
     assert ("b", "/adapters/b", "one", held_by_two) in engine.located, "by the resolver"

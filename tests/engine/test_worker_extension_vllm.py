@@ -25,13 +25,14 @@ def test_a_worker_says_what_it_holds_and_exchanges_adapters_with_a_peer(tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
-    assert told["first"] == [[], [], {}]
+    assert told["first"] == [[], [], {}, {}]
     hidden, inner = SHAPES["mlp.down_proj"][1], SHAPES["mlp.down_proj"][0]
     assert (told["shapes"]["down_proj"], told["shapes"]["up_proj"]) == ([[inner, hidden]], [[hidden, inner]])
     assert told["aside"][0] == []
     assert told["listed_aside"] == [], "vLLM's own list would call it absent"
     assert "broken" in told["error"]["2"]
     assert told["running"][0] == [1]
+    assert told["running"][3] == {"1": told["generation"]}
     assert told["peer_got_it"]
     assert told["pages_from_peer"] == told["pages"], "byte for byte, its checkpoint gone"
     assert "has changed since 't' was registered" in told["overwritten"]["4"]

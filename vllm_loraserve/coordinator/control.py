@@ -218,7 +218,7 @@ class Controller:
         holders = [
             m
             for m in self.members.all()
-            if m.name != besides and m.hello.transfer and m.holds(record.name, record.sha256)
+            if m.name != besides and m.hello.transfer and m.offers(record.name, record.sha256)
         ]
         holders.sort(key=lambda m: (m.load.running + m.load.waiting, m.name))
         return tuple(

@@ -40,6 +40,10 @@ class Member(msgspec.Struct):
         copy = self.resident.get(adapter)
         return copy is not None and copy.sha256 == sha256
 
+    def offers(self, adapter: str, sha256: str) -> bool:
+        """Whether peers may read this very content from it: what is in its arena alone they can't."""
+        return self.holds(adapter, sha256) and self.resident[adapter].generation > 0
+
 
 class Membership:
     """The live instances; one that is silent for `expiry_s` seconds is out until it registers again."""

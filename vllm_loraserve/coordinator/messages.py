@@ -135,6 +135,8 @@ class Residency(Part, frozen=True):
     sha256: str
     tier: Literal["arena", "host"] = "arena"
     generation: int = 0
+    """Of the copy that peers may read, over all ranks: rises whenever it is replaced; 0: there is none, or it does not
+    lie in pages."""
 
 
 class Location(Part, frozen=True):
@@ -144,6 +146,7 @@ class Location(Part, frozen=True):
     endpoint: str
     """Where its transfer service listens: host:port, one for each tensor-parallel rank, separated by commas."""
     generation: int = 0
+    """As the instance last reported it (`Residency`)."""
 
 
 class Command(Part, frozen=True):

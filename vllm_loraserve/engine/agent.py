@@ -19,7 +19,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from vllm.lora.request import LoRARequest
@@ -81,6 +81,19 @@ def instance_name(config: LoRAServeConfig, url: str) -> str:
         return config.instance
     parts = urllib.parse.urlsplit(url)
     return re.sub(r"[^\w.\-]+", "-", f"{parts.hostname}-{parts.port or 80}", flags=re.ASCII).strip("-._")
+
+
+class Inside(NamedTuple):
+    """Ids that every worker holds in slots, ids that it has in host memory, why others could not be loaded, and for
+    those in the host tier of every worker the sum of their generations: it rises with each change on any."""
+
+    arena: set[int]
+    host: set[int]
+    errors: dict[int, str]
+    generations: dict[int, int]
+
+    def __contains__(self, lora_id: object) -> bool:
+        return lora_id in self.arena or lora_id in self.host
 
 
 class Agent:
@@ -293,24 +306,27 @@ class Agent:
 
     async def _residency(self) -> tuple[Residency, ...]:
         """What the engine holds of the registry's adapters."""
-        arena, host, _ = await self._inside()
+        inside = await self._inside()
         out = []
         for name, request in list(self.models.lora_requests.items()):
-            digest = self.resolver.digest_of(request)
-            if digest is not None and request.lora_int_id in arena | host:
-                tier: Literal["arena", "host"] = "arena" if request.lora_int_id in arena else "host"
-                out.append(Residency(name=name, sha256=digest, tier=tier))
+            digest, number = self.resolver.digest_of(request), request.lora_int_id
+            if digest is not None and number in inside:
+                tier: Literal["arena", "host"] = "arena" if number in inside.arena else "host"
+                generation = inside.generations.get(number, 0)
+                out.append(Residency(name=name, sha256=digest, tier=tier, generation=generation))
         return tuple(out)
 
-    async def _inside(self) -> tuple[set[int], set[int], dict[int, str]]:
-        """Ids that every worker holds in slots, ids that it has in host memory, and why others could not be loaded."""
+    async def _inside(self) -> Inside:
         if not self._extended:
-            return set(await self.engine.list_loras()), set(), {}
+            return Inside(set(await self.engine.list_loras()), set(), {}, {})
         answers = await self._rpc("loraserve_residency")
-        arena = set.intersection(*(set(a) for a, _, _ in answers))
-        held = set.intersection(*(set(a) | set(h) for a, h, _ in answers))
+        arena = set.intersection(*(set(a) for a, _, _, _ in answers))
+        held = set.intersection(*(set(a) | set(h) for a, h, _, _ in answers))
         # Keys of a map may arrive as text.
-        return arena, held - arena, {int(i): text for _, _, errors in answers for i, text in errors.items()}
+        errors = {int(i): text for _, _, failed, _ in answers for i, text in failed.items()}
+        counts = [{int(i): n for i, n in generations.items()} for _, _, _, generations in answers]
+        generations = {i: sum(c[i] for c in counts) for i in set.intersection(*(set(c) for c in counts))}
+        return Inside(arena, held - arena, errors, generations)
 
     async def _refresh_registry(self) -> None:
         while True:
@@ -394,8 +410,7 @@ class Agent:
                 request = None
             if request is None:
                 request = self.resolver.request_for(record, self.models.lora_id_counter.inc(1))
-            arena, host, _ = await self._inside()
-            if request.lora_int_id not in arena | host:
+            if request.lora_int_id not in await self._inside():
                 if self._extended:
                     await self._locate(request, locations)
                 await self.engine.add_lora(request)
@@ -418,11 +433,11 @@ class Agent:
         """
         end, pause = time.monotonic() + self._patience_s, 0.05
         while True:
-            arena, host, errors = await self._inside()
-            if request.lora_int_id in arena | host:
+            inside = await self._inside()
+            if request.lora_int_id in inside:
                 return True
-            if request.lora_int_id in errors:
-                raise RuntimeError(errors[request.lora_int_id])
+            if request.lora_int_id in inside.errors:
+                raise RuntimeError(inside.errors[request.lora_int_id])
             if time.monotonic() > end or self.models.lora_requests.get(request.lora_name) is not request:
                 return False
             await asyncio.sleep(pause)

@@ -45,7 +45,7 @@ def locations_of(table: RoutingTable, name: str, sha256: str) -> tuple[Location,
         for i in table.instances
         if i.transfer
         for copy in i.resident
-        if copy.name == name and copy.sha256 == sha256
+        if copy.name == name and copy.sha256 == sha256 and copy.generation
     )
 
 

@@ -15,16 +15,19 @@ class WorkerExtension:
     def _loraserve_manager(self) -> Any:
         return self.model_runner.lora_manager  # type: ignore[attr-defined]
 
-    def loraserve_residency(self) -> tuple[list[int], list[int], dict[int, str]]:
-        """Ids of adapters (in slots, ready in host memory), and why the last load of an id failed."""
+    def loraserve_residency(self) -> tuple[list[int], list[int], dict[int, str], dict[int, int]]:
+        """Ids of adapters (in slots, ready in host memory), why the last load of an id failed, and the generation of
+        each id in the host tier, which is what peers read."""
         manager = self._loraserve_manager()
         active = {i for i in manager._adapter_manager._active_adapters if i > 0}
         known = set(manager.list_adapters()) | set(getattr(manager, "_prepared", ()))
         is_prepared = getattr(manager, "is_prepared", known.__contains__)
+        host = getattr(manager, "host", None)
         return (
             sorted(active),
             sorted(i for i in known - active if is_prepared(i)),
             dict(getattr(manager, "load_errors", {})),
+            {entry.key: entry.generation for entry in host.entries()} if host is not None else {},
         )
 
     def loraserve_shapes(self) -> dict[str, list[tuple[int, int]]]:
