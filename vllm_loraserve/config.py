@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from vllm_loraserve.transfer.rungs import DEFAULT_ORDER, WAYS
+
 InstanceName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}\Z")]
 
 
@@ -67,6 +69,10 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     transfer_advertise: Annotated[
         str | None, Meta(description="Host under which peers reach transfer_host; unset: transfer_host itself.")
     ] = None
+    transfer_ways: Annotated[
+        tuple[str, ...],
+        Meta(min_length=1, description=f"Ways between peers that may be taken, best first, of {', '.join(WAYS)}."),
+    ] = DEFAULT_ORDER
     transfer_rdma: Annotated[str, Meta(description="RDMA device to use, or auto, or off.")] = "auto"
     transfer_gib_s: Annotated[
         float, Meta(ge=0, description="Most GiB/s that fetches from peers take together; 0: no bound.")
@@ -175,6 +181,8 @@ def _problem(key: str, value: Any) -> str | None:
         return "expected a finite number"
     if value is not None and key == "coordinator" and not _is_endpoint(value):
         return "expected a ZMQ endpoint, tcp://HOST:PORT or ipc://PATH"
+    if key == "transfer_ways" and (unknown := [way for way in value if way not in WAYS]):
+        return f"there is no way {unknown[0]!r}; choose among {', '.join(WAYS)}"
     if value is not None and key == "advertise_url" and not _is_base_url(value):
         return "expected an HTTP base URL, http://HOST:PORT"
     return None

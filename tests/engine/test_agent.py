@@ -646,6 +646,13 @@ def test_two_sizes_for_the_arena_are_refused_before_the_model_loads():
         parse_config({"transfer_key_file": "/k", "transfer_host": host, "transfer_advertise": "node-1"})
 
 
+def test_ways_between_peers_are_those_that_there_are():
+    assert parse_config({"transfer_ways": ["nixl", "tcp"]}).transfer_ways == ("nixl", "tcp")
+    for ways, why in ((["pigeon"], "there is no way 'pigeon'; choose among cuda_ipc, memfd"), ([], "length >= 1")):
+        with pytest.raises(ConfigError, match=f"transfer_ways=.*{why}"):
+            parse_config({"transfer_ways": ways})
+
+
 def test_instance_names():
     assert instance_name(LoRAServeConfig(instance="x"), "http://h:1") == "x"
     assert instance_name(LoRAServeConfig(), "http://127.0.0.1:8000") == "127.0.0.1-8000"

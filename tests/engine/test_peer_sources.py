@@ -13,7 +13,7 @@ from vllm.lora.request import LoRARequest  # noqa: E402
 
 from vllm_loraserve.adapters.checkpoint import AdapterError  # noqa: E402
 from vllm_loraserve.adapters.layout import ModuleShape, build_layout  # noqa: E402
-from vllm_loraserve.config import LoRAServeConfig  # noqa: E402
+from vllm_loraserve.config import ConfigError, LoRAServeConfig  # noqa: E402
 from vllm_loraserve.engine import peer_sources  # noqa: E402
 from vllm_loraserve.engine.adapter_loader import ServedAdapter  # noqa: E402
 from vllm_loraserve.engine.peer_sources import PeerSources  # noqa: E402
@@ -219,6 +219,28 @@ def test_a_peer_that_no_table_names_any_more_is_let_go(worker):
     assert list(asker._peers._peers) == [holder.endpoint], "b is there still"
     asker.locate("b", "/b", "sha", [])
     until(lambda: not asker._peers._peers)
+
+
+def test_the_ways_are_those_that_were_named(worker):
+    theirs, ours = tier(), tier()
+    holder, asker = worker("one", theirs), worker("two", ours, transfer_ways=("verbs", "tcp"))
+    fill(theirs, 5, "sha", seed=1)
+    holder.served(LoRARequest("a", 5, "/a"))
+    asker.locate("a", "/a", "sha", [("one", holder.endpoint)])
+    assert asker.bring(LoRARequest("a", 9, "/a")) is not None
+    counted = {(name, *labels.values()): n for f in asker.metrics() for name, labels, n in f.samples}
+    assert counted["loraserve:transfer_arrived_bytes_total", "tcp"] == len(content(ours, 9))
+    back = worker("three", tier())
+    back.locate("a", "/a", "sha", [("two", asker.endpoint)])
+    assert back.bring(LoRARequest("a", 1, "/a")) is not None
+    (peer,) = back._peers._peers.values()
+    assert peer.reasons()["memfd"] == "the peer is on another host, or offers no mapping"
+
+
+def test_nixl_is_refused_in_one_line_where_it_can_not_be_used(worker, monkeypatch):
+    monkeypatch.setattr(peer_sources.nixl, "unusable", lambda: "the nixl extra is not installed")
+    with pytest.raises(ConfigError, match=r"transfer_ways=.*no nixl here: the nixl extra is not installed"):
+        worker("one", tier(), transfer_ways=("nixl", "tcp"))
 
 
 def test_a_stranger_gets_nothing(worker, tmp_path):

@@ -420,7 +420,7 @@ def test_without_the_unix_socket_the_next_way_is_taken(source, target):
         TransferServer([source], KEY, "one", verbs="off", offer_unix=False) as server,
         Peer(server.endpoint, KEY, "two") as peer,
     ):
-        assert peer.reasons()["memfd"] == "the peer is on another host"
+        assert peer.reasons()["memfd"] == "the peer is on another host, or offers no mapping"
         assert peer.fetch(wanted("a"), target, Flight(PATIENCE_S))[1] == "tcp"
 
 

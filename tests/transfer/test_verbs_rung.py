@@ -10,7 +10,13 @@ import pytest
 
 from transfer.helpers import KEY, PATIENCE_S, wanted
 from vllm_loraserve.transfer import wire
-from vllm_loraserve.transfer.errors import DeadlineError, GenerationChangedError, PeerLostError, RungFailedError
+from vllm_loraserve.transfer.errors import (
+    CancelledError,
+    DeadlineError,
+    GenerationChangedError,
+    PeerLostError,
+    RungFailedError,
+)
 from vllm_loraserve.transfer.flight import Flight
 from vllm_loraserve.transfer.peer import Peer
 from vllm_loraserve.transfer.rungs import verbs
@@ -137,6 +143,18 @@ def test_the_flight_s_own_deadline_is_no_failure_of_the_way(target, connect):
     with pytest.raises(DeadlineError):
         peer.fetch(wanted("a"), target, Flight(0.1))
     assert [rung.name for rung in peer.rungs()] == ["verbs", "tcp"]
+
+
+@pytest.mark.parametrize("end", ["deadline", "cancel"])
+def test_a_read_that_waits_for_another_one_ends_in_time_all_the_same(end, target, connect):
+    peer = connect("verbs")
+    (rung,) = peer.rungs()
+    flight = Flight(0.05 if end == "deadline" else PATIENCE_S)
+    if end == "cancel":
+        flight.cancel()
+    with rung._lock, pytest.raises(DeadlineError if end == "deadline" else CancelledError):
+        peer.fetch(wanted("a"), target, flight)
+    assert target.free_bytes == target.slab.size
 
 
 def test_a_dead_peer_is_the_peer_s_failure_and_says_how_it_showed(server, target, connect, device):

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.config import ConfigError, LoRAServeConfig
 from vllm_loraserve.engine import channel
 from vllm_loraserve.engine.adapter_loader import AdapterLoader, ServedAdapter
 from vllm_loraserve.engine.load_threads import ensure_wanted, ordered
@@ -31,6 +31,7 @@ from vllm_loraserve.transfer.metrics import PoolMetrics
 from vllm_loraserve.transfer.pages import AdapterPages, Landing, Wanted
 from vllm_loraserve.transfer.peers import PeerTable
 from vllm_loraserve.transfer.pool import AdapterPool, Location, PoolOptions
+from vllm_loraserve.transfer.rungs import nixl
 from vllm_loraserve.transfer.server import TransferServer
 
 logger = init_logger("vllm.loraserve.peer_sources")
@@ -46,7 +47,8 @@ class PeerSources:
 
     tier: the host tier that is served and filled. whole: whether an adapter (by its integer id) is in its pages
     altogether; others are not offered. rank: tensor-parallel rank; peers are asked at the same rank. loader: reads
-    checkpoints into the tier; without one `bring` knows peers only.
+    checkpoints into the tier; without one `bring` knows peers only. Raises ConfigError for a way that can't be offered,
+    AuthenticationError for a key that can't be used.
     """
 
     def __init__(
@@ -60,6 +62,10 @@ class PeerSources:
     ) -> None:
         assert config.transfer_key_file is not None
         key, instance = load_key(config.transfer_key_file), config.instance or "instance"
+        ways = set(config.transfer_ways)
+        if "nixl" in ways and (reason := nixl.unusable()):
+            raise ConfigError(f"loraserve-config: transfer_ways={config.transfer_ways!r}: no nixl here: {reason}")
+        rdma = "off" if ways.isdisjoint(("verbs", "verbs_gpudirect")) else config.transfer_rdma
         self._tier, self._whole, self._rank, self._loader = tier, whole, rank, loader
         self._lock = threading.Lock()
         self._ids: dict[str, int] = {}
@@ -91,14 +97,16 @@ class PeerSources:
             instance,
             host=config.transfer_host,
             advertise=config.transfer_advertise,
-            verbs=config.transfer_rdma,
+            verbs=rdma,
+            offer_unix=not ways.isdisjoint(("memfd", "cuda_ipc")),
+            offer_nixl="nixl" in ways,
         )
         options = PoolOptions(
             deadline_s=config.load_timeout_s if loader is not None else config.transfer_deadline_s,
             peer_deadline_s=config.transfer_deadline_s,
             rate=config.transfer_gib_s * 2**30,
         )
-        self._peers = PeerTable(key, instance, verbs=config.transfer_rdma)
+        self._peers = PeerTable(key, instance, order=config.transfer_ways, verbs=rdma)
         # A registry of its own: no server shows a worker's default one.
         self._metrics = CollectorRegistry()
         self._pool = AdapterPool(

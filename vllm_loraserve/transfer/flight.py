@@ -6,12 +6,16 @@ way on all of them.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from vllm_loraserve.transfer.errors import CancelledError, DeadlineError
 from vllm_loraserve.transfer.wire import Deadline
+
+LOCK_S = 0.1
+"""Between two looks at cancellation while a lock is waited for."""
 
 
 class RateLimiter:
@@ -108,6 +112,16 @@ class Flight:
         """Seconds for which our own bandwidth cap, and not the source, has held the transfer up."""
         with self._lock:
             return self._held + (self._clock() - self._held_since if self._holding else 0.0)
+
+    @contextlib.contextmanager
+    def holding(self, lock: threading.Lock) -> Iterator[None]:
+        """Holds `lock`, which another transfer may have for long; raises as `check` while it waits."""
+        while not lock.acquire(timeout=self.deadline.left(LOCK_S)):
+            self.check()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def check(self) -> None:
         """Raises CancelledError or DeadlineError where the transfer must stop."""

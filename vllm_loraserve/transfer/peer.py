@@ -29,6 +29,7 @@ from vllm_loraserve.transfer.errors import (
 )
 from vllm_loraserve.transfer.flight import Flight
 from vllm_loraserve.transfer.pages import AdapterPages, Destination, Landing, Wanted, page_offsets
+from vllm_loraserve.transfer.rungs import DEFAULT_ORDER
 from vllm_loraserve.transfer.rungs.base import Rung
 from vllm_loraserve.transfer.rungs.nixl import NixlRung
 from vllm_loraserve.transfer.rungs.samehost import CudaIpcRung, MemfdRung
@@ -42,10 +43,6 @@ REST_S = 30.0
 """A rung that failed is not tried again for so long."""
 ATTEMPTS = 3
 """Times that one peer is read from before a changed generation or a bad page counts as its failure."""
-
-DEFAULT_ORDER = ("cuda_ipc", "memfd", "verbs_gpudirect", "verbs", "tcp")
-"""Best first. On one host a copy between mappings beats a loop through the network card; NIXL comes only when
-named."""
 
 
 def make_rungs(order: Sequence[str], local: LocalDevice, streams: int) -> list[Rung]:

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from vllm_loraserve.transfer.errors import AuthenticationError, PeerLostError, TransferError
-from vllm_loraserve.transfer.peer import DEFAULT_ORDER, Peer
+from vllm_loraserve.transfer.peer import Peer
+from vllm_loraserve.transfer.rungs import DEFAULT_ORDER
 from vllm_loraserve.transfer.rungs.verbs import LocalDevice
 
 logger = logging.getLogger(__name__)

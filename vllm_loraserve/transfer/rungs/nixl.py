@@ -5,27 +5,37 @@ Its traps, and what is done about them here:
 - The UCX plug-in crashes the interpreter at exit where there is no RDMA device: the rung refuses there, unless
   LORASERVE_NIXL_WITHOUT_RDMA=1 says that the process ends by os._exit (benchmarks and tests do).
 - Its metadata opens the whole registered slab, not one lease's pages: weaker than the verbs rung, hence opt-in.
+- Releasing the handle of a transfer under way asks for its cancellation, which says nothing about what the device still
+  writes: a transfer that is given up is waited for, and where it does not end, its agent and the registration of the
+  destination go before the memory can be used again.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_loraserve.memory.slab import Slab
 from vllm_loraserve.transfer import wire
-from vllm_loraserve.transfer.errors import DeadlineError, RungFailedError
+from vllm_loraserve.transfer.errors import RungFailedError, TransferError
 from vllm_loraserve.transfer.flight import Flight
 from vllm_loraserve.transfer.pages import Destination, match
 from vllm_loraserve.transfer.rungs.base import Link
 
+logger = logging.getLogger(__name__)
+
 STEP_S = 0.0002
 """Between two looks at a transfer: NIXL has no descriptor to wait on."""
+ENDED = ("DONE", "ERR")
+ABORT_S = 2.0
+"""Longest wait for the end of a transfer that was given up."""
 
 
 @functools.cache
@@ -94,6 +104,8 @@ class NixlRung:
         self._agent: Any = None
         self._peer: Any = None
         self._registered: dict[tuple[int, int], Any] = {}
+        self._lock = threading.Lock()
+        """The agent is for one thread at a time."""
 
     def probe(self, link: Link, destination_device: int) -> str:
         if reason := unusable():
@@ -107,12 +119,27 @@ class NixlRung:
         return ""
 
     def prepare(self, link: Link) -> None:
+        if self._peer is None:  # else a read that is under way has the lock
+            with self._lock:
+                self._connect(link)
+
+    def _connect(self, link: Link) -> None:
         if self._agent is None:
             self._agent = _agent(f"reader-{os.urandom(4).hex()}")
         if self._peer is None:
             self._peer = self._agent.add_remote_agent(link.welcome.nixl)
 
     def read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> None:
+        with flight.holding(self._lock):
+            try:
+                self._connect(link)
+                self._read(link, lease, destination, flight)
+            except TransferError:
+                raise
+            except Exception as error:  # nixl's own hierarchy is not importable without it
+                raise RungFailedError(f"NIXL: {error}") from error
+
+    def _read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> None:
         slab, info = destination.slab, link.welcome.slabs[lease.slab]
         key = (slab.address, slab.size)
         kind, device = _kind(slab)
@@ -127,22 +154,50 @@ class NixlRung:
         handle = self._agent.initialize_xfer("READ", local, remote, self._peer)
         try:
             state = self._agent.transfer(handle)
-            while state not in ("DONE", "ERR"):
+            while state not in ENDED:
                 flight.check()
                 time.sleep(STEP_S)
                 state = self._agent.check_xfer_state(handle)
-            if state == "ERR":
-                raise RungFailedError("NIXL reports a failed transfer")
-        except DeadlineError:
-            raise RungFailedError("NIXL did not finish in time") from None
-        finally:
+        except BaseException:
+            self._abort(handle)
+            raise
+        self._agent.release_xfer_handle(handle)
+        if state == "ERR":
+            self._disconnect()
+            raise RungFailedError("NIXL reports a failed transfer")
+
+    def _abort(self, handle: Any) -> None:
+        """Returns when nothing is written into the destination any more."""
+        end = time.monotonic() + ABORT_S
+        try:
+            while (state := self._agent.check_xfer_state(handle)) not in ENDED and time.monotonic() < end:
+                time.sleep(STEP_S)
             self._agent.release_xfer_handle(handle)
+            if state == "DONE":
+                return
+        except Exception as error:  # NIXL's own: the transfer is not over, or nobody knows
+            logger.warning("transfer: NIXL does not end a transfer (%s): its agent goes", error)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """Registrations, peer and agent go: no transfer of this agent writes after that. The next read makes anew."""
+        agent, peer, registered = self._agent, self._peer, list(self._registered.values())
+        self._agent = self._peer = None
+        self._registered.clear()
+        if peer is not None:
+            _try(agent.remove_remote_agent, peer)
+        for memory in registered:
+            _try(agent.deregister_memory, memory)
 
     def close(self) -> None:
-        if self._agent is not None:
-            for registered in self._registered.values():
-                self._agent.deregister_memory(registered)
-            self._registered.clear()
-            if self._peer is not None:
-                self._agent.remove_remote_agent(self._peer)
-            self._agent = self._peer = None
+        with self._lock:
+            if self._agent is not None:
+                self._disconnect()
+
+
+def _try(call: Callable[[Any], object], argument: Any) -> None:
+    """What fails on the way out keeps the rest from going no more than it must."""
+    try:
+        call(argument)
+    except Exception as error:
+        logger.warning("transfer: NIXL: %s", error)

@@ -93,7 +93,7 @@ class MemfdRung:
 
     def probe(self, link: Link, destination_device: int) -> str:
         if not link.welcome.unix:
-            return "the peer is on another host"
+            return "the peer is on another host, or offers no mapping"
         if destination_device >= 0 and extension.load() is None:
             return "copying to device memory needs the extension"
         if all(slab.device >= 0 for slab in link.welcome.slabs):
@@ -214,7 +214,7 @@ class CudaIpcRung:
 
     def probe(self, link: Link, destination_device: int) -> str:
         if not link.welcome.unix:
-            return "the peer is on another host"
+            return "the peer is on another host, or offers no mapping"
         if extension.load() is None:
             return "the extension is not built"
         if not any(slab.ipc for slab in link.welcome.slabs):

@@ -120,15 +120,15 @@ class VerbsRung:
             if destination_device >= 0 and (reason := gpudirect_reason(self._local.device)):
                 return f"here: {reason}"
         try:
-            with self._lock:
-                self._connect(link)
+            self.prepare(link)
         except TransferError as error:
             return str(error)
         return ""
 
     def prepare(self, link: Link) -> None:
-        with self._lock:
-            self._connect(link)
+        if self._connection is None:  # else a read that is under way has the lock, maybe for long
+            with self._lock:
+                self._connect(link)
 
     def _connect(self, link: Link) -> Connection:
         if self._connection is not None:
@@ -164,7 +164,7 @@ class VerbsRung:
         for piece in match([Range(r.address, r.length) for r in lease.remote], destination.ranges, PIECE):
             rkey = next(r.rkey for r in lease.remote if r.address <= piece.source < r.address + r.length)
             pieces.append((piece.source, rkey, base + piece.target, lkey, piece.length))
-        with self._lock:
+        with flight.holding(self._lock):
             connection = self._connect(link)
             try:
                 self._read(link, connection, pieces, flight)
