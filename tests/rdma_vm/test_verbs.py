@@ -259,15 +259,22 @@ def state() -> dict[str, int]:
     return counts
 
 
-def test_a_hundred_fetches_leave_nothing_behind(server, source, device):
+def resident() -> int:
+    """Bytes of this process's own memory, without the shared slabs."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon:"))
+
+
+def test_a_thousand_fetches_leave_nothing_behind(server, source, device):
     source.put("small", make_pages(3, count=2, size=3000), layout=LAYOUT)
     with SlabStore(1 << 20) as target, Peer(server.endpoint, KEY, "two", order=("verbs",)) as peer:
-        for _ in range(3):
+        for _ in range(20):
             peer.fetch(wanted("small"), target, Flight(300))
-        before = state()
-        for _ in range(100):
+        before, memory = state(), resident()
+        for _ in range(1000):
             peer.fetch(wanted("small"), target, Flight(300))
         assert state() == before
+        assert resident() - memory < 4 << 20
     assert before["mr"] >= 1
     assert server.lease_count == 0
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from transfer.helpers import KEY, PATIENCE_S
+from transfer.helpers import KEY, PATIENCE_S, until
 from vllm_loraserve.transfer import auth, wire
-from vllm_loraserve.transfer.errors import AuthenticationError
+from vllm_loraserve.transfer import server as server_module
+from vllm_loraserve.transfer.errors import AuthenticationError, DeadlineError
 from vllm_loraserve.transfer.peer import Peer
 
 
@@ -24,7 +27,7 @@ def handshake(server_key: bytes, client_key: bytes) -> tuple[Exception | None, E
 
     def serve() -> None:
         try:
-            auth.prove_as_server(there, server_key)
+            auth.prove_as_server(there, server_key, wire.Deadline(PATIENCE_S))
         except Exception as error:
             caught[0] = error
         finally:
@@ -34,7 +37,7 @@ def handshake(server_key: bytes, client_key: bytes) -> tuple[Exception | None, E
     thread.start()
     client_error = None
     try:
-        auth.prove_as_client(here, client_key)
+        auth.prove_as_client(here, client_key, wire.Deadline(PATIENCE_S))
     except Exception as error:
         client_error = error
     thread.join()
@@ -70,7 +73,7 @@ def test_a_server_without_the_key_is_refused():
     there.sendall(os.urandom(32))
     here.settimeout(PATIENCE_S)
     with pytest.raises(AuthenticationError, match="server does not know"):
-        auth.prove_as_client(here, KEY)
+        auth.prove_as_client(here, KEY, wire.Deadline(PATIENCE_S))
     here.close()
     there.close()
 
@@ -80,13 +83,13 @@ def test_a_recorded_proof_is_of_no_use_again(server):
     host, port = server.endpoint.split(":")
     recorded = b""
     with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
-        greeting = auth._receive(sock, 8 + 32)
+        greeting = auth._receive(sock, 8 + 32, wire.Deadline(PATIENCE_S))
         nonce = os.urandom(32)
         recorded = nonce + auth._proof(KEY, b"client", greeting[8:], nonce)
         sock.sendall(recorded)
-        assert len(auth._receive(sock, 32)) == 32
+        assert len(auth._receive(sock, 32, wire.Deadline(PATIENCE_S))) == 32
     with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
-        auth._receive(sock, 8 + 32)
+        auth._receive(sock, 8 + 32, wire.Deadline(PATIENCE_S))
         sock.sendall(recorded)
         assert closed(sock)
 
@@ -94,7 +97,7 @@ def test_a_recorded_proof_is_of_no_use_again(server):
 def test_a_server_s_proof_reflected_back_is_no_client_s_proof(server):
     host, port = server.endpoint.split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
-        greeting = auth._receive(sock, 8 + 32)
+        greeting = auth._receive(sock, 8 + 32, wire.Deadline(PATIENCE_S))
         nonce = os.urandom(32)
         sock.sendall(nonce + auth._proof(KEY, b"server", greeting[8:], nonce))
         assert closed(sock)
@@ -110,7 +113,7 @@ def test_a_stranger_gets_nothing_from_a_server(server):
         wire.Pull(lease=1, start=0, length=9),
     ):
         with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
-            greeting = auth._receive(sock, 8 + 32)
+            greeting = auth._receive(sock, 8 + 32, wire.Deadline(PATIENCE_S))
             assert greeting[:8] == auth.MAGIC
             body = msgspec.msgpack.encode(message)
             sock.sendall(len(body).to_bytes(4, "little") + body + bytes(100))
@@ -123,7 +126,7 @@ def test_a_stranger_on_the_unix_socket_gets_nothing_either(server):
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(PATIENCE_S)
         sock.connect("\0" + server._unix_name)
-        auth._receive(sock, 8 + 32)
+        auth._receive(sock, 8 + 32, wire.Deadline(PATIENCE_S))
         sock.sendall(bytes(64))
         assert closed(sock)
 
@@ -131,7 +134,7 @@ def test_a_stranger_on_the_unix_socket_gets_nothing_either(server):
 def test_an_unknown_session_opens_no_data_connection(server):
     host, port = server.endpoint.split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
-        auth.prove_as_client(sock, KEY)
+        auth.prove_as_client(sock, KEY, wire.Deadline(PATIENCE_S))
         wire.send(sock, wire.Attach(session=bytes(32)))
         reply = wire.receive_reply(sock)
         assert isinstance(reply, wire.Refused)
@@ -151,3 +154,46 @@ def test_keys_from_files(tmp_path):
         auth.load_key(path)
     with pytest.raises(AuthenticationError, match="cannot be read"):
         auth.load_key(tmp_path / "absent")
+
+
+class Drip:
+    """A socket on which one byte comes at a time, each well within any time-out of its own; `now` goes on with each."""
+
+    def __init__(self, clock: SimpleNamespace) -> None:
+        self.clock, self.got = clock, 0
+
+    def recv_into(self, view: memoryview) -> int:
+        self.clock.now += 1.0
+        self.got += 1
+        return 1
+
+    def sendall(self, data: bytes) -> None:
+        pass
+
+    def settimeout(self, seconds: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize("side", [auth.prove_as_server, auth.prove_as_client])
+def test_who_sends_byte_after_byte_has_no_more_time_than_others(side, monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(wire, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    drip = Drip(clock)
+    with pytest.raises(DeadlineError):
+        side(drip, KEY, wire.Deadline(5.0))
+    assert drip.got == 5
+
+
+def test_a_slow_stranger_gives_its_place_back(server, monkeypatch):
+    monkeypatch.setattr(server_module, "HANDSHAKE_S", 0.2)
+    host, port = server.endpoint.split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
+        auth._receive(sock, 8 + 32, wire.Deadline(PATIENCE_S))
+        with contextlib.suppress(ConnectionError):
+            while True:
+                sock.sendall(b"x")
+                sock.settimeout(0.02)
+                with contextlib.suppress(TimeoutError):
+                    if not sock.recv(1):
+                        break
+    until(lambda: not server._connections)

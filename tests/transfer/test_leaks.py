@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from transfer.helpers import KEY, LAYOUT, PATIENCE_S, make_pages, until, wanted
+from transfer.host_tiers import NAMES, fill, store
+from transfer.host_tiers import wanted as host_wanted
 from vllm_loraserve.transfer import wire
 from vllm_loraserve.transfer.errors import PeerLostError, TransferError
 from vllm_loraserve.transfer.flight import Flight
 from vllm_loraserve.transfer.peer import Peer
 from vllm_loraserve.transfer.peers import PeerTable
+from vllm_loraserve.transfer.pool import AdapterPool, Location
 from vllm_loraserve.transfer.server import TransferServer
 from vllm_loraserve.transfer.slab_store import SlabStore
 
@@ -57,6 +60,36 @@ def test_a_thousand_fetches_leave_nothing(rung, server, source, target):
         assert source._pins == {}
     none_left(server, idle)
     assert target.free_bytes == target.slab.size - target.find(wanted("small")).size
+
+
+@pytest.mark.parametrize("rung", ["memfd", "tcp"])
+def test_a_thousand_adapters_through_pool_and_host_tier_leave_nothing(rung):
+    """As an engine has it: each is brought in, evicted for the next one, and brought in again."""
+    theirs, ours = store(), store()
+    for key in NAMES:
+        fill(theirs, key, (16 * key, 8), seed=key)
+    free, idle = ours.tier.free_bytes, counts()
+    with (
+        TransferServer([theirs], KEY, "one", verbs="off") as server,
+        AdapterPool(ours, PeerTable(KEY, "two", order=(rung,)), tiers=[("host", ours.find)]) as pool,
+    ):
+        location, memory, before = Location("one", server.endpoint), 0, counts()
+        for number in range(1050):
+            key = 1 + number % len(NAMES)
+            assert pool.bring(host_wanted(ours, NAMES[key]), [location]).source == "peer"
+            ours.tier.remove(key)
+            if number == 49:
+                before, memory = counts(), resident()
+        # The pool's threads come one by one, up to a number of their own.
+        until(lambda: all(now <= had for now, had in zip(counts()[:2], before[:2], strict=True)))
+        assert resident() - memory < 4 << 20
+        assert (server.lease_count, server.session_count) == (0, 1)
+        assert pool.progress() == []
+        assert ours._reserved == theirs._pins == {}
+        assert all(entry.users == 0 for entry in theirs.tier.entries())
+        assert ours.tier.free_bytes == free
+        ours.tier.check_integrity()
+    until(lambda: all(now <= had for now, had in zip(counts(), idle, strict=True)))
 
 
 @pytest.mark.parametrize("rung", ["memfd", "tcp"])

@@ -315,7 +315,7 @@ def test_nonsense_from_an_authenticated_peer_ends_its_connection_only(server, so
     host, port = server.endpoint.split(":")
     for hello in (True, False):
         with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
-            prove_as_client(sock, KEY)
+            prove_as_client(sock, KEY, wire.Deadline(PATIENCE_S))
             if hello:
                 wire.send(sock, wire.Hello(version=wire.VERSION, instance="odd", boot_id=""))
                 wire.receive_reply(sock)
@@ -323,7 +323,7 @@ def test_nonsense_from_an_authenticated_peer_ends_its_connection_only(server, so
             with contextlib.suppress(ConnectionResetError):
                 assert sock.recv(1) == b""
     with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
-        prove_as_client(sock, KEY)
+        prove_as_client(sock, KEY, wire.Deadline(PATIENCE_S))
         sock.sendall((wire.MAX_FRAME + 1).to_bytes(4, "little"))  # refused before any of it is read
         with contextlib.suppress(ConnectionResetError):
             assert sock.recv(1) == b""
@@ -450,7 +450,7 @@ def test_endpoints_that_are_none(connect):
 def test_another_protocol_version_is_refused(server):
     host, port = server.endpoint.split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
-        prove_as_client(sock, KEY)
+        prove_as_client(sock, KEY, wire.Deadline(PATIENCE_S))
         wire.send(sock, wire.Hello(version=wire.VERSION + 1, instance="new", boot_id=""))
         reply = wire.receive_reply(sock)
     assert isinstance(reply, wire.Refused)

@@ -18,6 +18,7 @@ import stat
 from pathlib import Path
 
 from vllm_loraserve.transfer.errors import AuthenticationError, PeerLostError
+from vllm_loraserve.transfer.wire import Deadline, receive_exactly
 
 MAGIC = b"LRSX\x01\x00\x00\x00"
 NONCE, PROOF = 32, 32
@@ -56,38 +57,34 @@ def _proof(key: bytes, role: bytes, server: bytes, client: bytes) -> bytes:
     return hmac.new(key, MAGIC + role + server + client, hashlib.sha256).digest()
 
 
-def _receive(sock: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        part = sock.recv(size - len(data))
-        if not part:
-            raise PeerLostError("the connection was closed during authentication")
-        data += part
+def _receive(sock: socket.socket, size: int, deadline: Deadline) -> bytes:
+    data = receive_exactly(sock, size, deadline)
+    if data is None:
+        raise PeerLostError("the connection was closed during authentication")
     return data
 
 
-def prove_as_server(sock: socket.socket, key: bytes) -> None:
-    """The server's half; the socket has a timeout. Raises AuthenticationError, having sent nothing but the
-    nonce."""
+def prove_as_server(sock: socket.socket, key: bytes, deadline: Deadline) -> None:
+    """The server's half. Raises AuthenticationError, having sent nothing but the nonce, or DeadlineError: a client that
+    sends byte after byte has no more time than any other."""
     nonce = os.urandom(NONCE)
     sock.sendall(MAGIC + nonce)
-    answer = _receive(sock, NONCE + PROOF)
+    answer = _receive(sock, NONCE + PROOF, deadline)
     theirs, proof = answer[:NONCE], answer[NONCE:]
     if not hmac.compare_digest(proof, _proof(key, b"client", nonce, theirs)):
         raise AuthenticationError("the client does not know the cluster key")
     sock.sendall(_proof(key, b"server", nonce, theirs))
 
 
-def prove_as_client(sock: socket.socket, key: bytes) -> None:
-    """The client's half; the socket has a timeout. Raises AuthenticationError on a server that is not of the
-    cluster."""
-    greeting = _receive(sock, len(MAGIC) + NONCE)
+def prove_as_client(sock: socket.socket, key: bytes, deadline: Deadline) -> None:
+    """The client's half. Raises AuthenticationError on a server that is not of the cluster, or DeadlineError."""
+    greeting = _receive(sock, len(MAGIC) + NONCE, deadline)
     if greeting[: len(MAGIC)] != MAGIC:
         raise AuthenticationError("the other side does not speak the transfer protocol")
     theirs, nonce = greeting[len(MAGIC) :], os.urandom(NONCE)
     sock.sendall(nonce + _proof(key, b"client", theirs, nonce))
     try:
-        proof = _receive(sock, PROOF)
+        proof = _receive(sock, PROOF, deadline)
     except (PeerLostError, ConnectionError):
         raise AuthenticationError("the server closed the connection: it has another cluster key") from None
     if not hmac.compare_digest(proof, _proof(key, b"server", theirs, nonce)):

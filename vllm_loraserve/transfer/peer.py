@@ -19,6 +19,7 @@ from vllm_loraserve.transfer import wire
 from vllm_loraserve.transfer.auth import check_key, prove_as_client
 from vllm_loraserve.transfer.errors import (
     CorruptPageError,
+    DeadlineError,
     DigestMismatchError,
     GenerationChangedError,
     LayoutMismatchError,
@@ -102,12 +103,14 @@ class Peer:
             raise PeerLostError(f"{endpoint} cannot be reached: {error}") from None
         try:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            prove_as_client(self._sock, self.key)
+            deadline = wire.Deadline(timeout)
+            prove_as_client(self._sock, self.key, deadline)
             wire.send(self._sock, wire.Hello(version=wire.VERSION, instance=instance, boot_id=boot_id()))
-            reply = wire.receive_reply(self._sock)
+            reply = wire.receive_reply(self._sock, deadline)
+            self._sock.settimeout(timeout)
             if not isinstance(reply, wire.Welcome):
                 raise PeerLostError(f"{endpoint} did not welcome us: {getattr(reply, 'message', reply)}")
-        except OSError as error:
+        except (OSError, DeadlineError) as error:
             self._sock.close()
             raise PeerLostError(f"{endpoint}: {error}") from None
         except BaseException:

@@ -29,6 +29,7 @@ from vllm_loraserve.transfer.rungs.verbs_server import VerbsServer, VerbsSession
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
+"""For the proof of the key and the first message together."""
 MAX_STRANGERS = 64
 """Connections that have not proved the key yet; more are closed at once."""
 
@@ -192,9 +193,10 @@ class TransferServer:
         session: _Session | None = None
         try:
             try:
+                deadline = wire.Deadline(HANDSHAKE_S)
                 sock.settimeout(HANDSHAKE_S)
-                prove_as_server(sock, self._key)
-                first = wire.receive_request(sock)
+                prove_as_server(sock, self._key, deadline)
+                first = wire.receive_request(sock, deadline)
             finally:
                 self._strangers.release()
             if sock.family != socket.AF_UNIX:

@@ -22,6 +22,22 @@ MAX_FRAME = 16 << 20
 _LENGTH = struct.Struct("<I")
 
 
+class Deadline:
+    """A point in monotonic time, in seconds from now; `None` never comes."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def left(self, at_most: float = 3600.0) -> float:
+        """Seconds left, never more than `at_most`. Raises DeadlineError when none are."""
+        if self._end is None:
+            return at_most
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise DeadlineError("the time given for the transfer is over")
+        return min(left, at_most)
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Base of every message."""
 
@@ -208,12 +224,15 @@ def send(sock: socket.socket, message: Message) -> None:
         raise PeerLostError(f"the connection broke: {error}") from None
 
 
-def receive_exactly(sock: socket.socket, size: int) -> bytes | None:
-    """`size` bytes, or None on EOF before the first of them."""
+def receive_exactly(sock: socket.socket, size: int, deadline: Deadline | None = None) -> bytes | None:
+    """`size` bytes, or None on EOF before the first of them. deadline: for all of them, where the socket's own time-out
+    begins anew with each."""
     parts = bytearray(size)
     view, got = memoryview(parts), 0
     try:
         while got < size:
+            if deadline is not None:
+                sock.settimeout(deadline.left())
             n = sock.recv_into(view[got:])
             if n == 0:
                 if got == 0:
@@ -227,22 +246,22 @@ def receive_exactly(sock: socket.socket, size: int) -> bytes | None:
     return bytes(parts)
 
 
-def _receive(sock: socket.socket) -> bytes | None:
-    head = receive_exactly(sock, _LENGTH.size)
+def _receive(sock: socket.socket, deadline: Deadline | None) -> bytes | None:
+    head = receive_exactly(sock, _LENGTH.size, deadline)
     if head is None:
         return None
     (size,) = _LENGTH.unpack(head)
     if size > MAX_FRAME:
         raise TransferError(f"a frame of {size} bytes is larger than the {MAX_FRAME} allowed")
-    body = receive_exactly(sock, size) if size else b""
+    body = receive_exactly(sock, size, deadline) if size else b""
     if body is None:
         raise PeerLostError("the connection ended inside a message")
     return body
 
 
-def receive_request(sock: socket.socket) -> Request | None:
+def receive_request(sock: socket.socket, deadline: Deadline | None = None) -> Request | None:
     """The next request, or None on EOF. Raises TransferError on bytes that are no request."""
-    body = _receive(sock)
+    body = _receive(sock, deadline)
     if body is None:
         return None
     try:
@@ -251,28 +270,12 @@ def receive_request(sock: socket.socket) -> Request | None:
         raise TransferError(f"not a request: {error}") from None
 
 
-def receive_reply(sock: socket.socket) -> Reply:
+def receive_reply(sock: socket.socket, deadline: Deadline | None = None) -> Reply:
     """The next reply. Raises PeerLostError on EOF."""
-    body = _receive(sock)
+    body = _receive(sock, deadline)
     if body is None:
         raise PeerLostError("the peer closed the connection")
     try:
         return _replies.decode(body)
     except msgspec.MsgspecError as error:
         raise TransferError(f"not a reply: {error}") from None
-
-
-class Deadline:
-    """A point in monotonic time, in seconds from now; `None` never comes."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._end = None if seconds is None else time.monotonic() + seconds
-
-    def left(self, at_most: float = 3600.0) -> float:
-        """Seconds left, never more than `at_most`. Raises DeadlineError when none are."""
-        if self._end is None:
-            return at_most
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise DeadlineError("the time given for the transfer is over")
-        return min(left, at_most)

@@ -116,12 +116,14 @@ def open_data(link: Link, address: str | tuple[str, int], timeout: float) -> soc
     try:
         sock.settimeout(timeout)
         sock.connect(address)
-        prove_as_client(sock, link.key)
+        deadline = wire.Deadline(timeout)
+        prove_as_client(sock, link.key, deadline)
         wire.send(sock, wire.Attach(session=link.welcome.session))
-        reply = wire.receive_reply(sock)
+        reply = wire.receive_reply(sock, deadline)
+        sock.settimeout(timeout)
         if not isinstance(reply, wire.Done):
             raise RungFailedError(f"no data connection: {reply}")
-    except (OSError, PeerLostError) as error:
+    except (OSError, PeerLostError, DeadlineError) as error:
         sock.close()
         raise RungFailedError(f"no data connection: {error}") from None
     except BaseException:
