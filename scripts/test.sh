@@ -51,6 +51,7 @@ if [ "$(id -u)" = 0 ] && [ "$(. /etc/os-release && echo "$ID")" = debian ]; then
 else
   verdicts+=("NOT RUN RDMA in virtual machines: needs Debian and root")
 fi
+while IFS= read -r line; do verdicts+=("$line"); done < <(python scripts/not_run.py)
 
 echo "== what failed"
 python scripts/failures.py "$report" || true

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,22 @@ def test_a_run_without_a_report_is_told(tmp_path: Path) -> None:
     told = said(tmp_path / "none.xml")
     assert told.returncode == 1
     assert "pytest left no report" in told.stdout
+
+
+def test_what_can_not_be_compiled_here_is_no_silent_pass(tmp_path: Path) -> None:
+    script = FAILURES.with_name("not_run.py")
+    environment = {
+        "PATH": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(FAILURES.parents[1]), *filter(None, sys.path)]),
+        "LORASERVE_POOL_LIBRARY": str(tmp_path / "absent.so"),
+    }
+
+    def lines() -> str:
+        run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, env=environment)
+        return run.stdout
+
+    assert "NOT RUN compiling the CUDA kernels, and them on a stand-in driver: needs nvcc on the PATH\n" in lines()
+    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    assert "nvcc" not in lines()
+    assert "scripts/not_run.py" in FAILURES.with_name("test.sh").read_text()

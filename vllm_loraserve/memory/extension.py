@@ -3,8 +3,8 @@ errors.
 
 ctypes releases the GIL around every call, so that copies and checksums of one thread do not hold up another.
 Where the library was not built, `load()` returns None and the package goes on without it: host slabs become
-plain memfd mappings, checksums are computed by numpy, and transfers use TCP and the same host's memory
-(`transfer/`). One warning says so.
+plain memfd mappings, checksums are computed by numpy, and transfers use RDMA on host memory, the same host's memory and
+TCP (`transfer/`). One warning says so.
 
 Types on this page: addresses, sizes and offsets are bytes, as Python ints; a checksum is an unsigned 64-bit
 int.
@@ -327,8 +327,9 @@ def load() -> Extension | None:
     if extension is None and not _warned.is_set():
         _warned.set()
         logger.warning(
-            "The pool extension is not available: %s. Without it there is no device slab and no RDMA; "
-            "transfers between instances use TCP. docs/development.md says how to build it.",
+            "The pool extension is not available: %s. Without it there are no device slabs, no page-locked memory and "
+            "no GPUDirect, and checksums are slow; adapters still move between instances by RDMA on host memory, by "
+            "mapping on one host and by TCP. docs/development.md says how to build it.",
             why,
         )
     return extension
