@@ -103,6 +103,9 @@ class FakeEngine:
                 ([i for i in self.held if i == 1], list(self.held), self.errors, generations),
                 ([], list(self.held), {}, dict.fromkeys(generations, 1)),
             ]
+        if method == "loraserve_retain":
+            self.retained = args
+            return [None, None]
         assert method == "loraserve_locate"
         self.located += args[0]
         return [None, None]
@@ -369,6 +372,8 @@ async def test_workers_hear_who_holds_an_adapter_before_they_load_it(coordinator
     controller.registry.add(record("b", source="/adapters/b"))
     await models.resolve_lora("b")
     assert ("b", "/adapters/b", "one", held_by_two) in engine.located, "by the resolver"
+    await agent._locate_all(await agent.resolver.refresh())
+    assert [sorted(part) for part in engine.retained] == [["a", "b"], ["one", "two"]], "whatever else is gone"
     await agent.stop()
     await coordinator.stop()
     LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)

@@ -221,6 +221,40 @@ def test_a_peer_that_no_table_names_any_more_is_let_go(worker):
     until(lambda: not asker._peers._peers)
 
 
+def test_adapters_and_instances_that_are_gone_are_forgotten(worker):
+    theirs, ours = tier(), tier()
+    holder, asker = worker("one", theirs), worker("two", ours)
+    fill(theirs, 5, "sha", seed=1)
+    holder.served(LoRARequest("a", 5, "/a"))
+    for name in "abc":
+        asker.locate(name, f"/{name}", "sha", [("one", holder.endpoint), ("dead", "127.0.0.1:1")])
+    assert asker.bring(LoRARequest("a", 9, "/a")) is not None
+    asker.retain({"a", "b"}, {"one"})
+    assert asker._located.keys() == {("a", "/a"), ("b", "/b")}, "c is not registered any more"
+    assert {x.instance for _, row in asker._located.values() for x in row} == {"one"}, "dead is no member"
+    assert not asker.knows(LoRARequest("c", 1, "/c"))
+    asker.removed(9)
+    assert asker._located.keys() == {("b", "/b")}, "here no more: who asks for it again says where it is"
+    assert list(asker._peers._peers) == [holder.endpoint], "b is there still"
+    asker.retain({"b"}, {"two"})
+    assert asker._located["b", "/b"] == ("sha", ())
+    until(lambda: not asker._peers._peers)
+
+
+def test_a_copy_at_an_instance_that_is_gone_is_no_copy(worker, tmp_path):
+    theirs, ours = tier(), tier()
+    holder, asker = worker("one", theirs), worker("two", ours)
+    fill(theirs, 5, "sha", seed=1)
+    holder.served(LoRARequest("a", 5, str(tmp_path / "gone")))
+    holder.locate("a", str(tmp_path / "gone"), "sha", [("two", asker.endpoint)])
+    holder.look_at_checkpoints()
+    asker.locate("a", "/a", "sha", [("one", holder.endpoint)])
+    assert asker.bring(LoRARequest("a", 9, "/a")) is not None
+    assert theirs.may_evict(5), "two has confirmed its copy"
+    holder.retain({"a"}, {"one"})
+    assert not theirs.may_evict(5)
+
+
 def test_the_ways_are_those_that_were_named(worker):
     theirs, ours = tier(), tier()
     holder, asker = worker("one", theirs), worker("two", ours, transfer_ways=("verbs", "tcp"))

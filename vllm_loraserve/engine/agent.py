@@ -358,14 +358,18 @@ class Agent:
             logger.warning("The workers did not answer who holds '%s'", request.lora_name, exc_info=True)
 
     async def _locate_all(self, table: RoutingTable) -> None:
-        """Keeps what the workers know about holders fresh, for adapters that were evicted and are asked for again."""
+        """Keeps what the workers know about holders fresh, for adapters that were evicted and are asked for again, and
+        lets them forget adapters and instances that are gone."""
         rows = []
         for name, request in list(self.models.lora_requests.items()):
             digest = self.resolver.digest_of(request)
             if digest is not None:
                 rows.append(self._row(request, locations_of(table, name, digest)))
-        if rows:
-            with contextlib.suppress(Exception):
+        adapters, instances = self.resolver.names(), [i.name for i in table.instances]
+        with contextlib.suppress(Exception):
+            if table.settled:  # else its members of before are still on their way back
+                await self._rpc("loraserve_retain", adapters, instances)
+            if rows:
                 await self._rpc("loraserve_locate", rows)
 
     # ---- commands ----

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 from prometheus_client import CollectorRegistry
 from vllm.logger import init_logger
@@ -151,13 +151,34 @@ class PeerSources:
             if self._rank < len(ranks):
                 locations.append(Location(instance, ranks[self._rank]))
         with self._lock:
-            _, before = self._located.get((name, path), ("", ()))
-            self._located[name, path] = (digest, tuple(locations))
-            named = {location.endpoint for _, row in self._located.values() for location in row}
-        for location in before:
-            if location.endpoint not in named:
-                self._peers.forget(location.endpoint)
+            self._replace_rows({**self._located, (name, path): (digest, tuple(locations))})
         self._handover.located(name, digest, [location.instance for location in locations])
+
+    def retain(self, adapters: Collection[str], instances: Collection[str]) -> None:
+        """These adapters and instances the cluster has now: rows of others are forgotten, peers without rows let go."""
+        with self._lock:
+            before = self._located
+            self._replace_rows(
+                {
+                    (name, path): (digest, tuple(x for x in row if x.instance in instances))
+                    for (name, path), (digest, row) in before.items()
+                    if name in adapters
+                }
+            )
+            lost = [
+                (name, digest, [x.instance for x in row])
+                for (name, path), (digest, row) in self._located.items()
+                if self._paths.get(name) == path and row != before[name, path][1]
+            ]
+        for name, digest, holders in lost:
+            self._handover.located(name, digest, holders)
+
+    def _replace_rows(self, rows: dict[tuple[str, str], tuple[str, tuple[Location, ...]]]) -> None:
+        """With the lock held: the location table is `rows` now; peers that it no longer names are let go."""
+        before, self._located = self._located, rows
+        gone, named = ({x.endpoint for _, row in table.values() for x in row} for table in (before, rows))
+        for endpoint in gone - named:
+            self._peers.forget(endpoint)
 
     def knows(self, request: LoRARequest) -> bool:
         """Whether the adapter is one of the cluster's, so that it may come though its checkpoint is gone here."""
@@ -179,7 +200,8 @@ class PeerSources:
             current = name is not None and self._ids.get(name) == lora_id
             if name is not None and current:
                 del self._ids[name]
-                self._paths.pop(name, None)
+                path = self._paths.pop(name, None)
+                self._replace_rows({row: at for row, at in self._located.items() if row != (name, path)})
                 self._readable.pop(name, None)
                 self._loaded.pop(name, None)
                 self._failed.pop(name, None)

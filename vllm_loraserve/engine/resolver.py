@@ -124,6 +124,10 @@ class LoRAServeResolver(LoRAResolver):
         self._known = {r.adapter.name: r.adapter for r in table.adapters if r.adapter.state == "active"}
         return table
 
+    def names(self) -> list[str]:
+        """All adapters known now."""
+        return list(self._known)
+
     def learn(self, record: AdapterRecord) -> None:
         """Notes a record that came another way."""
         self._known[record.name] = record

@@ -53,3 +53,9 @@ class WorkerExtension:
                 loader.registered.expect(name, path, digest)
             if peers is not None:
                 peers.locate(name, path, digest, [(instance, endpoints) for instance, endpoints in holders])
+
+    def loraserve_retain(self, adapters: list[str], instances: list[str]) -> None:
+        """All adapters and instances that the cluster has; see `PeerSources.retain`."""
+        peers = getattr(self._loraserve_manager(), "peers", None)
+        if peers is not None:
+            peers.retain(set(adapters), set(instances))
