@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,3 +233,18 @@ async def test_an_adapter_whose_checkpoint_is_gone_comes_from_the_other_instance
         path.rmdir()
         assert await asyncio.to_thread(complete, instances[second][1], "a") == right
         assert "from peer" in (tmp_path / f"{second}.log").read_text()
+
+        # An adapter whose only holder dies, its checkpoint gone as well: a clear 503, and the engine goes on.
+        lost = make_adapter("b", rank=8, seed=2)
+        os.killpg(instances[second][0].pid, signal.SIGSTOP)  # so that it fetches nothing ahead
+        await client.request(AddAdapter(name="b", source=str(lost)))
+        assert (await asyncio.to_thread(complete, instances[first][1], "b"))[0] == 200
+        shutil.rmtree(lost)
+        os.killpg(instances[first][0].pid, signal.SIGKILL)
+        os.killpg(instances[second][0].pid, signal.SIGCONT)
+        status, message = await asyncio.to_thread(complete, instances[second][1], "b")
+        assert status == 503
+        assert "'b' cannot be brought in now" in message
+        assert "checkpoint" in message
+        assert await asyncio.to_thread(complete, instances[second][1], "base") == base
+        assert await asyncio.to_thread(complete, instances[second][1], "a") == right
