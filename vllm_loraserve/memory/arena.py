@@ -1,8 +1,8 @@
 """The device arena: one allocation that holds the pages of every adapter that may run now.
 
 It is divided between the module groups by rank rows: every group gets the same number of pages, so an adapter
-that targets all modules at one rank takes the same count in each. One allocation, so that RDMA registers it
-once.
+that targets all modules at one rank takes the same count in each. One allocation, outside of torch's allocator where
+the extension is there: memory that GPUDirect may read.
 """
 
 import ctypes
