@@ -370,7 +370,8 @@ def merged(earlier: dict[str, object], result: dict[str, object]) -> dict[str, o
     kept = {key: value for key, value in earlier.items() if key not in result and key not in ("dates", "note")}
     known = earlier.get("dates", {})
     assert isinstance(known, dict)
-    dates = {key: known.get(key, earlier.get("date")) for key in kept}
+    # Those of fetch_ttft.py have a stamp of their own.
+    dates = {key: known.get(key, earlier.get("date")) for key in kept if "ttft" not in key}
     return {**result, **kept, **({"dates": dates} if dates else {})}
 
 

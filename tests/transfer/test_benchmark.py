@@ -14,13 +14,14 @@ def test_figures_that_a_run_does_not_measure_stay_with_their_date():
     assert spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    first = {"date": "monday", "memfd_gib_s": 1.0, "verbs_mib_s": 20.0, "nixl_gib_s": 3.0}
+    first = {"date": "monday", "memfd_gib_s": 1.0, "verbs_mib_s": 20.0, "nixl_gib_s": 3.0, "fetch_ttft_ms": 9.0}
     second = benchmark.merged(first, {"date": "tuesday", "memfd_gib_s": 2.0, "nixl_gib_s": 4.0})
     assert second == {
         "date": "tuesday",
         "memfd_gib_s": 2.0,
         "nixl_gib_s": 4.0,
         "verbs_mib_s": 20.0,
+        "fetch_ttft_ms": 9.0,
         "dates": {"verbs_mib_s": "monday"},
     }
     third = benchmark.merged(second, {"date": "friday", "memfd_gib_s": 5.0})
