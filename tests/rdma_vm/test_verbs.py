@@ -109,6 +109,7 @@ def test_reading_by_rdma_brings_the_same_bytes(server, source, target, peer):
         assert target.bytes_of("a") == source.bytes_of("a")
         print(f"{pages.size / 2**20:.1f} MiB in {seconds:.2f} s")
     assert server.lease_count == 0
+    until(lambda: len(source.landings) == 2)
     assert source.landings[-1][2] == "two"
 
 

@@ -55,6 +55,21 @@ def test_what_was_verified_on_the_way_is_not_hashed_again(monkeypatch):
     assert landed.checksums == offered.checksums
 
 
+def test_news_of_a_copy_that_come_late_say_nothing_of_the_next_one():
+    source, told = store(), []
+    source._on_landed = lambda *what: told.append(what)
+    fill(source, 1, (8, 8), 1)
+    pages = source.acquire("a")
+    source.release(pages)
+    source.landed(pages, "two")
+    assert told == [("a", "sha-1", "two")]
+    fill(source, 1, (8, 8), 1)  # brought in again, from two maybe
+    source.landed(pages, "two")
+    source.tier.remove(1)
+    source.landed(pages, "two")
+    assert len(told) == 1
+
+
 def test_a_leased_adapter_is_not_evicted_and_its_memory_comes_back_after():
     source = store()
     fill(source, 1, (64, 64), 1)

@@ -49,6 +49,7 @@ def test_fetch_brings_the_same_bytes_and_releases_everything(rung, server, sourc
     assert target.find(wanted("a", digest="sha-a")).meta == b"rank 64"
     assert server.lease_count == 0
     assert source._pins == {}
+    until(lambda: len(source.landings) == 3)  # nobody waits for these
     assert [(name, peer_name) for name, _, peer_name in source.landings] == [("a", "two"), ("b", "two"), ("a", "two")]
     held = sum(p.size for p in target.catalogue())
     assert target.free_bytes == target.slab.size - held  # the second "a" replaced the first
@@ -245,6 +246,31 @@ def test_a_lease_holds_the_pages_until_it_is_released(server, source, connect):
     assert kept == before
     peer.release(lease)
     assert source.free_bytes == free + lease.pages.size
+
+
+def test_a_copy_is_announced_once_and_only_by_who_had_the_lease(server, source, connect):
+    first, second = connect("tcp"), connect("tcp")
+    lease = first.lease(wanted("a"))
+    first.landed(lease)  # not given back yet, so not known to be right
+    first.finish(lease)
+    second.landed(lease)
+    second.ask(wire.Ping())
+    assert source.landings == []
+    first.landed(lease)
+    first.landed(lease)
+    first.ask(wire.Ping())  # answered after those
+    assert [(name, peer) for name, _, peer in source.landings] == [("a", "two")]
+
+
+def test_a_lease_that_was_taken_back_is_not_given_back_well(server, source, connect):
+    peer = connect("tcp")
+    lease = peer.lease(wanted("a"))
+    server.revoke("a")
+    with pytest.raises(GenerationChangedError, match="it was read"):
+        peer.finish(lease)
+    peer.landed(lease)
+    peer.ask(wire.Ping())
+    assert source.landings == []
 
 
 def test_a_lease_of_another_session_opens_nothing(server, connect):

@@ -196,8 +196,8 @@ def test_registrations_go_with_their_queue_pair_and_the_leases_know(server, conn
     rung.prepare(peer)
     assert session.registered == 0
     with pytest.raises(GenerationChangedError):
-        peer._check(registered, "")
-    peer._check(plain, "")
+        peer.check(registered, "")
+    peer.check(plain, "")
 
 
 def test_a_key_that_is_refused_while_the_lease_is_valid_is_the_way_s_failure(connect, device, target):

@@ -83,8 +83,11 @@ class HostTierStore:
         reading.__exit__(None, None, None)
 
     def landed(self, pages: AdapterPages, peer: str) -> None:
-        if self._on_landed is not None:
-            self._on_landed(pages.name, pages.digest, peer)
+        with self.tier.lock:
+            # The news may come late: of a copy that is gone by now it says nothing about the next one.
+            entry = self.tier.get(self._key_of(pages.name))
+            if self._on_landed is not None and entry is not None and entry.generation == pages.generation:
+                self._on_landed(pages.name, pages.digest, peer)
 
     def find(self, wanted: Wanted) -> AdapterPages | None:
         """The adapter where the tier holds it with this layout and digest."""

@@ -130,9 +130,10 @@ class LeaseTable:
                 logger.exception("transfer: the end of a lease on %s did not go well", lease.pages.name)
         return ended
 
-    def end(self, lease: Lease) -> None:
-        """The holder gives it back: it has all it wants, whoever is still inside is about to leave."""
-        self._end(lambda other: other is lease, interrupt=False)
+    def end(self, lease: Lease) -> bool:
+        """The holder gives it back: it has all it wants, whoever is still inside is about to leave. False where the
+        lease had ended before, so that its pages may have changed."""
+        return self._end(lambda other: other is lease, interrupt=False) > 0
 
     def end_session(self, session: int) -> int:
         """The holder is gone; how many leases that ended."""

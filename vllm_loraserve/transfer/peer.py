@@ -1,7 +1,7 @@
 """The reading side: one authenticated control connection to a peer, and the rungs that work between the two
 of us.
 
-`fetch` is the whole of a transfer: lease, reserve, read, verify, check, commit, release. A failed rung is
+`fetch` is the whole of a transfer: lease, reserve, read, release (and check), verify, commit. A failed rung is
 given a rest and the next one tried; a changed generation or a bad page is read again; everything else is for
 the pool to decide, which has other sources.
 """
@@ -199,11 +199,7 @@ class Peer:
         raise PeerLostError(f"{self.endpoint} answered a lease with {type(reply).__name__}")
 
     def verify(self, lease: wire.Leased, destination: Destination, sums: Sequence[int] | None) -> None:
-        """After reading: is every page what the source said, and does the source still hold that generation?
-
-        Raises CorruptPageError or GenerationChangedError.
-        """
-        self._check(lease, "it was read")
+        """After reading: is every page what the source said? Raises CorruptPageError."""
         if sums is None:
             offsets = page_offsets(lease.pages.page_lengths, destination.ranges)
             addresses = [destination.slab.address + offset for offset in offsets]
@@ -214,19 +210,35 @@ class Peer:
                 f"{lease.pages.name} from {self.endpoint}: page {bad[0]} arrived damaged ({len(bad)} of {len(sums)})"
             )
 
-    def _check(self, lease: wire.Leased, what: str) -> None:
+    def check(self, lease: wire.Leased, what: str) -> None:
         """Raises GenerationChangedError where the lease has ended or the source holds another generation now."""
-        state = self.ask(wire.CheckLease(lease=lease.lease))
+        self._check_state(self.ask(wire.CheckLease(lease=lease.lease)), lease, what)
+
+    def _check_state(self, state: wire.Reply, lease: wire.Leased, what: str) -> None:
         if not isinstance(state, wire.LeaseState) or not state.valid or state.generation != lease.pages.generation:
             raise GenerationChangedError(f"{self.endpoint} replaced {lease.pages.name} meanwhile ({what})")
 
-    def release(self, lease: wire.Leased, *, landed: bool = False) -> None:
-        """Gives the lease back; `landed`: a verified copy exists here. A lost peer has released it
-        already."""
+    def finish(self, lease: wire.Leased) -> None:
+        """Gives the lease back after reading. Raises GenerationChangedError where the source did not hold that
+        generation all the while."""
+        self._check_state(self.ask(wire.ReleaseLease(lease=lease.lease)), lease, "it was read")
+
+    def release(self, lease: wire.Leased) -> None:
+        """Gives the lease back, whatever became of it. A lost peer has released it already."""
         try:
-            self.ask(wire.ReleaseLease(lease=lease.lease, landed=landed))
+            self.ask(wire.ReleaseLease(lease=lease.lease))
         except PeerLostError as error:
             logger.info("transfer: %s", error)
+
+    def landed(self, lease: wire.Leased) -> None:
+        """Tells the peer that a verified copy exists here; it need not answer, and may have gone."""
+        with self._lock:
+            if not self._closed:
+                try:
+                    wire.send(self._sock, wire.Landed(lease=lease.lease))
+                except TransferError as error:
+                    self.hang_up()  # half a message may be on the wire
+                    logger.info("transfer: %s: %s", self.endpoint, error)
 
     # ---- rungs ----
 
@@ -288,7 +300,7 @@ class Peer:
 
     def _fetch_once(self, rung: Rung, wanted: Wanted, landing: Landing, flight: Flight) -> AdapterPages:
         lease = self.lease(wanted, rdma=rung.rdma)
-        landed = False
+        held, landed = True, False
         destination: Destination | None = None
         try:
             flight.begin(lease.pages.size)
@@ -299,19 +311,23 @@ class Peer:
                 # A revoked lease may show as a broken connection, and so may a dead peer: then it is the source, not
                 # the way.
                 try:
-                    self._check(lease, str(error))
+                    self.check(lease, str(error))
                 except PeerLostError as lost:
                     raise PeerLostError(f"{error}; {lost}") from None
                 raise
+            held = False
+            self.finish(lease)
             self.verify(lease, destination, sums)
             flight.check()
             landing.commit(lease.pages, destination)
             landed = True
-            return lease.pages
         finally:
             if destination is not None and not landed:
                 landing.abandon(destination)
-            self.release(lease, landed=landed)
+            if held:
+                self.release(lease)
+        self.landed(lease)
+        return lease.pages
 
     def close(self) -> None:
         """Ends the session; the peer takes all leases back. Twice is harmless."""

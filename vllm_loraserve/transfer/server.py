@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 HANDSHAKE_S = 5.0
 """For the proof of the key and the first message together."""
+RELEASED = 64
 MAX_STRANGERS = 64
 """Connections that have not proved the key yet; more are closed at once."""
 
@@ -49,6 +50,8 @@ class _Session:
     def __init__(self, number: int, token: bytes, instance: str) -> None:
         self.number, self.token, self.instance = number, token, instance
         self.verbs: VerbsSession | None = None
+        self.released: dict[int, Lease] = {}
+        """Leases that ended well, by number, until the client says that their pages have landed: the last RELEASED."""
 
 
 class TransferServer:
@@ -249,6 +252,10 @@ class TransferServer:
     def _control(self, sock: socket.socket, session: _Session) -> None:
         while (request := wire.receive_request(sock)) is not None:
             self._leases.renew(session.number, time.monotonic())
+            if isinstance(request, wire.Landed):
+                if (lease := session.released.pop(request.lease, None)) is not None:
+                    lease.store.landed(lease.pages, session.instance)
+                continue
             try:
                 reply = self._answer(request, session)
             except (TransferError, extension.ExtensionError, ValueError) as error:
@@ -270,13 +277,14 @@ class TransferServer:
             case wire.CheckLease(lease=number):
                 lease = self._leases.get(number, session.number)
                 return wire.LeaseState(valid=lease is not None, generation=lease.pages.generation if lease else -1)
-            case wire.ReleaseLease(lease=number, landed=landed):
+            case wire.ReleaseLease(lease=number):
                 lease = self._leases.get(number, session.number)
-                if lease is not None:
-                    if landed:
-                        lease.store.landed(lease.pages, session.instance)
-                    self._leases.end(lease)
-                return wire.Done()
+                if lease is None or not self._leases.end(lease):
+                    return wire.LeaseState(valid=False, generation=-1)
+                session.released[number] = lease
+                if len(session.released) > RELEASED:
+                    del session.released[next(iter(session.released))]
+                return wire.LeaseState(valid=True, generation=lease.pages.generation)
             case wire.GetCatalogue():
                 seen = {}
                 for store in reversed(self._stores):

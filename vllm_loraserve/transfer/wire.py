@@ -1,8 +1,9 @@
 """The messages of a transfer connection and how they are framed.
 
 A frame is a 4-byte little-endian length and that many bytes of msgpack, at most MAX_FRAME. On a control connection the
-client asks and the server answers, one at a time; EOF ends every lease of the session. On a data connection the client
-sends `Pull` and the server answers `Data` followed by the raw bytes. Errors are answers, not closed connections.
+client asks and the server answers, one at a time (but for `Landed`, which has no answer); EOF ends every lease of the
+session. On a data connection the client sends `Pull` and the server answers `Data` followed by the raw bytes. Errors
+are answers, not closed connections.
 """
 
 from __future__ import annotations
@@ -129,10 +130,16 @@ class LeaseState(Message, frozen=True):
 
 
 class ReleaseLease(Message, frozen=True):
-    """Ends a lease; `landed` says that a verified copy now exists at the client. Reply: Done."""
+    """Ends a lease. Reply: LeaseState as it was until then, so that one question asks whether what was read is what the
+    server held all the while, and gives the lease back."""
 
     lease: int
-    landed: bool = False
+
+
+class Landed(Message, frozen=True):
+    """A verified copy of what this lease, released since, had opened exists at the client. No reply: nobody waits."""
+
+    lease: int
 
 
 class Ping(Message, frozen=True):
@@ -202,7 +209,17 @@ class Refused(Message, frozen=True):
 
 
 Request = (
-    Hello | GetCatalogue | OpenLease | CheckLease | ReleaseLease | Ping | ConnectQueuePair | Attach | GetMemory | Pull
+    Hello
+    | GetCatalogue
+    | OpenLease
+    | CheckLease
+    | ReleaseLease
+    | Landed
+    | Ping
+    | ConnectQueuePair
+    | Attach
+    | GetMemory
+    | Pull
 )
 Reply = Welcome | Catalogue | Leased | LeaseState | Done | QueuePair | Data | Refused
 
