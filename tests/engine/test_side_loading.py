@@ -293,6 +293,8 @@ def test_a_queued_load_that_the_scheduler_overtakes_fails_for_nobody(pair: Any, 
 
 
 def test_what_is_on_its_way_is_reported_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.lora.request import LoRARequest
+
     from vllm_loraserve.engine import channel
     from vllm_loraserve.engine.side_loading import side_loading
 
@@ -314,5 +316,11 @@ def test_what_is_on_its_way_is_reported_while_it_runs(tmp_path: Path, monkeypatc
     manager.peers.on_progress()
     end.wait(120)
     assert end.reports() == [channel.Transfers(3, [family])]
+    # And after a load inside a step, which is on its way no more.
+    manager.set_active_adapters([LoRARequest("a", 1, "/a")])
+    told: list[Any] = []
+    while not any(isinstance(report, channel.Transfers) for report in told):
+        end.wait(120)
+        told += end.reports()
     manager._channel.close()
     end.close()

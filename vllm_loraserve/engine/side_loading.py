@@ -227,6 +227,7 @@ class SideLoadingMixin:
         if reads:
             rank = self._vllm_config.parallel_config.rank
             self._report(channel.Stalled(rank, adapter, time.monotonic() - begin))
+            self._report_transfers()
         self._paths[adapter] = lora_request.lora_path
         self._sweep()
         return bool(added)
