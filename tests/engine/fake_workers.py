@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 from vllm.lora.request import LoRARequest
@@ -39,7 +39,8 @@ class Clock:
 
 class FakeWorkers:
     """`count` ranks. `ranks`: adapter -> LoRA rank (default 8); `fails`: adapter -> list of (reason, transient) used up
-    one by one. Every load is answered at once, but for those held. `host_rows`: beyond so many the oldest is gone."""
+    one by one. Every load is answered at once, but for those under way. `host_rows`: beyond so many the oldest is gone
+    that the scheduler does not hold."""
 
     def __init__(
         self,
@@ -53,6 +54,8 @@ class FakeWorkers:
     ) -> None:
         self.ranks: dict[int, int] = {}
         self.fails: dict[int, list[tuple[str, bool]]] = {}
+        self.full: set[int] = set()
+        """Adapters for which the host tier has no room."""
         self.orders: list[channel.Prepare] = []
         """As rank 0 heard them."""
         self.in_use: Callable[[], set[int]] = set
@@ -61,7 +64,9 @@ class FakeWorkers:
         self._in_host: dict[int, list[int]] = {}
         """Rank -> adapters, the oldest first."""
         self._lock = threading.Lock()
-        self._held: set[tuple[int, int]] = set()
+        self._under_way: set[tuple[int, int]] = set()
+        self.held: list[set[int]] = [set() for _ in range(count)]
+        """Adapters that each rank was told to hold, and has not activated or released since."""
         self._unanswered: list[tuple[int, channel.Prepare]] = []
         self.heard: Counter[int] = Counter()
         """Rank -> orders that were answered or are held."""
@@ -76,11 +81,19 @@ class FakeWorkers:
 
     def _listen(self, rank: int) -> Callable[[channel.Order], None]:
         def on_order(order: channel.Order) -> None:
-            assert isinstance(order, channel.Prepare)
             with self._lock:
+                if isinstance(order, channel.Release):
+                    self.held[rank].discard(order.adapter)
+                    self.heard[rank] += 1
+                    return
+                self.held[rank].add(order.adapter)
+                if isinstance(order, channel.Hold):
+                    self.heard[rank] += 1
+                    return
+                assert isinstance(order, channel.Prepare)
                 if rank == 0:
                     self.orders.append(order)
-                if (order.adapter, rank) in self._held:
+                if (order.adapter, rank) in self._under_way:
                     self._unanswered.append((rank, order))
                 else:
                     self._answer(rank, order)
@@ -91,12 +104,16 @@ class FakeWorkers:
     def _answer(self, rank: int, order: channel.Prepare) -> None:
         fails = self.fails.get(order.adapter)
         report: channel.Report
-        if fails and rank == 0:
+        if order.adapter in self.full:
+            report = channel.Failed(rank, order.adapter, order.attempt, "full", True, 503, no_room=True)
+        elif fails and rank == 0:
             reason, transient = fails.pop(0)
             report = channel.Failed(rank, order.adapter, order.attempt, reason, transient, 503 if transient else 400)
         else:
             path = msgspec.msgpack.decode(order.request, type=LoRARequest).lora_path
             report = channel.Ready(rank, order.adapter, order.attempt, self.ranks.get(order.adapter, 8), 0.001, path)
+        if isinstance(report, channel.Failed):
+            self.held[rank].discard(order.adapter)
         self._report(report)
         if isinstance(report, channel.Ready) and self._host_rows is not None:
             self._evict(rank, order.adapter, self._host_rows)
@@ -104,8 +121,10 @@ class FakeWorkers:
     def _evict(self, rank: int, newest: int, host_rows: int) -> None:
         held = self._in_host.setdefault(rank, [])
         held[:] = [adapter for adapter in held if adapter != newest] + [newest]
-        while sum(self.ranks.get(adapter, 8) for adapter in held) > host_rows:
-            gone = held.pop(0)
+        idle = [adapter for adapter in held if adapter not in self.held[rank]]
+        while idle and sum(self.ranks.get(adapter, 8) for adapter in held) > host_rows:
+            gone = idle.pop(0)
+            held.remove(gone)
             if gone not in self.in_use():
                 self._report(channel.Gone(rank, gone))
 
@@ -116,16 +135,22 @@ class FakeWorkers:
     def hold(self, adapter: int, rank: int = 0) -> None:
         """From now on its loads on this rank are under way until they are released."""
         with self._lock:
-            self._held.add((adapter, rank))
+            self._under_way.add((adapter, rank))
 
     def release(self, adapter: int, rank: int = 0) -> None:
         """Its loads on this rank end, those under way and those to come."""
         with self._lock:
-            self._held.discard((adapter, rank))
+            self._under_way.discard((adapter, rank))
             due = [(r, order) for r, order in self._unanswered if (order.adapter, r) == (adapter, rank)]
             self._unanswered = [entry for entry in self._unanswered if entry not in due]
             for r, order in due:
                 self._answer(r, order)
+
+    def activate(self, adapters: Iterable[int]) -> None:
+        """Every rank has these in its arena, as after a step that ran them: it holds them no longer."""
+        with self._lock:
+            for held in self.held:
+                held.difference_update(adapters)
 
     def bring_in(self, adapter: int, path: str = "") -> None:
         """Every rank has the adapter without having been asked for it, as after `add_lora`."""
@@ -160,7 +185,7 @@ class SettlingEnd(channel.SchedulerEnd):
 
     def __init__(self, workers: FakeWorkers, address: str) -> None:
         super().__init__(address)
-        self._workers = workers
+        self.workers = workers
         self._sent: Counter[int] = Counter()
         self._received: Counter[int] = Counter()
 
@@ -179,7 +204,7 @@ class SettlingEnd(channel.SchedulerEnd):
         step takes them in."""
         deadline = time.monotonic() + ANSWERS_WITHIN_S
         while True:
-            heard, reported = self._workers.counts()
+            heard, reported = self.workers.counts()
             if heard == self._sent and reported == self._received:
                 return
             assert time.monotonic() < deadline, f"sent {self._sent}, heard {heard}, reported {reported}"

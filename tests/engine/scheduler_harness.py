@@ -118,6 +118,9 @@ def model_output(scheduler: Any, output: SchedulerOutput) -> ModelRunnerOutput:
     """One token for each request whose known tokens are all computed after this step; of its drafts every other
     request's are taken, but for the last."""
     ids = list(output.num_scheduled_tokens)
+    if isinstance(scheduler._end if hasattr(scheduler, "_end") else None, SettlingEnd):
+        loras = (scheduler.requests[i].lora_request for i in ids if i in scheduler.requests)
+        scheduler._end.workers.activate({lora.lora_int_id for lora in loras if lora is not None})
     sampled = []
     for request_id in ids:
         request = scheduler.requests.get(request_id)

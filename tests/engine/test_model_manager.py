@@ -17,18 +17,26 @@ def cache(*adapters: int, pinned: tuple[int, ...] = ()) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("in_use", "pinned", "last_copies", "gone"),
+    ("in_use", "pinned", "held", "last_copies", "gone"),
     [
-        ((), (), (), 1),
-        ((1,), (), (), 2),
-        ((1,), (2,), (), 3),
-        ((), (), (1, 2), 3),
-        ((3,), (), (1, 2), 1),
-        ((1, 2), (3,), (), None),
+        ((), (), (), (), 1),
+        ((1,), (), (), (), 2),
+        ((1,), (2,), (), (), 3),
+        ((), (), (), (1, 2), 3),
+        ((), (), (1, 2), (), 3),
+        ((), (), (1,), (2, 3), 2),
+        ((3,), (), (1,), (), 2),
+        ((3,), (), (1, 2), (), 1),
+        ((3,), (), (), (1, 2), 1),
+        ((1, 2), (3,), (), (), None),
     ],
 )
-def test_last_copies_go_last_and_what_is_in_use_or_pinned_never(
-    in_use: tuple[int, ...], pinned: tuple[int, ...], last_copies: tuple[int, ...], gone: int | None
+def test_what_is_awaited_and_last_copies_go_last_and_what_is_in_use_or_pinned_never(
+    in_use: tuple[int, ...],
+    pinned: tuple[int, ...],
+    held: tuple[int, ...],
+    last_copies: tuple[int, ...],
+    gone: int | None,
 ) -> None:
     from vllm_loraserve.engine.model_manager import PagedLoRAModelManager
 
@@ -39,11 +47,27 @@ def test_last_copies_go_last_and_what_is_in_use_or_pinned_never(
         in_use=frozenset(in_use),
         layout=SimpleNamespace(size_bytes=lambda pages: 4096),
         _demand=SimpleNamespace(of=lambda adapter, now: float(adapter)),
-        host=SimpleNamespace(may_evict=lambda adapter: adapter not in last_copies),
+        host=SimpleNamespace(may_evict=lambda adapter: adapter not in last_copies, is_held=held.__contains__),
         remove_adapter=removed.append,
     )
     assert PagedLoRAModelManager.remove_oldest_adapter(manager) == (gone is not None)
     assert removed == ([gone] if gone is not None else [])
+
+
+def test_what_requests_wait_for_and_only_the_arena_has_leaves_it_last() -> None:
+    from vllm_loraserve.engine.model_manager import PagedLoRAModelManager
+
+    class Host:
+        is_held = staticmethod({1, 2}.__contains__)
+
+        def __contains__(self, adapter: int) -> bool:
+            return adapter != 1
+
+    manager: Any = SimpleNamespace(
+        host=Host(), in_use=frozenset({9}), _idle=lambda pinned=False: [4] if pinned else [1, 2, 3]
+    )
+    manager._awaited_here_alone = lambda adapter: PagedLoRAModelManager._awaited_here_alone(manager, adapter)
+    assert PagedLoRAModelManager._victims(manager, 9) == [2, 3, 1, 4]
 
 
 class Event:

@@ -20,6 +20,8 @@ class Manager:
     def __init__(self, vllm_config: Any) -> None:
         self.held: set[int] = set()
         self.active: set[int] = set()
+        self.kept: set[int] = set()
+        """What the scheduler holds."""
         self.prepared: list[int] = []
         self.error: Exception | None = None
         self._adapter_manager = SimpleNamespace()
@@ -36,6 +38,9 @@ class Manager:
 
     def is_prepared(self, adapter: int) -> bool:
         return adapter in self.held
+
+    def hold(self, adapter: int, held: bool = True) -> None:
+        (self.kept.add if held else self.kept.discard)(adapter)
 
     def set_active_adapters(self, requests: Any) -> None:
         for request in requests:
@@ -184,6 +189,187 @@ def test_add_lora_looks_and_loads_aside(pair: Any, tmp_path: Path) -> None:
     assert manager.add_adapter(LoRARequest("there", 4, str(tmp_path / "there")))
     assert next_report(end).adapter == 4
     assert manager.active == set()
+
+
+def test_what_was_ordered_stays_until_it_is_activated(pair: Any) -> None:
+    from vllm.lora.request import LoRARequest
+
+    end, manager = pair
+    order(end, 1)
+    assert type(next_report(end)).__name__ == "Ready"
+    assert manager.kept == {1}
+    manager.set_active_adapters({LoRARequest("a1", 1, "/adapters/1")})
+    assert manager.kept == set()
+    assert manager._held_for == {}
+
+
+def test_what_is_released_removed_or_failed_is_not_held(pair: Any) -> None:
+    from vllm_loraserve.engine import channel
+
+    end, manager = pair
+    for adapter in (1, 2, 3):
+        order(end, adapter, attempt=adapter)
+        next_report(end)
+    end.send(channel.Release(1))
+    end.send(channel.Hold(4))
+    manager.error = ValueError("truncated")
+    order(end, 5, attempt=5)  # orders are heard one after the other
+    assert type(next_report(end)).__name__ == "Failed"
+    assert manager.kept == {2, 3, 4}
+    manager.remove_adapter(2)
+    next_report(end)
+    assert manager.kept == {3, 4}
+    end.send(channel.Release(4))
+    end.send(channel.Release(3))
+    order(end, 6, attempt=6)
+    next_report(end)
+    assert manager.kept == set()
+    assert manager._held_for == {}
+
+
+def test_a_load_that_was_given_up_does_not_release_what_was_ordered_again(
+    pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    end, manager = pair
+    prepare, gate, began = manager.prepare, threading.Event(), threading.Event()
+
+    def slow_once(request: Any) -> int:
+        if not began.is_set():
+            began.set()
+            gate.wait(60)
+        return prepare(request)
+
+    monkeypatch.setattr(manager, "prepare", slow_once)
+    order(end, 1, attempt=1)
+    assert began.wait(60)
+    order(end, 1, attempt=2)
+    assert next_report(end).attempt == 2
+    gate.set()
+    late = next_report(end)
+    assert (type(late).__name__, late.attempt) == ("Failed", 1)
+    assert manager.kept == {1}
+
+
+def test_what_a_step_pushes_out_is_reported_at_once(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter that only the arena had gives its place to another one: the next request must have it loaded."""
+    from vllm.lora.request import LoRARequest
+
+    end, manager = pair
+    requests = {adapter: LoRARequest(f"a{adapter}", adapter, f"/adapters/{adapter}") for adapter in (1, 2)}
+    for adapter in requests:
+        order(end, adapter)
+        next_report(end)
+    manager.set_active_adapters({requests[1]})
+    add = Manager.add_adapter
+
+    def activate(self: Any, request: Any) -> bool:
+        self.held.clear()
+        self.held.add(request.lora_int_id)
+        return add(self, request)
+
+    monkeypatch.setattr(Manager, "add_adapter", activate)
+    manager.set_active_adapters({requests[2]})
+    assert (type(gone := next_report(end)).__name__, gone.adapter) == ("Gone", 1)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["running", "ended"])
+def test_an_order_takes_over_the_load_of_add_lora(pair: Any, tmp_path: Path, ended: bool) -> None:
+    """The load endpoint, and a request right behind it: the adapter is read once."""
+    import threading
+
+    import msgspec
+    from vllm.lora.request import LoRARequest
+
+    from vllm_loraserve.engine import channel
+
+    end, manager = pair
+    (tmp_path / "adapter_config.json").write_text("{}")
+    request = LoRARequest("a1", 1, str(tmp_path))
+    gate, began, prepare = threading.Event(), threading.Event(), manager.prepare
+
+    def held(request: Any) -> Any:
+        began.set()
+        gate.wait(60)
+        return prepare(request)
+
+    manager.prepare = held
+    assert manager.add_adapter(request)
+    assert began.wait(60)
+    if ended:
+        gate.set()
+        assert next_report(end).attempt == 0
+    end.send(channel.Prepare(1, 7, msgspec.msgpack.encode(request)))
+    end.send(channel.Hold(9))
+    while 9 not in manager.kept:
+        time.sleep(0.002)
+    gate.set()
+    ready = next_report(end)
+    assert (type(ready).__name__, ready.attempt, ready.lora_rank) == ("Ready", 7, 16)
+    assert manager.prepared == [1]
+    assert 1 in manager.kept
+
+
+def test_the_order_that_took_a_load_over_hears_of_its_failure(pair: Any, tmp_path: Path) -> None:
+    import threading
+
+    import msgspec
+    from vllm.lora.request import LoRARequest
+
+    from vllm_loraserve.engine import channel
+
+    end, manager = pair
+    (tmp_path / "adapter_config.json").write_text("{}")
+    request = LoRARequest("a1", 1, str(tmp_path))
+    gate, began = threading.Event(), threading.Event()
+
+    def fails(request: Any) -> Any:
+        began.set()
+        gate.wait(60)
+        raise ValueError("it is truncated")
+
+    manager.prepare = fails
+    assert manager.add_adapter(request)
+    assert began.wait(60)
+    end.send(channel.Prepare(1, 7, msgspec.msgpack.encode(request)))
+    while 1 not in manager.kept:
+        time.sleep(0.002)
+    gate.set()
+    failed = next_report(end)
+    assert (type(failed).__name__, failed.attempt) == ("Failed", 7)
+    assert "it is truncated" in failed.reason
+    assert manager.kept == set()
+
+
+def test_vllms_own_manager_keeps_what_is_held() -> None:
+    from vllm_loraserve.engine.side_loading import PrepareStockMixin
+
+    class Stock:
+        lora_config = SimpleNamespace(max_cpu_loras=2)
+
+        def _load_adapter(self, request: Any) -> Any:
+            return SimpleNamespace(rank=8)
+
+    class Preparing(PrepareStockMixin, Stock):
+        """As `side_loading` makes it."""
+
+    manager = Preparing()
+
+    def prepare(adapter: int) -> None:
+        manager.prepare(SimpleNamespace(lora_int_id=adapter, lora_path="/a"))  # type: ignore[arg-type]
+
+    manager.hold(1)
+    for adapter in (1, 2, 3, 4):
+        prepare(adapter)
+    assert set(manager._prepared) == {1, 4}
+    manager.hold(4)
+    prepare(5)
+    assert set(manager._prepared) == {1, 4, 5}, "what is held is bounded elsewhere"
+    manager.hold(1, False)
+    manager.hold(4, False)
+    prepare(6)
+    assert set(manager._prepared) == {5, 6}
 
 
 def test_pins_are_reported_for_they_take_room_with_nobody_running(pair: Any) -> None:

@@ -162,6 +162,24 @@ def test_what_is_kept_is_not_evicted_though_it_came_later() -> None:
     assert {key for key in range(6) if key in host} == {5}
 
 
+def test_what_is_held_is_not_evicted_until_it_is_let_go() -> None:
+    host = tier(2 * 4096)
+    host.hold(1)
+    put(host, 1, R4, 1)
+    put(host, 2, R4, 2)
+    put(host, 3, R4, 3)
+    assert [entry.key for entry in host.entries()] == [1, 3], "the oldest, and the least wanted"
+    host.hold(3)
+    with pytest.raises(HostTierFullError):
+        put(host, 4, R4, 4)
+    host.hold(1, False)
+    host.hold(3, False)
+    put(host, 4, R4, 4)
+    put(host, 5, R4, 5)
+    assert {entry.key for entry in host.entries()} == {4, 5}
+    host.check_integrity()
+
+
 def test_a_count_limit() -> None:
     host = tier(1 << 20, max_adapters=2)
     for key in (1, 2, 3):

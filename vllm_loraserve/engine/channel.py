@@ -31,12 +31,24 @@ class Order(msgspec.Struct, frozen=True, tag=True):
 
 
 class Prepare(Order, frozen=True, tag=True):
-    """Bring an adapter in, aside. Answered by Ready or Failed with the same `attempt`."""
+    """Bring an adapter in, aside, and hold it. Answered by Ready or Failed with the same `attempt`."""
 
     adapter: int
     attempt: int
     request: bytes
     """The LoRARequest, as msgpack."""
+
+
+class Hold(Order, frozen=True, tag=True):
+    """Requests wait for an adapter that is ready: it may not be evicted before it is activated. Not answered."""
+
+    adapter: int
+
+
+class Release(Order, frozen=True, tag=True):
+    """Nobody waits for the adapter any more: it may be evicted. Not answered."""
+
+    adapter: int
 
 
 class Report(msgspec.Struct, frozen=True, tag=True):
@@ -68,13 +80,15 @@ class Ready(Report, frozen=True, tag=True):
 
 
 class Failed(Report, frozen=True, tag=True):
-    """It can't; `transient`: trying again may help; `status`: the HTTP status that says so to a client."""
+    """It can't; `transient`: trying again may help; `status`: the HTTP status that says so to a client; `no_room`: the
+    host tier has none beside what it holds."""
 
     adapter: int
     attempt: int
     reason: str
     transient: bool
     status: int = 400
+    no_room: bool = False
 
 
 class Gone(Report, frozen=True, tag=True):
@@ -113,7 +127,7 @@ class Transfers(Report, frozen=True, tag=True):
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_order = msgspec.msgpack.Decoder(Prepare).decode
+_decode_order = msgspec.msgpack.Decoder(Prepare | Hold | Release).decode
 _decode_report = msgspec.msgpack.Decoder(Hello | Ready | Failed | Gone | Pinned | Stalled | Transfers).decode
 
 

@@ -112,6 +112,13 @@ class LoadThreads:
             load = self._latest.get(adapter)
             return load is not None and load.path == path and not load.hangs
 
+    def runs(self, adapter: int, path: str) -> bool:
+        """Whether a load of this content runs and does not hang; False for one that is queued."""
+        with self._changed:
+            self._expire()
+            load = self._latest.get(adapter)
+            return load is not None and load.path == path and load in self._running and not load.hangs
+
     # ---- inside; with `_changed` held but for `_launch`, `_feed` and `_run` ----
 
     def _supersede(self, adapter: int) -> None:

@@ -145,6 +145,10 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
         off the engine's thread."""
         return self._adapter_manager.staging.stage(lora_id)
 
+    def hold(self, lora_id: int, held: bool = True) -> None:
+        """From now on (or no longer) a load aside does not evict the adapter. Thread-safe."""
+        self.host.hold(lora_id, held)
+
     def _forget_prepared(self) -> None:
         """Drops what left the host tier before anybody used it; not what is to replace a registered adapter, which
         would pass for current then."""

@@ -198,8 +198,13 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         return unused + self._idle() + [each for each in staged if each not in unused] + pinned
 
     def _victims(self, lora_id: int) -> list[int]:
-        """Whom to evict for `lora_id`, in this order; pinned ones last, and only for an adapter of the step at hand."""
-        return self._idle() + (self._idle(pinned=True) if lora_id in self.in_use else [])
+        """Whom to evict for `lora_id`, in this order: what requests wait for and only the arena has comes behind the
+        others; pinned ones last, and only for an adapter of the step at hand."""
+        idle = sorted(self._idle(), key=self._awaited_here_alone)
+        return idle + (self._idle(pinned=True) if lora_id in self.in_use else [])
+
+    def _awaited_here_alone(self, lora_id: int) -> bool:
+        return self.host.is_held(lora_id) and lora_id not in self.host
 
     def _idle(self, pinned: bool = False) -> list[int]:
         """Active adapters out of use that are not pinned (or are), the least worth keeping first."""
@@ -234,8 +239,8 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             self._registered_adapters[lora.id] = lora
 
     def remove_oldest_adapter(self) -> bool:
-        """Unregister the adapter that is least worth keeping; never one in use or pinned, and a cluster's last copy
-        only where there are no others: its host pages go with it."""
+        """Unregister the adapter that is least worth keeping; never one in use or pinned, and what requests wait for,
+        or a cluster's last copy, only where there are no others: its host pages go with it."""
         now = time.monotonic()
         pinned = self._registered_adapters.pinned_items | self._active_adapters.pinned_items
         candidates = [
@@ -248,7 +253,10 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             for lora_id, adapter in self._registered_adapters.cache.items()
             if lora_id not in pinned and lora_id not in self.in_use
         ]
-        order = sorted(eviction_order(candidates), key=lambda lora_id: not self.host.may_evict(lora_id))
+        order = sorted(
+            eviction_order(candidates),
+            key=lambda lora_id: (self.host.is_held(lora_id), not self.host.may_evict(lora_id)),
+        )
         if not order:
             return False
         self.remove_adapter(order[0])

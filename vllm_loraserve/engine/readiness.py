@@ -4,17 +4,22 @@ An adapter is ready when every rank has said so. Loads are ordered by the oldest
 most `concurrent_loads` run at a time, and at most `prefetch` adapters are loading or loaded ahead of their turn. A load
 that fails for a passing reason is tried again after 0.5, 1, 2, ... seconds; any other failure, and the last of these,
 is final for the requests that wait, and forgotten with them.
+
+Workers hold what was loaded for requests until it is activated: it is not evicted meanwhile. What is held is bounded as
+what is loaded ahead is, and let go when nobody waits for it any more, or for the good of older requests' adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from vllm_loraserve.engine import channel
 
 FIRST_BACKOFF_S = 0.5
+_PRUNE_ABOVE = 64
+"""Adapters known, beyond twice those that were needed last, before those that nobody needs are looked for."""
 LOAD_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
@@ -77,6 +82,12 @@ class Readiness:
         was loaded and has not run."""
         self.rows_of: Callable[[int], int] = lambda lora_rank: lora_rank
         """Rank rows that an adapter of a rank takes."""
+        self._held: set[int] = set()
+        """Adapters that the workers hold; they let go by themselves of what they activate."""
+        self._owed: set[int] = set()
+        """Adapters that the workers were told to hold, and not yet to release."""
+        self._give_way: list[int] = []
+        self._prune_at = _PRUNE_ABOVE
 
     def is_ready(self, adapter: int, path: str) -> bool:
         """Whether a request for this content can be scheduled now."""
@@ -95,6 +106,59 @@ class Readiness:
         if adapter in self._failed:
             self._failed.discard(adapter)
             del self._adapters[adapter]
+
+    # ---- what workers hold ----
+
+    def hold(self, adapter: int) -> bool:
+        """Whether the workers must be told to hold an adapter that is ready, since requests wait for it now."""
+        if adapter in self._held or adapter not in self._ready or len(self._held) >= self.prefetch:
+            return False
+        if not self._host_takes(self._held_rows() + self.rows_of(self.rank_of(adapter))):
+            return False
+        self._held.add(adapter)
+        self._owed.add(adapter)
+        return True
+
+    def is_held(self, adapter: int) -> bool:
+        return adapter in self._held
+
+    def activated(self, adapters: Collection[int]) -> None:
+        """These run: the arena has them."""
+        self._held.difference_update(adapters)
+
+    def releases(self, needed: Callable[[int, str], bool]) -> list[int]:
+        """Adapters that the workers may evict again. needed: whether requests wait for or run with (adapter, path).
+
+        Forgets what nobody needs and no worker has, too.
+        """
+        given, self._give_way = self._give_way, []
+        for adapter in self._owed:
+            entry = self._adapters.get(adapter)
+            if entry is None or not needed(adapter, entry.path):
+                given.append(adapter)
+        self._owed.difference_update(given)
+        self._held.difference_update(given)
+        if len(self._adapters) > self._prune_at:
+            for adapter in [a for a, e in self._adapters.items() if e.state == "wanted" and not needed(a, e.path)]:
+                del self._adapters[adapter]
+                self._retrying.discard(adapter)
+            self._prune_at = _PRUNE_ABOVE + 2 * len(self._adapters)
+        return given
+
+    def _held_rows(self) -> int:
+        return sum(self.rows_of(self.rank_of(adapter)) for adapter in self._held)
+
+    def _make_way(self, adapter: int, rows: int, ahead: set[int]) -> None:
+        """What is held and not among `ahead`, those before `adapter` in the queue, goes as far as `rows` more rank rows
+        for it need that."""
+        for held in self._held - ahead - self._loading - {adapter}:
+            if len(self._held) < self.prefetch and self._host_takes(self._held_rows() + rows):
+                return
+            self._held.discard(held)
+            self._owed.discard(held)
+            self._give_way.append(held)
+
+    # ---- loads ----
 
     def ready(self) -> Iterator[tuple[int, str]]:
         """(adapter, path) of what is ready."""
@@ -126,7 +190,8 @@ class Readiness:
         starts: list[tuple[int, int]] = []
         if not self.world_size:
             return starts
-        ahead = rows = 0
+        ahead: set[int] = set()
+        rows = 0
         again: list[tuple[int, Adapter]] = []
         # The rank of what was never loaded is not known: it is taken for the largest one that is.
         largest = max((self._adapters[a].lora_rank for a in self._ready | self._loading), default=0)
@@ -141,30 +206,33 @@ class Readiness:
                 entry.path, entry.state, entry.retries, entry.not_before = path, "wanted", 0, 0.0
                 entry.ready_on.clear()
             if entry.state == "wanted" and entry.path == path:
-                if entry.retries:
+                if entry.retries or now < entry.not_before:
                     # Behind those that were never tried: a source that is away holds up nobody else.
                     again.append((adapter, entry))
                     continue
                 if len(self._loading) >= self.concurrent_loads:
                     break
-                if ahead and not self._host_takes(rows + self.rows_of(entry.lora_rank or largest)):
+                need = self.rows_of(entry.lora_rank or largest)
+                if ahead and not self._host_takes(rows + need):
                     break
+                self._make_way(adapter, need, ahead)
                 starts.append((adapter, self._begin(adapter, entry, now)))
             if adapter not in running and entry.state in ("loading", "ready"):
-                ahead += 1
+                ahead.add(adapter)
                 rows += self.rows_of(entry.lora_rank or largest)
-            if ahead >= self.prefetch:
+            if len(ahead) >= self.prefetch:
                 break
         for adapter, entry in again:
-            if ahead >= self.prefetch or len(self._loading) >= self.concurrent_loads:
+            if len(ahead) >= self.prefetch or len(self._loading) >= self.concurrent_loads:
                 break
             if now < entry.not_before:
                 continue
             need = self.rows_of(entry.lora_rank or largest)
             if ahead and not self._host_takes(rows + need):
                 break
+            self._make_way(adapter, need, ahead)
             starts.append((adapter, self._begin(adapter, entry, now)))
-            ahead += 1
+            ahead.add(adapter)
             rows += need
         return starts
 
@@ -176,6 +244,8 @@ class Readiness:
         entry.state, entry.attempt, entry.started = "loading", self._attempts, now
         entry.ready_on.clear()
         self._loading.add(adapter)
+        self._held.add(adapter)
+        self._owed.add(adapter)
         return entry.attempt
 
     def on_report(self, report: channel.Report, now: float) -> None:
@@ -185,7 +255,10 @@ class Readiness:
         elif isinstance(report, channel.Failed):
             entry = self._adapters.get(report.adapter)
             if entry is not None and entry.state == "loading" and report.attempt == entry.attempt:
-                self._fail(report.adapter, entry, report.reason, report.transient, report.status, now)
+                if report.no_room and self._held - {report.adapter}:
+                    self._wait_for_room(report.adapter, entry, now)
+                else:
+                    self._fail(report.adapter, entry, report.reason, report.transient, report.status, now)
         elif isinstance(report, channel.Pinned):
             (self.pinned.add if report.pinned else self.pinned.discard)(report.adapter)
         elif isinstance(report, channel.Gone):
@@ -199,6 +272,7 @@ class Readiness:
                     self._ready.discard(report.adapter)
                     self._loading.discard(report.adapter)
                     self._retrying.discard(report.adapter)
+                    self._held.discard(report.adapter)
                     entry.state, entry.retries, entry.not_before = "wanted", 0, 0.0
         elif isinstance(report, channel.Stalled):
             self.counters.stalls += 1
@@ -245,8 +319,16 @@ class Readiness:
             reason = f"LoRA adapter at {entry.path} was not loaded within {self.load_timeout_s:g} s"
             self._fail(adapter, entry, reason, True, 503, now)
 
+    def _wait_for_room(self, adapter: int, entry: Adapter, now: float) -> None:
+        """The host tier is full of what is held: that will be activated, so this is no failure of the source."""
+        self._loading.discard(adapter)
+        self._held.discard(adapter)
+        entry.state, entry.not_before = "wanted", now + FIRST_BACKOFF_S
+        self._retrying.add(adapter)
+
     def _fail(self, adapter: int, entry: Adapter, reason: str, transient: bool, status: int, now: float) -> None:
         self._loading.discard(adapter)
+        self._held.discard(adapter)
         entry.reason, entry.status = reason, status
         if transient and entry.retries < self.load_retries:
             entry.state = "wanted"

@@ -102,6 +102,8 @@ class RankAwareMixin(_Base):
         """Requests of adapters that wait and hold KV blocks: vLLM keeps them beside the waiting queue."""
         self._held_up: dict[Request, tuple[float, int]] = {}
         """Such a request whose adapter finds no room -> (time, requests admitted by then) since when."""
+        self._unheld: list[int] = []
+        """Adapters that are ready and waited for, and that the workers are not told to hold."""
         self._idle = True
         self._only_loads = False
         """The last step had nothing to run, since all that waits waits for its adapter."""
@@ -147,6 +149,8 @@ class RankAwareMixin(_Base):
                 self.waiting.lanes_changed = True
         self._survey(begin)
         output = super().schedule(throttle_prefills)
+        if self._end is not None:
+            self._hold_and_release(self._end)
         self._account(output, begin)
         return output
 
@@ -156,6 +160,7 @@ class RankAwareMixin(_Base):
         self._draining, self._drain_for = set(), None
         self._oldest_blocked = None
         self._overtook.clear()
+        self._unheld.clear()
         decode_rows, self._decoding = self._count_running()
         self.work.begin(self.max_num_scheduled_tokens, decode_rows, self.room.used_rows, self._decoding)
         self._holders = [request for request in self.kv_holding_waiting if request.lora_request is not None]
@@ -242,6 +247,8 @@ class RankAwareMixin(_Base):
         """Finds the oldest request that was overtaken long enough, and the adapters to drain for it."""
         aged: Lane | None = None
         for lane in self._ready_lanes():
+            if not self.readiness.is_held(lane.adapter):
+                self._unheld.append(lane.adapter)
             if self.room.fits(lane.adapter, self.readiness.rank_of(lane.adapter)):
                 lane.blocked = None
                 continue
@@ -280,6 +287,21 @@ class RankAwareMixin(_Base):
             ):
                 return request
         return None
+
+    def _hold_and_release(self, end: channel.SchedulerEnd) -> None:
+        """What is ready stays in host memory until it is activated, or nobody waits for it any more."""
+        users, lanes = self.room.users, self.waiting.lanes
+        self.readiness.activated(users)
+        holders = {r.lora_request.lora_int_id for r in self._holders}
+        for adapter in (*self._unheld, *holders):
+            if adapter not in users and self.readiness.hold(adapter):
+                end.send(channel.Hold(adapter))
+
+        def needed(adapter: int, path: str) -> bool:
+            return adapter in users or (adapter, path) in lanes or adapter in holders
+
+        for adapter in self.readiness.releases(needed):
+            end.send(channel.Release(adapter))
 
     # ---- the gate of the waiting queue ----
 

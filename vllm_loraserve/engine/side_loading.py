@@ -1,8 +1,9 @@
 """Worker side of loading adapters aside: reading and converting on a side thread, activating in the step.
 
 `side_loading(cls)` adds that to a worker LoRA manager class. A manager that can prepare an adapter off the engine's
-thread offers `prepare(lora_request)` itself; for vLLM's own manager `prepare` reads the checkpoint into the LoRAModel
-that `add_adapter` will then find instead of reading.
+thread offers `prepare(lora_request)` itself, and `hold(adapter)`, which keeps what is ready until it is activated; for
+vLLM's own manager `prepare` reads the checkpoint into the LoRAModel that `add_adapter` will then find instead of
+reading.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class PrepareStockMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._prepared: dict[int, tuple[str, Any]] = {}
         self._prepared_lock = threading.Lock()
+        self._held: set[int] = set()
         super().__init__(*args, **kwargs)
 
     @property
@@ -54,10 +56,16 @@ class PrepareStockMixin:
         ensure_wanted()
         with self._prepared_lock:
             self._prepared.pop(lora_request.lora_int_id, None)
-            while len(self._prepared) >= self.prepared_capacity:
-                del self._prepared[next(iter(self._prepared))]
+            idle = [adapter for adapter in self._prepared if adapter not in self._held]
+            for adapter in idle[: max(len(self._prepared) + 1 - self.prepared_capacity, 0)]:
+                del self._prepared[adapter]
             self._prepared[lora_request.lora_int_id] = (lora_request.lora_path, lora)
         return int(lora.rank)
+
+    def hold(self, adapter_id: int, held: bool = True) -> None:
+        """From now on (or no longer) later ones do not push the adapter out. Thread-safe."""
+        with self._prepared_lock:
+            (self._held.add if held else self._held.discard)(adapter_id)
 
     def is_prepared(self, adapter_id: int) -> bool:
         """True when activating needs no reading."""
@@ -71,6 +79,15 @@ class PrepareStockMixin:
         return super()._load_adapter(lora_request)  # type: ignore[misc]
 
 
+class _UnderWay:
+    """A load that has not ended; `attempt`: the scheduler's order that it answers, 0: none."""
+
+    __slots__ = ("attempt", "path")
+
+    def __init__(self, path: str, attempt: int) -> None:
+        self.path, self.attempt = path, attempt
+
+
 class SideLoadingMixin:
     """Takes the scheduler's orders and answers them; `add_adapter` outside a step only starts a load."""
 
@@ -79,6 +96,14 @@ class SideLoadingMixin:
         self._in_step = False
         self._paths: dict[int, str] = {}
         """Adapter -> the path it was read from, for adapters that are ready."""
+        self._lora_ranks: dict[int, int] = {}
+        """Adapter -> its rank in rank rows, as far as loads have told."""
+        self._ran: frozenset[int] = frozenset()
+        """Adapters of the last step."""
+        self._orders = threading.Lock()
+        self._under_way: dict[int, _UnderWay] = {}
+        self._held_for: dict[int, int] = {}
+        """Adapter that stays in host memory until it is activated -> the attempt that brings it, 0: it was there."""
         self.load_errors: dict[int, str] = {}
         """Adapter -> why it could not be loaded, until it is loaded or removed."""
         self._vllm_config = vllm_config
@@ -122,44 +147,90 @@ class SideLoadingMixin:
     # ---- orders, on the channel's thread ----
 
     def _on_order(self, order: channel.Order) -> None:
-        if isinstance(order, channel.Prepare):
+        if isinstance(order, channel.Release):
+            self._release(order.adapter)
+        elif isinstance(order, channel.Hold):
+            self._hold(order.adapter)
+        elif isinstance(order, channel.Prepare):
+            self._hold(order.adapter, order.attempt)
             # By its content an adapter is read again, not because a request of a load in place asks for it.
             request = settled(msgspec.msgpack.decode(order.request, type=LoRARequest))
-            self._start_load(request, order.attempt)
+            if not self._adopts(request, order.attempt):
+                self._start_load(request, order.attempt)
+
+    def _hold(self, adapter: int, attempt: int = 0) -> None:
+        with self._orders:
+            self._held_for[adapter] = attempt or self._held_for.get(adapter, 0)
+            self.hold(adapter)  # type: ignore[attr-defined]
+
+    def _release(self, adapter: int, attempt: int | None = None) -> None:
+        """The adapter may be evicted; with `attempt` only if no later order holds it."""
+        with self._orders:
+            if adapter in self._held_for and attempt in (None, self._held_for[adapter]):
+                del self._held_for[adapter]
+                self.hold(adapter, False)  # type: ignore[attr-defined]
+
+    def _adopts(self, request: LoRARequest, attempt: int) -> bool:
+        """Whether a load of `add_lora` answers the order, so that nothing is read twice: one that runs or has ended."""
+        adapter, path = request.lora_int_id, request.lora_path
+        with self._orders:
+            load = self._under_way.get(adapter)
+            if load is not None and not load.attempt and self.loads.runs(adapter, path):
+                load.attempt = attempt
+                return True
+        lora_rank = self._lora_ranks.get(adapter)
+        if lora_rank is None or self._paths.get(adapter) != path or not self.is_prepared(adapter):  # type: ignore[attr-defined]
+            return False
+        rank = self._vllm_config.parallel_config.rank
+        self._report(channel.Ready(rank, adapter, attempt, lora_rank, 0.0, path))
+        return True
 
     def _start_load(self, request: LoRARequest, attempt: int) -> None:
         """`attempt`: the scheduler's; 0: nobody has ordered it, and it waits for its turn."""
+        load = _UnderWay(request.lora_path, attempt)
+        with self._orders:
+            self._under_way[request.lora_int_id] = load
         self.loads.start(
             request.lora_int_id,
             request.lora_path,
-            lambda: self._load(request, attempt),
-            lambda error: self._fail(request, attempt, error),
+            lambda: self._load(request, load),
+            lambda error: self._fail(request, self._ended(request, load), error),
             queued=attempt == 0,
         )
 
-    def _load(self, request: LoRARequest, attempt: int) -> None:
+    def _ended(self, request: LoRARequest, load: _UnderWay) -> int:
+        """From now on no order adopts the load; returns the attempt that it answers."""
+        with self._orders:
+            if self._under_way.get(request.lora_int_id) is load:
+                del self._under_way[request.lora_int_id]
+            return load.attempt
+
+    def _load(self, request: LoRARequest, load: _UnderWay) -> None:
         step_aside()
         begin = time.monotonic()
         adapter = request.lora_int_id
         rank = self._vllm_config.parallel_config.rank
         try:
-            lora_rank = self.prepare(request)  # type: ignore[attr-defined]
+            lora_rank = _rank_of(self.prepare(request))  # type: ignore[attr-defined]
             ensure_wanted()
-            self._paths[adapter] = request.lora_path
+            self._paths[adapter], self._lora_ranks[adapter] = request.lora_path, lora_rank
             self.load_errors.pop(adapter, None)
             seconds = time.monotonic() - begin
-            if attempt and (stage := getattr(self, "stage", None)) is not None:
+            if load.attempt and (stage := getattr(self, "stage", None)) is not None:
                 stage(adapter)
-            self._report(channel.Ready(rank, adapter, attempt, _rank_of(lora_rank), seconds, request.lora_path))
+            attempt = self._ended(request, load)
+            self._report(channel.Ready(rank, adapter, attempt, lora_rank, seconds, request.lora_path))
         except Exception as error:
-            self._fail(request, attempt, error)
+            self._fail(request, self._ended(request, load), error)
         self._report_transfers()
         self._sweep()
 
     def _fail(self, request: LoRARequest, attempt: int, error: Exception) -> None:
         """Tells why a load did not end well; of one that nobody wants now only a scheduler that ordered it hears."""
         superseded = isinstance(error, SupersededError) or not wanted()
-        if superseded and not attempt:
+        if attempt:
+            self._release(request.lora_int_id, attempt)
+        elif superseded:
             return
         reason = f"LoRA adapter '{request.lora_name}' can't be loaded: {_one_line(error)}"
         if not superseded:
@@ -167,7 +238,13 @@ class SideLoadingMixin:
         rank, transient = self._vllm_config.parallel_config.rank, superseded or is_transient(error)
         self._report(
             channel.Failed(
-                rank, request.lora_int_id, attempt, reason, transient, 503 if superseded else _status_of(error)
+                rank,
+                request.lora_int_id,
+                attempt,
+                reason,
+                transient,
+                503 if superseded else _status_of(error),
+                no_room=isinstance(error, HostTierFullError),
             )
         )
 
@@ -187,12 +264,17 @@ class SideLoadingMixin:
 
     # ---- vLLM's calls, on the engine's thread ----
 
-    def set_active_adapters(self, *args: Any, **kwargs: Any) -> None:
+    def set_active_adapters(self, lora_requests: Any, *args: Any, **kwargs: Any) -> None:
         self._in_step = True
         try:
-            super().set_active_adapters(*args, **kwargs)  # type: ignore[misc]
+            super().set_active_adapters(lora_requests, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._in_step = False
+        runs = frozenset(request.lora_int_id for request in lora_requests if request)
+        if not runs <= self._ran:
+            # One that was activated may have taken the place of another one, which may have had no other.
+            self._sweep()
+        self._ran = runs
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """In a step: activates. Outside (`add_lora`): checks that the adapter is there, loads aside, returns."""
@@ -217,7 +299,9 @@ class SideLoadingMixin:
         adapter = lora_request.lora_int_id
         path = self._paths.get(adapter)
         if path == lora_request.lora_path and self.is_prepared(adapter):  # type: ignore[attr-defined]
-            return bool(super().add_adapter(settled(lora_request)))  # type: ignore[misc]
+            added = super().add_adapter(settled(lora_request))  # type: ignore[misc]
+            self._release(adapter)
+            return bool(added)
         begin = time.monotonic()
         self.loads.supersede(adapter)
         replaced = path is not None and path != lora_request.lora_path
@@ -229,6 +313,7 @@ class SideLoadingMixin:
             self._report(channel.Stalled(rank, adapter, time.monotonic() - begin))
             self._report_transfers()
         self._paths[adapter] = lora_request.lora_path
+        self._release(adapter)
         self._sweep()
         return bool(added)
 
@@ -249,6 +334,7 @@ class SideLoadingMixin:
         self.loads.supersede(adapter_id)
         removed = super().remove_adapter(adapter_id)  # type: ignore[misc]
         self.load_errors.pop(adapter_id, None)
+        self._release(adapter_id)
         if adapter_id in self._paths:
             self._tell_gone(adapter_id)
         return removed
@@ -265,11 +351,14 @@ class SideLoadingMixin:
 
     def remove_all_adapters(self) -> None:
         super().remove_all_adapters()  # type: ignore[misc]
+        for adapter in list(self._held_for):
+            self._release(adapter)
         for adapter in list(self._paths):
             self._tell_gone(adapter)
 
     def _tell_gone(self, adapter: int) -> None:
         self._paths.pop(adapter, None)
+        self._lora_ranks.pop(adapter, None)
         self._report(channel.Gone(self._vllm_config.parallel_config.rank, adapter))
 
 

@@ -89,6 +89,7 @@ class HostTier:
         self._clock = clock
         self._generation = 0
         self._kept: Counter[Hashable] = Counter()
+        self._held: set[Hashable] = set()
         self._prefault: Prefault | None = None
         self.lock = threading.RLock()
         self.may_evict: Callable[[Hashable], bool] = lambda key: True
@@ -217,6 +218,14 @@ class HostTier:
                         self._retired.discard(entry)
                         self._drop(entry)
 
+    def hold(self, key: Hashable, held: bool = True) -> None:
+        """From now on (or no longer) `key` is not evicted, be it here already or put in later. It may be replaced."""
+        with self.lock:
+            (self._held.add if held else self._held.discard)(key)
+
+    def is_held(self, key: Hashable) -> bool:
+        return key in self._held
+
     @contextmanager
     def keeping(self, key: Hashable) -> Iterator[None]:
         """While the block runs `key` is not evicted, be it here already or put in meanwhile. It may be replaced."""
@@ -259,6 +268,7 @@ class HostTier:
     def _candidates(self, besides: Hashable) -> list[Candidate[Hashable]]:
         """What may be evicted for the good of `besides`."""
         now = self._clock()
+        stays = {besides, *self._kept, *self._held}
         return [
             Candidate(
                 key,
@@ -267,7 +277,7 @@ class HostTier:
                 self._demand.of(key, now),
             )
             for key, entry in self._entries.items()
-            if key not in (besides, *self._kept) and not entry.users and not entry.pinned and self.may_evict(key)
+            if key not in stays and not entry.users and not entry.pinned and self.may_evict(key)
         ]
 
     def _in_the_way(self, size: int, key: Hashable) -> list[Hashable]:
