@@ -558,6 +558,9 @@ def test_capacity_is_the_configured_memory_else_the_flags():
     big = capacity_of(vllm_config(), LoRAServeConfig(arena_gib=1.0, host_gib=2.0), shapes)
     assert (big.rank_rows, big.host_bytes) == ((1 << 30) // row, 2 << 30)
     assert capacity_of(vllm_config(), LoRAServeConfig(max_rank=32), shapes).max_rank == 32
+    nodes = vllm_config()
+    nodes.parallel_config.nnodes = 2
+    assert capacity_of(nodes, LoRAServeConfig(), shapes).max_rank == 64, "its part of the arena"
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -65,6 +65,9 @@ def test_only_who_helps_has_to_go(residents: ArenaResidents) -> None:
 def test_an_adapter_larger_than_the_arena_is_told_so(residents: ArenaResidents) -> None:
     assert residents.capacity_problem((6, 0)) is None
     assert "28 rank rows and the arena has 24" in str(residents.capacity_problem((1, 7)))
+    assert residents.capacity_problem((2, 1), beside=2) is None
+    problem = str(residents.capacity_problem((3, 1), beside=2))
+    assert "12 rank rows and the arena has 24, which 3 adapters share (--max-loras); raise" in problem
 
 
 def test_warm_up_adapters_share_zeros(residents: ArenaResidents) -> None:
@@ -78,3 +81,30 @@ def test_warm_up_adapters_share_zeros(residents: ArenaResidents) -> None:
     residents.release_zeros()
     assert residents.arena.free_pages() == (2, 2)
     residents.check_integrity({1})
+
+
+@pytest.mark.vllm
+def test_without_a_channel_no_adapter_takes_more_than_its_part(residents: ArenaResidents) -> None:
+    """Over several machines the scheduler counts slots alone: what fits by count must fit by rank rows, too."""
+    from types import SimpleNamespace
+    from typing import Any
+
+    from vllm_loraserve.adapters.errors import AdapterError
+    from vllm_loraserve.engine.lora_manager import LoRAServeWorkerManager, adapters_beside
+    from vllm_loraserve.engine.pending_copies import PendingCopies
+
+    def config(nodes: int) -> Any:
+        parallel = SimpleNamespace(nnodes=nodes, data_parallel_index=0)
+        return SimpleNamespace(parallel_config=parallel, instance_id="x")
+
+    assert adapters_beside(config(1), slots=2) == 0
+    assert adapters_beside(config(2), slots=2) == 1
+
+    manager: Any = object.__new__(LoRAServeWorkerManager)
+    manager._adapter_manager = SimpleNamespace(residents=residents, copies=PendingCopies())
+    manager._beside = adapters_beside(config(2), slots=2)
+    assert manager._capacity_problem((3, 3)) is None
+    assert "share" in manager._capacity_problem((4, 0))
+    manager.peers = SimpleNamespace(bring=lambda request: SimpleNamespace(pages=(4, 0)))
+    with pytest.raises(AdapterError, match="'big' does not fit: it takes 16 rank rows"):
+        manager.prepare(SimpleNamespace(lora_name="big"))

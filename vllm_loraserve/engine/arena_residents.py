@@ -62,14 +62,15 @@ class ArenaResidents:
         """Whether the adapter has pages, active or staged."""
         return lora_id in self._pages
 
-    def capacity_problem(self, pages: Sequence[int]) -> str | None:
-        """Why an adapter with so many pages in each group could never be active, or None."""
-        if max(pages, default=0) <= self.arena.pages_per_group:
+    def capacity_problem(self, pages: Sequence[int], beside: int = 0) -> str | None:
+        """Why an adapter with so many pages in each group could never be active, or not beside so many others of its
+        size; None: it could."""
+        if max(pages, default=0) <= self.arena.pages_per_group // (beside + 1):
             return None
-        return (
-            f"it takes {max(pages) * self.arena.layout.page_rows} rank rows and the arena has "
-            f"{self.arena.rank_rows}; raise --loraserve-config.arena_rank_rows."
-        )
+        rows, has = max(pages) * self.arena.layout.page_rows, f"the arena has {self.arena.rank_rows}"
+        if beside:
+            has += f", which {beside + 1} adapters share (--max-loras)"
+        return f"it takes {rows} rank rows and {has}; raise --loraserve-config.arena_rank_rows."
 
     def to_evict(self, lora_id: int, needed: Sequence[int], victims: Iterable[int]) -> list[int]:
         """Those of `victims` (best to lose first) that must go until `needed` pages are free for `lora_id`.

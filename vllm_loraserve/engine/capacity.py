@@ -80,6 +80,8 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
         rank_rows = config.arena_rank_rows
     elif config.arena_gib is not None and row:
         rank_rows = int(config.arena_gib * GIB) * tp // row
+    # Over several machines the scheduler counts slots alone, so that each adapter has its part of the arena.
+    parts = lora.max_loras if getattr(vllm_config.parallel_config, "nnodes", 1) > 1 else 1
     host_bytes = (lora.max_cpu_loras or lora.max_loras) * lora.max_lora_rank * row
     return Capacity(
         slots=lora.max_loras,
@@ -90,7 +92,7 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
         tensor_parallel=tp,
         kv_tokens=(cache.num_gpu_blocks or 0) * (cache.block_size or 0),
         # Pages know no --max-lora-rank; an adapter only has to fit the arena.
-        max_rank=min(config.max_rank, rank_rows),
+        max_rank=min(config.max_rank, rank_rows // parts),
         max_model_len=model.max_model_len,
         dtype=str(model.dtype).removeprefix("torch."),
         max_batched_tokens=scheduler.max_num_batched_tokens,

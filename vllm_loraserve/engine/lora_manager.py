@@ -7,6 +7,7 @@ which a side thread calls to bring an adapter into the host tier. Slots and acti
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,11 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
+from vllm_loraserve.adapters.errors import AdapterError
 from vllm_loraserve.adapters.page_cache import PageCache
 from vllm_loraserve.adapters.source import resolve_source
 from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.engine import channel
 from vllm_loraserve.engine.adapter_loader import AdapterLoader, ModelFacts, ServedAdapter, settled
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.load_threads import ensure_wanted
@@ -34,6 +37,12 @@ if TYPE_CHECKING:
 
 WARM_ADAPTERS = 2
 """The host tier's memory for so many adapters of --max-lora-rank is touched ahead of use."""
+
+
+def adapters_beside(vllm_config: VllmConfig, slots: int) -> int:
+    """Others of its size beside which an adapter must fit the arena. Without a channel to the workers the scheduler
+    knows no ranks and counts slots alone, so that any `slots` adapters have to fit together."""
+    return slots - 1 if channel.address_of(vllm_config) is None else 0
 
 
 class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
@@ -73,8 +82,9 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
             self.host,
             cache=PageCache(Path(cache)) if cache else None,
             resolve=self._resolve,
-            capacity=manager.residents.capacity_problem,
+            capacity=self._capacity_problem,
         )
+        self._beside = adapters_beside(vllm_config, manager.lora_slots)
         self._prepared: dict[int, ServedAdapter] = {}
         if self.options.transfer_key_file is not None:
             # Imported where it is used: without the option no worker probes for RDMA.
@@ -84,6 +94,10 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
                 self.options, self.host, self._in_pages, rank=vllm_config.parallel_config.rank, loader=self.loader
             )
         return manager.model
+
+    def _capacity_problem(self, pages: Sequence[int]) -> str | None:
+        """Why an adapter with so many pages in each group can't be served, or None."""
+        return self._adapter_manager.residents.capacity_problem(pages, self._beside)
 
     def _in_pages(self, lora_id: int) -> bool:
         """Whether all of an adapter is in its pages, so that a peer can serve it from them."""
@@ -128,6 +142,8 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
         copies pages. Raises AdapterError or HostTierFullError."""
         self._adapter_manager.copies.drain()
         adapter = self.peers.bring(lora_request) if self.peers is not None else None
+        if adapter is not None and (problem := self._capacity_problem(adapter.pages)) is not None:
+            raise AdapterError("too_large", f"The adapter '{lora_request.lora_name}' does not fit: {problem}")
         if adapter is None:
             adapter = self.loader.prepare(lora_request)
         self._adapter_manager._validate_moe_lora_format(adapter)
