@@ -101,6 +101,61 @@ def test_over_its_limit_an_adapter_queues_then_gets_429(build: Any, clock: Any) 
     assert scheduler.counters.limited_requests == 1
 
 
+def test_429_counts_from_when_the_limit_alone_keeps_a_request_waiting(build: Any, clock: Any) -> None:
+    """It waited long for its adapter and for room before; that is nobody's going over a limit."""
+    from scheduler_harness import checker, make_request, run_until, settle, settled_step
+
+    scheduler, workers = build(
+        max_loras=1, options={"max_inflight_tokens": {"acme": 100}, "limit_wait_s": 3, "max_skip_s": 1e6}
+    )
+    workers.bring_in(1)
+    settle(scheduler)
+    scheduler.add_request(make_request("other", 20, 400, adapter=1))
+    settled_step(scheduler)
+    workers.hold(2)
+    for name in ("first", "second"):
+        scheduler.add_request(make_request(name, 20, 60, adapter=2, adapter_name="acme/a"))
+    for _ in range(5):
+        settled_step(scheduler)
+        clock.advance(2)
+    workers.release(2)
+    run_until(scheduler, lambda: "other" not in scheduler.requests, checker(scheduler))
+    settled_step(scheduler)
+    begin = clock.now
+    assert [r.request_id for r in scheduler.running] == ["first"]
+    for _ in range(20):
+        settled_step(scheduler)
+        assert "second" in scheduler.requests, "it waited for thirteen seconds, and none of them for the limit"
+    clock.advance(3)
+    run_until(scheduler, lambda: "second" not in scheduler.requests, checker(scheduler))
+    assert 3 < clock.now - begin < 3.5
+
+
+def test_who_was_preempted_gets_no_429(build: Any, clock: Any) -> None:
+    """Its first tokens may have been streamed."""
+    from scheduler_harness import checker, finished, make_request, reasons, run_until, settle, settled_step
+
+    scheduler, workers = build(
+        options={"max_inflight_tokens": {"acme": 200}, "limit_wait_s": 1}, blocks=7, max_seqs=4, caching=False
+    )
+    for adapter in (1, 2):
+        workers.bring_in(adapter)
+    settle(scheduler)
+    for adapter in (1, 2):
+        scheduler.add_request(make_request(f"r{adapter}", 20, 50, adapter=adapter, adapter_name=f"acme/{adapter}"))
+    outputs: list[Any] = []
+    while not any(request.num_preemptions for request in scheduler.requests.values()):
+        outputs += settled_step(scheduler)[1]
+    assert scheduler.requests["r2"].num_preemptions == 1
+    scheduler.limits.most["acme"] = 100
+    settled_step(scheduler)
+    (lane,) = scheduler.waiting.lanes.values()
+    assert lane.over_since is not None
+    clock.advance(10)
+    outputs += run_until(scheduler, finished(scheduler), checker(scheduler))
+    assert reasons(outputs) == {"r1": "length", "r2": "length"}
+
+
 def test_the_work_budget_takes_its_cost_from_a_file_of_operating_points(build: Any, tmp_path: Path) -> None:
     from scheduler_harness import make_request, run_until, settled_step
 

@@ -19,11 +19,14 @@ from typing import Any, Protocol
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request
 
+_COMPACT_ABOVE = 16
+"""Entries of a lane's heap, beyond twice its requests, before those that were taken out are dropped."""
+
 
 class Lane:
     """Waiting requests of one adapter content (adapter 0: the base model), by key."""
 
-    __slots__ = ("adapter", "blocked", "heap", "live", "name", "path", "yielded")
+    __slots__ = ("adapter", "blocked", "heap", "live", "name", "over_since", "path", "yielded")
 
     def __init__(self, adapter: int, name: str, path: str) -> None:
         self.adapter, self.name, self.path = adapter, name, path
@@ -32,6 +35,8 @@ class Lane:
         """Requests that wait here; the heap may still hold some that were taken out."""
         self.blocked: tuple[float, int] | None = None
         """(time, requests admitted by then) since when its head finds no room; None: it isn't held up by room."""
+        self.over_since: float | None = None
+        """Since when nothing but the limit of tokens in flight keeps its head waiting; None: something else does."""
         self.yielded = 0
         """Steps in which it could have joined the running ones, and let other prefill go first."""
 
@@ -215,6 +220,11 @@ class AdmissionQueue(RequestQueue):
     def _remove(self, request: Request) -> None:
         _, lane, _ = self._where.pop(request)
         lane.live -= 1
+        if len(lane.heap) > _COMPACT_ABOVE + 2 * lane.live:
+            # Behind a head that stays, requests that were aborted would be kept for ever.
+            # A request that was put back where it was may be there twice.
+            lane.heap = list({entry[1]: entry for entry in lane.heap if self._is_live(entry)}.values())
+            heapq.heapify(lane.heap)
         if lane is not self._base:
             self.lanes_changed = True
             if not lane.live:

@@ -96,6 +96,8 @@ class RankAwareMixin(_Base):
         self._overtook: set[Request] = set()
         """Requests that were admitted past it in this step."""
         self._loads_looked_at = self._waits_looked_at = self._limits_looked_at = 0.0
+        self._now = 0.0
+        """When this step began."""
         self._decoding = False
         """Somebody decodes in this step."""
         self._holders: list[Request] = []
@@ -147,6 +149,7 @@ class RankAwareMixin(_Base):
                     continue
                 self.readiness.on_report(report, begin)
                 self.waiting.lanes_changed = True
+        self._now = begin
         self._survey(begin)
         output = super().schedule(throttle_prefills)
         if self._end is not None:
@@ -230,11 +233,16 @@ class RankAwareMixin(_Base):
         self._limits_looked_at = now
         for lane in self.waiting.lanes.values():
             if self.limits.allows(lane.name, _reach(self.waiting.head(lane)[1])):
+                lane.over_since = None
+            if lane.over_since is None:
                 continue
+            # Who has run is served to the end.
             late = [
                 request
                 for request in self.waiting.live_in(lane)
-                if now - self.waiting.queued_at(request) > self.loraserve.limit_wait_s
+                if now - max(self.waiting.queued_at(request), lane.over_since) > self.loraserve.limit_wait_s
+                and not request.num_preemptions
+                and not request.num_output_tokens
             ]
             reason = f"Too many tokens of LoRA adapter '{lane.name}' are in flight; try again later"
             self._doom(late, HTTPStatus.TOO_MANY_REQUESTS, reason)
@@ -345,7 +353,10 @@ class RankAwareMixin(_Base):
         if request.request_id in self._doomed or not self.room.fits(lane.adapter, rank):
             return False
         if not self.limits.allows(lane.name, _reach(request)):
+            if lane.over_since is None:
+                lane.over_since = self._now
             return False
+        lane.over_since = None
         if self.work.allow(min(request.num_tokens, MIN_CHUNK), rank) == 0:
             self.counters.held_prefills += 1
             return False
