@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,5 +57,46 @@ async def test_totals_reach_the_metrics_page(tmp_path: Path) -> None:
         'loraserve:rank_rows_per_step_bucket{le="+Inf"} 2.0',
         'loraserve:load_seconds_bucket{le="0.05"} 2.0',
         "loraserve:load_seconds_sum 0.3",
+        "loraserve:load_seconds_count 2.0",
+        "loraserve:rank_rows_per_step_sum 80.0",
+        "loraserve:rank_rows_per_step_count 2.0",
+        "loraserve:lora_cost_share_sum 0.23",
+        "loraserve:lora_cost_share_count 2.0",
     ):
         assert line in text.splitlines(), text
+
+
+def test_the_last_totals_say_that_nothing_is_left(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step follows the last request's end, so that a gauge would stay as it was while requests ran."""
+    from scheduler_harness import checker, finished, make_request, run_until, settled_step
+    from vllm.v1.request import RequestStatus
+
+    from vllm_loraserve.engine.metrics import Publisher
+
+    published: list[Any] = []
+    publish = Publisher.publish
+
+    def noted(self: Any, totals: Any, now: float) -> None:
+        published.append((totals.rows_in_use, totals.waiting_adapters, totals.loading, totals.steps.oldest_wait_s))
+        publish(self, totals, now)
+
+    monkeypatch.setattr(Publisher, "publish", noted)
+    scheduler, workers = build()
+    workers.hold(2)
+    scheduler.add_request(make_request("runs", max_tokens=300, adapter=1))
+    scheduler.add_request(make_request("waits", adapter=2))
+    run_until(scheduler, lambda: "runs" not in scheduler.requests, checker(scheduler))
+    rows, waiting, loading, oldest = published[-1]
+    assert (rows, waiting, loading) == (8, 1, 1)
+    assert oldest > 0.5
+    scheduler.finish_requests("waits", RequestStatus.FINISHED_ABORTED)
+    assert scheduler.has_requests(), "one more step, for the workers to hear of the end"
+    settled_step(scheduler)
+    assert published[-1] == (0, 0, 0, 0.0)
+    count = len(published)
+    scheduler.add_request(make_request("short", max_tokens=2, adapter=1))
+    run_until(scheduler, finished(scheduler), checker(scheduler))
+    settled_step(scheduler)
+    assert len(published) == count + 1, "within the second"
+    settled_step(scheduler)
+    assert len(published) == count + 1

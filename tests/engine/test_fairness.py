@@ -49,3 +49,16 @@ def test_limits_hold_except_for_one_alone(requests: list[tuple[str, int]]) -> No
         for tokens in sizes:
             limits.release(name, tokens)
         assert limits.allows(name, 10**6)
+
+
+def test_labels_that_are_behind_are_forgotten_and_stand_where_they_stood() -> None:
+    shares = Shares({"*": 1.0})
+    for number in range(20_000):
+        shares.admit(f"adapter{number}", 10)
+        if number % 10 == 9:
+            shares.admit("ahead", 1)
+            shares._now += 10
+    assert len(shares._times) < 5000
+    assert shares.time("adapter1") == shares._now
+    shares.refund("adapter1", 10)
+    assert shares.time("adapter1") == shares._now

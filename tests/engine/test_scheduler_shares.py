@@ -69,6 +69,60 @@ def test_weighted_shares(build: Any) -> None:
     assert not workers.orders
 
 
+def test_what_a_request_did_not_generate_goes_back_to_its_share(build: Any) -> None:
+    """Clients that leave early, or ask for the most they may have, are charged with what they had."""
+    from scheduler_harness import make_request, settle, settled_step
+    from vllm.v1.request import RequestStatus
+
+    scheduler, workers = build(max_seqs=2, options={"shares": {"*": 1.0}})
+    workers.bring_in(1)
+    settle(scheduler)
+    settled_step(scheduler)
+    scheduler.add_request(make_request("early", 16, 1000, adapter=1, adapter_name="a"))
+    for _ in range(4):
+        settled_step(scheduler)
+    assert scheduler.shares.time("a") == 1016
+    scheduler.finish_requests("early", RequestStatus.FINISHED_ABORTED)
+    assert scheduler.shares.time("a") == 16 + 4
+    scheduler.add_request(make_request("never", 16, 1000, adapter=1, adapter_name="a"))
+    scheduler.finish_requests("never", RequestStatus.FINISHED_ABORTED)
+    assert scheduler.shares.time("a") == 16 + 4, "it did not run"
+    assert not scheduler._charged
+
+
+def test_a_preempted_request_is_charged_once(build: Any) -> None:
+    from scheduler_harness import checker, finished, make_request, run_until
+
+    scheduler, _ = build(blocks=20, max_seqs=8, caching=False, options={"shares": {"*": 1.0}})
+    charged: list[int] = []
+    preempted: set[str] = set()
+
+    class Noted:
+        weights = scheduler.shares.weights
+
+        def time(self, name: str) -> float:
+            return 0.0
+
+        def admit(self, name: str, tokens: int) -> None:
+            charged.append(tokens)
+
+        def refund(self, name: str, tokens: int) -> None:
+            charged.append(-tokens)
+
+    scheduler.shares = Noted()
+    for i in range(10):
+        scheduler.add_request(make_request(f"r{i}", 40, 40, adapter=1 + i % 2))
+
+    def check(output: Any) -> None:
+        checker(scheduler)(output)
+        preempted.update(output.preempted_req_ids or ())
+
+    run_until(scheduler, finished(scheduler), check)
+    assert preempted
+    assert sum(charged) == 10 * (40 + 40)
+    assert not scheduler._charged
+
+
 def test_over_its_limit_an_adapter_queues_then_gets_429(build: Any, clock: Any) -> None:
     from scheduler_harness import checker, finished, make_request, reasons, run_until
 

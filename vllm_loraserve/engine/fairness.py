@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+_PRUNE_ABOVE = 1024
+"""Labels, beyond twice those that are ahead of the present, before the others are forgotten."""
+
 
 def label_of(name: str, options: Mapping[str, object]) -> str | None:
     """The key under which `name` is accounted, or None when no option covers it.
@@ -36,6 +39,7 @@ class Shares:
     weights: Mapping[str, float]
     _times: dict[str, float] = field(default_factory=dict)
     _now: float = 0.0
+    _prune_at: int = _PRUNE_ABOVE
 
     def time(self, name: str) -> float:
         """Virtual time at which the next request of `name` starts; smaller goes first. The base model and adapters that
@@ -53,12 +57,16 @@ class Shares:
         self._now = start
         self._times[label] = start + tokens / (value_of(label, self.weights) if label else 1.0)
 
+        if len(self._times) > self._prune_at:
+            # Who is behind the present starts at the present: nothing need be remembered of it.
+            self._times = {label: time for label, time in self._times.items() if time > self._now}
+            self._prune_at = _PRUNE_ABOVE + 2 * len(self._times)
+
     def refund(self, name: str, tokens: int) -> None:
-        """The request that was admitted last under this name was not, after all."""
-        if not self.weights:
-            return
+        """A request of this name was not admitted after all, or did not take so many of its tokens."""
         label = label_of(name, self.weights) or ""
-        self._times[label] -= tokens / (value_of(label, self.weights) if label else 1.0)
+        if label in self._times:
+            self._times[label] -= tokens / (value_of(label, self.weights) if label else 1.0)
 
 
 @dataclass(slots=True)

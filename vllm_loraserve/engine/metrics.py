@@ -1,7 +1,8 @@
 """The scheduler's counters on the server's `/metrics`.
 
 The scheduler runs in the engine-core process, `/metrics` in the API server: the scheduler publishes its totals once a
-second on a socket beside the loads' channel, the API server keeps the last ones and shows them under `loraserve:`.
+second, and when it runs out of requests, on a socket beside the loads' channel; the API server keeps the last ones and
+shows them under `loraserve:`.
 """
 
 from __future__ import annotations
@@ -123,22 +124,30 @@ class Collector:
             yield CounterMetricFamily(f"loraserve:{name}", text, value=value)
         for name, text, gauge in (
             ("oldest_wait_seconds", "Longest wait of a request that waits for an adapter.", steps.oldest_wait_s),
-            ("loading_adapters", "Adapters being loaded.", self.totals.loading),
+            ("loading_adapters", "Adapters being loaded while requests wait.", self.totals.loading),
             ("waiting_adapters", "Adapters with waiting requests.", self.totals.waiting_adapters),
             ("rank_rows_in_use", "Rank rows of adapters of running requests.", self.totals.rows_in_use),
         ):
             yield GaugeMetricFamily(f"loraserve:{name}", text, value=gauge)
         yield _histogram("load_seconds", "Seconds of a load.", LOAD_BUCKETS_S, loads.load_histogram, loads.load_seconds)
-        yield _histogram("rank_rows_per_step", "Rank rows of a step's adapters.", ROWS_BUCKETS, steps.rank_rows)
+        yield _histogram(
+            "rank_rows_per_step", "Rank rows of a step's adapters.", ROWS_BUCKETS, steps.rank_rows, steps.rank_rows_sum
+        )
+        yield _histogram(
+            "lora_cost_share",
+            "LoRA work over base work of a step.",
+            SHARE_BUCKETS,
+            steps.cost_share,
+            steps.cost_share_sum,
+        )
         for family in self.totals.transfers:
             metric = Metric(family.name, family.text, family.kind)
             for name, labels, value in family.samples:
                 metric.add_sample(name, labels, value)
             yield metric
-        yield _histogram("lora_cost_share", "LoRA work over base work of a step.", SHARE_BUCKETS, steps.cost_share)
 
 
-def _histogram(name: str, text: str, bounds: Any, counts: list[int], total: float | None = None) -> Any:
+def _histogram(name: str, text: str, bounds: Any, counts: list[int], total: float) -> Any:
     buckets, seen = [], 0
     for bound, count in zip([*map(str, map(float, bounds)), "+Inf"], counts, strict=True):
         seen += count

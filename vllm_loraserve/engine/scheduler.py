@@ -80,10 +80,17 @@ class RankAwareMixin(_Base):
         share = config.lora_share if self.scheduler_config.enable_chunked_prefill else None
         self.work = WorkBudget(rank_cost(config.lora_cost_per_rank, config.operating_points), share)
         self.shares, self.limits = Shares(config.shares), Limits(config.max_inflight_tokens)
+        self._charged: dict[Request, int] = {}
+        """Request -> tokens that its share was charged with, until it ends."""
+        self._charged_now: set[Request] = set()
+        """Those that were charged in this step."""
         self.counters = StepCounters()
-        self.trace = StepTrace(config.trace_schedule) if config.trace_schedule else None
+        engine = vllm_config.parallel_config.data_parallel_index
+        self.trace = StepTrace(config.trace_schedule, engine=engine) if config.trace_schedule else None
         stats = channel.address_of(vllm_config, "stats") if self.log_stats else None
         self._publisher = Publisher(stats) if stats is not None and self._end is not None else None
+        self._busy = False
+        """There were requests since totals were published with none left."""
         self._transfers: dict[int, list[channel.Family]] = {}
         """What each worker last said about its transfers."""
         self.waiting: AdmissionQueue = AdmissionQueue(self.policy, self)
@@ -106,7 +113,6 @@ class RankAwareMixin(_Base):
         """Such a request whose adapter finds no room -> (time, requests admitted by then) since when."""
         self._unheld: list[int] = []
         """Adapters that are ready and waited for, and that the workers are not told to hold."""
-        self._idle = True
         self._only_loads = False
         """The last step had nothing to run, since all that waits waits for its adapter."""
 
@@ -163,11 +169,11 @@ class RankAwareMixin(_Base):
         self._draining, self._drain_for = set(), None
         self._oldest_blocked = None
         self._overtook.clear()
+        self._charged_now.clear()
         self._unheld.clear()
         decode_rows, self._decoding = self._count_running()
         self.work.begin(self.max_num_scheduled_tokens, decode_rows, self.room.used_rows, self._decoding)
         self._holders = [request for request in self.kv_holding_waiting if request.lora_request is not None]
-        self._idle = not lanes and not self._holders and not self.room.users
         if not lanes and not self._holders:
             return
         self._start_loads(now)
@@ -374,7 +380,11 @@ class RankAwareMixin(_Base):
             self._overtook.add(request)
         lora = request.lora_request
         name = lora.lora_name if lora is not None else ""
-        self.shares.admit(name, _reach(request))
+        if self.shares.weights and request not in self._charged:
+            # Once, however often it is preempted.
+            self._charged[request] = _reach(request)
+            self._charged_now.add(request)
+            self.shares.admit(name, _reach(request))
         if lora is not None:
             self.room.take(lora.lora_int_id, self.readiness.rank_of(lora.lora_int_id))
             self.limits.take(name, _reach(request))
@@ -387,7 +397,9 @@ class RankAwareMixin(_Base):
             self.counters.overtakes -= 1
         lora = request.lora_request
         name = lora.lora_name if lora is not None else ""
-        self.shares.refund(name, _reach(request))
+        if request in self._charged_now:
+            self._charged_now.discard(request)
+            self.shares.refund(name, self._charged.pop(request))
         if lora is not None:
             self.room.release(lora.lora_int_id)
             self.limits.release(name, _reach(request))
@@ -444,16 +456,10 @@ class RankAwareMixin(_Base):
             self._waits_looked_at = begin
             oldest = min(self.waiting.queued_at(self.waiting.head(lane)[1]) for lane in lanes.values())
             counters.oldest_wait_s = begin - oldest
-        if self._publisher is not None and self._publisher.due(begin):
-            readiness = self.readiness
-            transfers = summed(self._transfers.values())
-            totals = Totals(counters, readiness.counters, readiness.loading, len(lanes), self.room.used_rows, transfers)
-            self._publisher.publish(totals, begin)
-        if self._idle and self.trace is None:
-            return
         total = output.total_num_scheduled_tokens
         if total and self.room.users:
             counters.observe(self.room.used_rows, self.work.spent / total)
+        self._publish(begin)
         if self.trace is not None and total:
             tokens: dict[int, int] = {}
             for request_id, count in output.num_scheduled_tokens.items():
@@ -475,6 +481,26 @@ class RankAwareMixin(_Base):
                 oldest_wait_s=round(counters.oldest_wait_s, 4),
                 schedule_us=round((time.monotonic() - begin) * 1e6),
             )
+
+    def _publish(self, now: float) -> None:
+        """Once a second, and once more when no request is left: no step follows then that could say so."""
+        ended = self._busy and not self.requests
+        self._busy = bool(self.requests)
+        if self._publisher is None or not (ended or self._publisher.due(now)):
+            return
+        readiness, transfers = self.readiness, summed(self._transfers.values())
+        loading = readiness.loading if self._busy else 0
+        totals = Totals(
+            self.counters, readiness.counters, loading, len(self.waiting.lanes), self.room.used_rows, transfers
+        )
+        self._publisher.publish(totals, now)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM; what the request did not generate is given back to its share."""
+        if (charged := self._charged.pop(request, None)) is not None:
+            lora = request.lora_request
+            self.shares.refund(lora.lora_name if lora is not None else "", max(charged - request.num_tokens, 0))
+        return super()._free_request(request, *args, **kwargs)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """As vLLM; then ends the requests that can't be served, each with its reason."""

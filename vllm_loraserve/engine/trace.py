@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 ROWS_BUCKETS = (0, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 SHARE_BUCKETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
-FLUSH_S = 1.0
+FLUSH_S, FLUSH_BYTES = 1.0, 1 << 16
 
 
 @dataclass(slots=True)
@@ -36,25 +37,33 @@ class StepCounters:
     oldest_wait_s: float = 0.0
     """Of the requests that wait for an adapter now."""
     rank_rows: list[int] = field(default_factory=lambda: [0] * (len(ROWS_BUCKETS) + 1))
+    rank_rows_sum: int = 0
     cost_share: list[int] = field(default_factory=lambda: [0] * (len(SHARE_BUCKETS) + 1))
     """LoRA work over base work, of steps with LoRA."""
+    cost_share_sum: float = 0.0
 
     def observe(self, rows: int, share: float) -> None:
         """A step with adapters ran."""
         self.lora_steps += 1
         self.rank_rows[sum(rows > bound for bound in ROWS_BUCKETS)] += 1
+        self.rank_rows_sum += rows
         self.cost_share[sum(share > bound for bound in SHARE_BUCKETS)] += 1
+        self.cost_share_sum += share
 
 
 class StepTrace:
-    """Appends JSON lines to a file; a file that can't be written costs one warning, never a step."""
+    """Appends JSON lines to a file; a file that can't be written costs one warning, never a step.
 
-    def __init__(self, path: str) -> None:
-        self._file: TextIO | None = None
+    Several engines may append to one file: each writes whole lines, in one piece. `common`: fields of every line.
+    """
+
+    def __init__(self, path: str, **common: Any) -> None:
+        self._file: int | None = None
+        self._common, self._lines = common, bytearray()
         self._flushed = time.monotonic()
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         except OSError as error:
             logger.warning("loraserve-config: trace_schedule=%r can't be written: %s", path, error)
 
@@ -62,17 +71,26 @@ class StepTrace:
         """One step."""
         if self._file is None:
             return
+        self._lines += json.dumps(self._common | values, separators=(",", ":")).encode() + b"\n"
+        if time.monotonic() - self._flushed > FLUSH_S or len(self._lines) > FLUSH_BYTES:
+            self._flush(self._file)
+
+    def _flush(self, file: int) -> None:
+        self._flushed = time.monotonic()
         try:
-            self._file.write(json.dumps(values, separators=(",", ":")) + "\n")
-            if time.monotonic() - self._flushed > FLUSH_S:
-                self._file.flush()
-                self._flushed = time.monotonic()
+            # In append mode one write of a regular file is never mixed with another's; only a full disk cuts it short.
+            if os.write(file, self._lines) < len(self._lines):
+                raise OSError("not all of it could be written")
         except OSError as error:
             logger.warning("The schedule trace ends here: %s", error)
+            os.close(file)
             self._file = None
+        self._lines.clear()
 
     def close(self) -> None:
         """Writes what is left."""
         if self._file is not None:
-            self._file.close()
+            self._flush(self._file)
+        if self._file is not None:
+            os.close(self._file)
             self._file = None
