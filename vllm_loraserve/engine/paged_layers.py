@@ -26,6 +26,7 @@ from vllm.lora.layers import (
 
 from vllm_loraserve.adapters.checkpoint import LoRATensors
 from vllm_loraserve.adapters.convert import ModulePlan, Pair
+from vllm_loraserve.adapters.errors import AdapterError
 from vllm_loraserve.adapters.layout import Layout, ModuleShape
 from vllm_loraserve.kernels.paged import PagedLinear
 from vllm_loraserve.memory.arena import Arena
@@ -119,26 +120,77 @@ def slice_parts(layer: Any, parts: Sequence[LoRATensors | None]) -> list[int]:
     return owners
 
 
-def shard(layer: Any, parts: Sequence[Pair | None]) -> Sequence[Pair | None]:
-    """This worker's A and B of every slice, by the layer's own `slice_lora_a` and `slice_lora_b`."""
+def whole_sizes(layer: Any) -> tuple[int, tuple[int, ...]]:
+    """Input features and output features by slice of the layer as a whole, not of this worker's shard."""
+    base = layer.base_layer
+    if isinstance(layer, QKVParallelLinearWithLoRA | MergedQKVParallelLinearWithLoRA):
+        # Not its `output_sizes`: they count a KV head once for every worker that holds a copy of it.
+        outs = tuple(heads * base.head_size for heads in (base.total_num_heads, *(base.total_num_kv_heads,) * 2))
+    elif isinstance(layer, MergedColumnParallelLinearWithLoRA):
+        outs = tuple(layer.output_sizes)
+    else:
+        outs = (base.output_size,)
+    return base.input_size, outs if len(outs) == layer.n_slices else (sum(outs),)
+
+
+def shard(name: str, layer: Any, parts: Sequence[Pair | None]) -> Sequence[Pair | None]:
+    """This worker's A and B of every slice, by the layer's own `slice_lora_a` and `slice_lora_b`.
+
+    Raises AdapterError `mismatch` for parts of another layer: a cut through a matrix that is too large would fit.
+    """
     if not isinstance(layer, MergedColumnParallelLinearWithLoRA):
         assert parts[0] is not None
+        if layer.tp_size == 1:
+            return parts
+        _check_whole(name, layer, parts)
         a, b = parts[0]
-        return [(layer.slice_lora_a(a), layer.slice_lora_b(b)) if layer.tp_size > 1 else (a, b)]
-    a_list = [None if part is None else part[0] for part in parts]
-    b_list = [None if part is None else part[1] for part in parts]
-    if len(parts) == 1 < layer.n_slices and parts[0] is not None:
-        a_list = [parts[0][0]] * layer.n_slices
-        b_list = list(torch.split(parts[0][1], list(layer.base_layer.output_sizes), dim=0))
-    elif len(parts) != layer.n_slices:
-        a_list, b_list = layer.expand_packed_lora(a_list, b_list)
-    if layer.tp_size > 1:
-        a_list, b_list = layer.slice_lora_a(a_list), layer.slice_lora_b(b_list)
+        return [(layer.slice_lora_a(a), layer.slice_lora_b(b))]
+    slices = _by_slice(name, layer, parts)
+    if layer.tp_size == 1:
+        return slices
+    _check_whole(name, layer, slices)
+    a_list = layer.slice_lora_a([None if pair is None else pair[0] for pair in slices])
+    b_list = layer.slice_lora_b([None if pair is None else pair[1] for pair in slices])
     return [None if a is None or b is None else (a, b) for a, b in zip(a_list, b_list, strict=True)]
 
 
+def _by_slice(name: str, layer: Any, parts: Sequence[Pair | None]) -> Sequence[Pair | None]:
+    """The whole A and B of every slice of a merged layer; see `slice_parts`."""
+    if len(parts) == layer.n_slices:
+        return parts
+    a_list = [None if part is None else part[0] for part in parts]
+    b_list = [None if part is None else part[1] for part in parts]
+    if len(parts) == 1:
+        assert parts[0] is not None
+        a, b = parts[0]
+        _, outs = whole_sizes(layer)
+        if b.shape[0] != sum(outs):
+            raise _mismatch(name, f"B has {b.shape[0]} rows", f"{sum(outs)}")
+        return [(a, part) for part in torch.split(b, outs)]
+    try:
+        a_list, b_list = layer.expand_packed_lora(a_list, b_list)
+    except ValueError as error:
+        raise AdapterError("mismatch", f"The adapter's '{name}' is not a part of this model's: {error}") from None
+    return [None if a is None or b is None else (a, b) for a, b in zip(a_list, b_list, strict=True)]
+
+
+def _check_whole(name: str, layer: Any, slices: Sequence[Pair | None]) -> None:
+    in_size, outs = whole_sizes(layer)
+    for pair, out in zip(slices, outs, strict=True):
+        if pair is not None and (pair[0].shape[1], pair[1].shape[0]) != (in_size, out):
+            raise _mismatch(
+                name, f"{pair[0].shape[1]} input and {pair[1].shape[0]} output features", f"{in_size} and {out}"
+            )
+
+
+def _mismatch(name: str, has: str, needs: str) -> AdapterError:
+    return AdapterError(
+        "mismatch", f"The adapter's '{name}' has {has}, but this model needs {needs}; train it on this base model."
+    )
+
+
 def plan_module(name: str, layer: Any, parts: Sequence[LoRATensors | None]) -> ModulePlan:
-    return ModulePlan(name, parts, lambda pairs: shard(layer, pairs))
+    return ModulePlan(name, parts, lambda pairs: shard(name, layer, pairs))
 
 
 class SlotTables:
