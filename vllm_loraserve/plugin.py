@@ -166,6 +166,19 @@ def hooks() -> tuple[Hook, ...]:
             patch="0004-punica-wrapper-class.patch",
         ),
         Hook(
+            name="size of the KV cache",
+            target="vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config",
+            kind="hook",
+            wrap=_ours("worker_hooks", "wrap_initialize_from_config"),
+            parameters=("self", "kv_cache_configs"),
+            used_by=(
+                "vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config",
+                "kv_cache_config = kv_cache_configs[self.global_rank]",
+            ),
+            when="worker",
+            patch="0010-lora-manager-kv-cache.patch",
+        ),
+        Hook(
             name="start and stop of the API server",
             target="vllm.entrypoints.launchers.api_server.entry:serve_http",
             kind="hook",

@@ -4,6 +4,7 @@ channel to made-up workers."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +20,19 @@ def model_dir() -> Path:
     from vllm_loraserve.launcher import assets
 
     return assets.model_path(os.environ.get("LORASERVE_TEST_MODEL"))
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What the LoRA manager's logger says; vLLM's loggers hand nothing on to pytest's."""
+    lines: list[str] = []
+    logger = logging.getLogger("vllm.loraserve.lora_manager")
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

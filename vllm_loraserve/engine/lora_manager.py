@@ -18,6 +18,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_loraserve.adapters.errors import AdapterError
 from vllm_loraserve.adapters.page_cache import PageCache
@@ -98,6 +99,10 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
     def _capacity_problem(self, pages: Sequence[int]) -> str | None:
         """Why an adapter with so many pages in each group can't be served, or None."""
         return self._adapter_manager.residents.capacity_problem(pages, self._beside)
+
+    def kv_cache_allocated(self, kv_cache_config: KVCacheConfig) -> None:
+        """vLLM has laid out this worker's KV cache."""
+        self._adapter_manager.kv_cache_allocated(kv_cache_config)
 
     def _in_pages(self, lora_id: int) -> bool:
         """Whether all of an adapter is in its pages, so that a peer can serve it from them."""

@@ -91,33 +91,18 @@ def scratch_bytes(layout: Layout, max_rank: int, arena_rows: int, max_tokens: in
     return max(slices.values(), default=0) * max_tokens * rank * 4
 
 
-def kv_bytes_per_token(vllm_config: VllmConfig) -> int:
-    """Bytes of KV cache that one token takes on this worker, from the model's attention shapes; 0 if unknown."""
-    try:
-        model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        heads, size = model.get_num_kv_heads(parallel), model.get_head_size()
-        layers = model.get_num_layers(parallel)
-        dtype = vllm_config.cache_config.cache_dtype
-        item = 1 if dtype.startswith("fp8") else torch.empty(0, dtype=model.dtype).element_size()
-        return int(2 * heads * size * layers * item)
-    except (AttributeError, TypeError, ValueError):
-        return 0
-
-
-def log_arena(arena: Arena, slots: int, stock_bytes: int, vllm_config: VllmConfig) -> None:
-    """Says what the arena takes, what stock takes for the same flags, and the difference in KV cache tokens."""
-    assert vllm_config.lora_config is not None
+def log_arena(arena: Arena, slots: int, stock_bytes: int, lora_config: Any) -> None:
+    """Says what the arena takes, and what stock takes for the same flags."""
     if not arena.layout.groups:
         logger.warning(
             "No LoRA layer of this model lies in pages%s: all of them keep vLLM's stacks, padded to --max-lora-rank %d",
-            " because of --fully-sharded-loras" if vllm_config.lora_config.fully_sharded_loras else "",
-            vllm_config.lora_config.max_lora_rank,
+            " because of --fully-sharded-loras" if lora_config.fully_sharded_loras else "",
+            lora_config.max_lora_rank,
         )
         return
-    per_token = kv_bytes_per_token(vllm_config)
     logger.info(
         "LoRA arena: %.3f GiB for %d rank rows (%d pages of %d rows in %d module groups) and %d slots; stock "
-        "vLLM takes %.3f GiB for --max-loras %d --max-lora-rank %d: %+d KV cache tokens against stock",
+        "vLLM takes %.3f GiB for --max-loras %d --max-lora-rank %d",
         arena.nbytes / 2**30,
         arena.rank_rows,
         arena.pages_per_group,
@@ -126,6 +111,5 @@ def log_arena(arena: Arena, slots: int, stock_bytes: int, vllm_config: VllmConfi
         slots,
         stock_bytes / 2**30,
         slots,
-        vllm_config.lora_config.max_lora_rank,
-        (stock_bytes - arena.nbytes) // per_token if per_token else 0,
+        lora_config.max_lora_rank,
     )

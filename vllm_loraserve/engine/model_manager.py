@@ -16,11 +16,13 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine.adapter_loader import ServedAdapter
 from vllm_loraserve.engine.arena_residents import ArenaFullError, ArenaResidents
 from vllm_loraserve.engine.engine_config import config_of
+from vllm_loraserve.engine.kv_gain import log_kv_gain
 from vllm_loraserve.engine.lora_memory import ScratchReserve, log_arena, scratch_bytes, worker_layout
 from vllm_loraserve.engine.paged_layers import SlotTables, attach, is_paged, stacked_bytes, without_stacked_weights
 from vllm_loraserve.engine.pending_copies import PendingCopies
@@ -82,7 +84,12 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             else 0,
             self.device,
         )
-        log_arena(self.arena, self.lora_slots, self.stock_bytes, self._vllm_config)
+        log_arena(self.arena, self.lora_slots, self.stock_bytes, self.lora_config)
+
+    def kv_cache_allocated(self, kv_cache_config: KVCacheConfig) -> None:
+        """vLLM has laid out this worker's KV cache."""
+        if self.layout.groups:
+            log_kv_gain(self._vllm_config, kv_cache_config, self.arena.nbytes, self.stock_bytes)
 
     def _attach_kernels(self) -> None:
         """Every paged layer gets its view of the arena, and its Punica wrapper hears of it."""

@@ -72,3 +72,17 @@ def wrap_get_punica_wrapper(original: Callable[..., str]) -> Callable[..., str]:
         return ours
 
     return get_punica_wrapper
+
+
+def wrap_initialize_from_config(original: Callable[..., None]) -> Callable[..., None]:
+    """WorkerWrapperBase.initialize_from_config that tells a LoRA manager of ours what the KV cache has become."""
+
+    @functools.wraps(original)
+    def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
+        original(self, kv_cache_configs)
+        manager = getattr(self.worker.model_runner, "lora_manager", None)
+        allocated = getattr(manager, "kv_cache_allocated", None)
+        if allocated is not None:
+            allocated(kv_cache_configs[self.global_rank])
+
+    return initialize_from_config
