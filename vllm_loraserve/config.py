@@ -50,6 +50,10 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         str | None,
         Meta(description="Directory that keeps converted adapters for the next start; unset: none is kept."),
     ] = None
+    page_cache_gib: Annotated[
+        float,
+        Meta(gt=0, description="Most disk that page_cache_dir takes, in GiB; what was used least recently goes first."),
+    ] = 64.0
     coordinator: Annotated[
         str | None,
         Meta(description="ZMQ endpoint of the coordinator, such as tcp://127.0.0.1:5700; unset: stand alone."),

@@ -108,6 +108,84 @@ def write(folder: Path, seed: int) -> Path:
     return folder
 
 
+@pytest.fixture
+def cached(loader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The loader with a page cache; `converted` counts the adapters that were made from their checkpoints."""
+    from vllm_loraserve.adapters.page_cache import PageCache
+    from vllm_loraserve.engine import adapter_loader
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        loader.converted += 1
+        write_pages(*args, **kwargs)
+
+    loader.cache, loader.converted, write_pages = PageCache(tmp_path / "cache"), 0, adapter_loader.write_pages
+    monkeypatch.setattr(adapter_loader, "write_pages", counted)
+    return loader
+
+
+def load(loader: Any, folder: Path) -> bytes:
+    """Reads the adapter into the emptied host tier; its pages as they lie there."""
+    from vllm.lora.request import LoRARequest
+
+    loader.tier.remove(1)
+    loader.tier.slab.view()[:] = b"\xff" * loader.tier.slab.size
+    assert loader.prepare(LoRARequest("a", 1, str(folder))).ranks == (8,)
+    entry = loader.tier.get(1)
+    assert loader.tier.current_checksums(entry) == list(entry.checksums)
+    loader.tier.check_integrity()
+    return bytes(loader.tier.slab.view(entry.offset, entry.size))
+
+
+def test_an_adapter_that_the_page_cache_holds_is_not_converted_again(cached: Any, tmp_path: Path) -> None:
+    one, other = write(tmp_path / "a", seed=1), write(tmp_path / "b", seed=2)
+    pages = load(cached, one)
+    assert load(cached, one) == pages
+    assert cached.converted == 1
+    assert load(cached, write(tmp_path / "copy", seed=1)) == pages, "the content counts, not the path"
+    assert cached.converted == 1
+    assert load(cached, other) != pages
+    assert cached.converted == 2
+    assert load(cached, write(one, seed=2)) != pages, "overwritten"
+    assert cached.converted == 2, "with what is cached from elsewhere"
+
+
+def test_pages_of_another_layout_are_not_taken(cached: Any, tmp_path: Path) -> None:
+    from vllm_loraserve.adapters.page_cache import PageCache
+
+    folder = write(tmp_path / "a", seed=1)
+    pages = load(cached, folder)
+    (file,) = cached.cache.directory.iterdir()
+    # As another worker of the same model has it: sizes and name alike, another part of the weights.
+    file.write_bytes(file.read_bytes().replace(cached.facts.layout.fingerprint.encode(), b"0" * 64))
+    assert load(cached, folder) == pages
+    assert cached.converted == 2
+    cached.cache = PageCache(tmp_path / "elsewhere")
+    assert load(cached, folder) == pages
+    assert cached.converted == 3
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "garbled", "other ranks"])
+def test_a_damaged_file_is_replaced(cached: Any, tmp_path: Path, damage: str) -> None:
+    folder = write(tmp_path / "a", seed=1)
+    pages = load(cached, folder)
+    (file,) = cached.cache.directory.iterdir()
+    whole = file.read_bytes()
+    at = whole.index(b"\n") + 100
+    broken = {
+        "flipped": whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
+        "short": whole[:-1],
+        "garbled": b"{" + whole,
+        "other ranks": whole.replace(b'"ranks":[8]', b'"ranks":[7]'),
+    }[damage]
+    assert broken != whole
+    file.write_bytes(broken)
+    assert load(cached, folder) == pages
+    assert cached.converted == 2
+    assert file.read_bytes() == whole
+    assert load(cached, folder) == pages
+    assert cached.converted == 2
+
+
 def test_a_directory_that_was_overwritten_after_registration_is_refused(loader: Any, tmp_path: Path) -> None:
     from vllm.lora.request import LoRARequest
 

@@ -1,13 +1,16 @@
 """Optional on-disk cache of converted pages: the same bytes as in memory, keyed by content and layout.
 
 A file is a JSON line (digest, fingerprint, ranks, checksums) and then the pages. It is written aside and
-renamed, so that a reader sees all of it or nothing; a file that does not match is ignored and replaced.
+renamed, so that a reader sees all of it or nothing; a file that does not match is ignored and replaced. The
+directory may be shared by workers and instances: each keeps it within its own limit, and a file's time of
+modification, which a read renews, says how recently any of them used it.
 """
 
 import contextlib
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,15 +29,20 @@ class CachedPages(msgspec.Struct, frozen=True):
     size: int
 
 
-class PageCache:
-    """Converted adapters in `directory`, made if need be."""
+_SUFFIX, _PARTIAL = ".pages", ".partial"
+_ABANDONED_S = 3600.0
+"""A file that has not been renamed for so long was left behind by a process that died."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+
+class PageCache:
+    """Converted adapters in `directory`, made if need be, in at most `limit_bytes` (None: no limit)."""
+
+    def __init__(self, directory: Path, limit_bytes: int | None = None) -> None:
+        self.directory, self.limit_bytes = directory, limit_bytes
         directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str, fingerprint: str) -> Path:
-        return self.directory / f"{digest[:32]}-{fingerprint[:32]}.pages"
+        return self.directory / f"{digest[:32]}-{fingerprint[:32]}{_SUFFIX}"
 
     def find(self, digest: str, fingerprint: str) -> CachedPages | None:
         """What is cached for this content and layout, or None."""
@@ -50,12 +58,16 @@ class PageCache:
 
         The caller compares checksums before it believes the bytes.
         """
+        path = self.path(head.digest, head.fingerprint)
         try:
-            with self.path(head.digest, head.fingerprint).open("rb") as file:
+            with path.open("rb") as file:
                 file.readline()
-                return file.readinto(target) == head.size
+                whole = file.readinto(target) == head.size
         except OSError:
             return False
+        with contextlib.suppress(OSError):  # another user's file, or gone meanwhile
+            os.utime(path)
+        return whole
 
     def write(
         self,
@@ -65,17 +77,44 @@ class PageCache:
         checksums: Sequence[int],
         pages: memoryview,
     ) -> None:
-        """Keep an adapter's pages. A full or read-only disk is logged, and the adapter is served anyway."""
-        head = CachedPages(digest, fingerprint, tuple(ranks), tuple(checksums), len(pages))
-        temporary = None
+        """Keep an adapter's pages, in place of those that were used least recently. A full or read-only disk is logged,
+        and the adapter is served anyway."""
+        head = msgspec.json.encode(CachedPages(digest, fingerprint, tuple(ranks), tuple(checksums), len(pages))) + b"\n"
+        path, temporary = self.path(digest, fingerprint), None
         try:
-            with tempfile.NamedTemporaryFile(dir=self.directory, delete=False) as file:
+            if not self._make_room(path, len(head) + len(pages)):
+                return
+            with tempfile.NamedTemporaryFile(dir=self.directory, suffix=_PARTIAL, delete=False) as file:
                 temporary = file.name
-                file.write(msgspec.json.encode(head) + b"\n")
+                file.write(head)
                 file.write(pages)
-            os.replace(temporary, self.path(digest, fingerprint))
+            os.replace(temporary, path)
         except OSError as error:
             logger.warning("The page cache '%s' cannot be written: %s", self.directory, error)
             if temporary is not None:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
+
+    def _make_room(self, path: Path, size: int) -> bool:
+        """Removes what was used least recently until `size` bytes fit as `path`; False where they never can."""
+        if self.limit_bytes is None:
+            return True
+        if size > self.limit_bytes:
+            logger.debug("Pages of %d bytes are more than the page cache may take", size)
+            return False
+        held, now = [], time.time()
+        for entry in os.scandir(self.directory):
+            if not entry.name.endswith((_SUFFIX, _PARTIAL)) or entry.name == path.name:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                stat = entry.stat()
+                being_written = entry.name.endswith(_PARTIAL) and now - stat.st_mtime < _ABANDONED_S
+                held.append((being_written, stat.st_mtime_ns, stat.st_size, entry.path))
+        surplus = sum(length for _, _, length, _ in held) + size - self.limit_bytes
+        for being_written, _, length, victim in sorted(held):
+            if surplus <= 0 or being_written:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(victim)
+            surplus -= length
+        return surplus <= 0

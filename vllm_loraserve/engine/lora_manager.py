@@ -81,7 +81,7 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
         self.loader = AdapterLoader(
             self._facts(manager),
             self.host,
-            cache=PageCache(Path(cache)) if cache else None,
+            cache=PageCache(Path(cache), int(self.options.page_cache_gib * 2**30)) if cache else None,
             resolve=self._resolve,
             capacity=self._capacity_problem,
         )
