@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from vllm_loraserve.adapters.errors import AdapterError, AdapterErrorKind
+from vllm_loraserve.adapters.module_patterns import MAX_MODULE_CHARS
 from vllm_loraserve.adapters.peft_config import CONFIG_FILE, PeftConfig, read_peft_config
 from vllm_loraserve.adapters.safetensors_header import (
     TensorEntry,
@@ -203,6 +204,12 @@ def _pair_tensors(
         part = next((suffix for suffix in _SUFFIXES if tensor.endswith(suffix)), None)
         if part is not None:
             name = tensor.removeprefix(_PREFIX).removesuffix(part)
+            if len(name) > MAX_MODULE_CHARS:
+                raise AdapterError(
+                    "invalid",
+                    f"'{weights}' names a module with {len(name)} characters, over the limit of {MAX_MODULE_CHARS}; "
+                    "save the adapter with PEFT.",
+                )
             halves.setdefault(name, {})[_SUFFIXES[part]] = entry
         elif allow_full and tensor.rsplit(".", 1)[0].rsplit(".", 1)[-1] in (config.modules_to_save or ()):
             full.append(tensor)

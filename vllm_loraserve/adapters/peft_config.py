@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from vllm_loraserve.adapters.errors import AdapterError
+from vllm_loraserve.adapters.module_patterns import pattern_problem
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 << 20
@@ -112,12 +113,9 @@ def _check(config: PeftConfig, path: Path, allow_modules_to_save: bool) -> None:
         if rank <= 0:
             raise AdapterError("invalid", f"'{path}' gives rank {rank} for '{name}'; a rank is at least 1.")
     for key in (*(config.rank_pattern or {}), *(config.alpha_pattern or {})):
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise AdapterError(
-                "invalid", f"'{path}' has the broken pattern '{key}' ({error}); correct the regex."
-            ) from None
+        problem = pattern_problem(key)
+        if problem:
+            raise AdapterError("invalid", f"The pattern '{key[:200]}' of '{path}' {problem}.")
     if not math.isfinite(config.lora_alpha):
         raise AdapterError("invalid", f"'{path}' has lora_alpha {config.lora_alpha}; give a finite number.")
     saved = [] if allow_modules_to_save else list(config.modules_to_save or ())
