@@ -75,14 +75,14 @@ def loader() -> Any:
         layout=layout,
         layers={name: SimpleNamespace(n_slices=1, tp_size=1)},
         parts={name: [name]},
-        stock_modules=frozenset(),
-        expected_suffixes=frozenset({"q_proj"}),
+        stock_names=frozenset(),
+        expected_suffixes=frozenset({"q_proj", "lm_head"}),
         weights_mapper=None,
         skip_prefixes=(),
         strip_model_prefix=False,
         allow_modules_to_save=False,
         max_rank=64,
-        stock_max_rank=64,
+        stock_max_rank=4,
         lora_dtype=torch.float32,
         vocab_size=8,
         max_positions=None,
@@ -90,22 +90,59 @@ def loader() -> Any:
     return AdapterLoader(facts, HostTier(layout, 1 << 20), resolve=lambda path: path.removesuffix("/."))
 
 
-def write(folder: Path, seed: int) -> Path:
-    """A checkpoint of that model; other seeds, other weights of the same size."""
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def write(folder: Path, seed: int, ranks: dict[str, int] | None = None, value: float | None = None) -> Path:
+    """A checkpoint of that model; other seeds, other weights of the same size. `ranks`: by module; `value`: of the
+    first element of each B."""
     import torch
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(seed)
-    key = "base_model.model.model.layers.0.self_attn.q_proj"
-    halves = {"lora_A": (8, 64), "lora_B": (64, 8)}
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for name, rank in (ranks or {Q_PROJ: 8}).items():
+        for half, shape in {"lora_A": (rank, 64), "lora_B": (64, rank)}.items():
+            tensor = tensors[f"base_model.model.{name}.{half}.weight"] = torch.randn(shape, generator=generator)
+            if value is not None and half == "lora_B":
+                tensor[0, 0] = value
     folder.mkdir(exist_ok=True)
-    save_file(
-        {f"{key}.{half}.weight": torch.randn(shape, generator=generator) for half, shape in halves.items()},
-        folder / "adapter_model.safetensors",
-    )
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    pattern = {name.rsplit(".", 1)[-1]: rank for name, rank in (ranks or {}).items()}
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "rank_pattern": pattern, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def test_what_another_pipeline_stage_holds_is_not_read(loader: Any, tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    elsewhere = Q_PROJ.replace("0", "1")
+    here = loader.prepare(LoRARequest("here", 1, str(write(tmp_path / "a", 1, {Q_PROJ: 8, elsewhere: 8}))))
+    assert (here.ranks, here.loras) == ((8,), {}), "though its rank is above --max-lora-rank"
+    other = loader.prepare(LoRARequest("other", 2, str(write(tmp_path / "b", 1, {elsewhere: 8}))))
+    assert (other.ranks, other.pages, other.loras) == ((0,), (0,), {})
+
+
+def test_modules_outside_the_pages_are_checked_too(loader: Any, tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    from vllm_loraserve.adapters.checkpoint import AdapterError
+
+    def prepare(name: str, rank: int = 4, value: float | None = None) -> Any:
+        folder = write(tmp_path / name, 1, {Q_PROJ: 8, "lm_head": rank}, value)
+        return loader.prepare(LoRARequest(name, 1, str(folder)))
+
+    assert not prepare("untargeted").loras, "--lora-target-modules left it out"
+    loader.facts.stock_names = frozenset({"lm_head"})
+    assert list(prepare("good").loras) == ["lm_head"]
+    with pytest.raises(AdapterError, match=r"rank 8 in 'lm_head'.*--max-lora-rank 8"):
+        prepare("large", rank=8)
+    loader.tier.remove(1)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(AdapterError, match=r"lm_head.*NaN or Inf in float32"):
+            prepare(str(value), value=value)
+    assert 1 not in loader.tier
+    loader.tier.check_integrity()
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ class ModelFacts:
         layout: Layout,
         layers: Mapping[str, Any],
         parts: Mapping[str, Sequence[str]],
-        stock_modules: frozenset[str],
+        stock_names: frozenset[str],
         expected_suffixes: frozenset[str],
         weights_mapper: Any,
         skip_prefixes: Sequence[str],
@@ -99,7 +99,7 @@ class ModelFacts:
         max_positions: int | None,
     ) -> None:
         self.layout, self.layers, self.parts = layout, layers, parts
-        self.stock_modules, self.expected_suffixes = stock_modules, expected_suffixes
+        self.stock_names, self.expected_suffixes = stock_names, expected_suffixes
         self.weights_mapper, self.skip_prefixes = weights_mapper, list(skip_prefixes)
         self.strip_model_prefix, self.allow_modules_to_save = strip_model_prefix, allow_modules_to_save
         self.max_rank, self.stock_max_rank = max_rank, stock_max_rank
@@ -251,7 +251,11 @@ class AdapterLoader:
         return "the page cache"
 
     def _plan(self, checkpoint: Checkpoint) -> tuple[list[ModulePlan], list[LoRATensors]]:
-        """Plans for the paged modules, and the checkpoint modules that no page holds."""
+        """Plans for the paged modules, and the checkpoint modules for this worker's layers outside the pages.
+
+        What is for neither (layers of other pipeline stages, modules that --lora-target-modules leaves out) is not
+        read, as vLLM does not use it.
+        """
         facts = self.facts
         found: dict[str, LoRATensors] = {}
         for module in checkpoint.modules:
@@ -275,7 +279,11 @@ class AdapterLoader:
                     f"'{checkpoint.directory}' targets '{name}', which this model has not; its modules are "
                     f"{', '.join(sorted(facts.expected_suffixes))}.",
                 )
-        return plans, list(found.values())
+        return plans, [module for name, module in found.items() if self._is_stock(name)]
+
+    def _is_stock(self, name: str) -> bool:
+        names = self.facts.stock_names
+        return ".experts" in name or name in names or (self.facts.strip_model_prefix and f"model.{name}" in names)
 
     def _take(self, found: dict[str, LoRATensors], name: str) -> LoRATensors | None:
         if name not in found and self.facts.strip_model_prefix:
@@ -301,6 +309,13 @@ class AdapterLoader:
             for name, entry in checkpoint.entries.items()
             if id(entry) in wanted or name in checkpoint.full_tensors
         }
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor.to(facts.lora_dtype)).all()):
+                raise AdapterError(
+                    "invalid",
+                    f"The adapter's '{name}' has NaN or Inf in {str(facts.lora_dtype).removeprefix('torch.')}; use an "
+                    "earlier checkpoint of its training.",
+                )
         adapter = ServedAdapter.from_lora_tensors(
             request.lora_int_id,
             tensors,

@@ -120,7 +120,9 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
             layout=manager.layout,
             layers=manager.paged_modules,
             parts={name: manager.packed_modules.get(name, [name]) for name in manager.paged_modules},
-            stock_modules=frozenset(manager.modules),
+            stock_names=frozenset(
+                name for module in manager.modules for name in (module, *manager.packed_modules.get(module, ()))
+            ),
             expected_suffixes=frozenset(expected),
             weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
             skip_prefixes=getattr(model, "lora_skip_prefixes", None) or (),
