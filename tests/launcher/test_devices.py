@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_loraserve.launcher import cgroup
+from vllm_loraserve import cgroup
 from vllm_loraserve.launcher.devices import (
     MAX_KV_BYTES,
     MIN_KV_BYTES,

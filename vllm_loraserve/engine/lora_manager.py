@@ -27,17 +27,12 @@ from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine import channel
 from vllm_loraserve.engine.adapter_loader import AdapterLoader, ModelFacts, ServedAdapter, settled
 from vllm_loraserve.engine.engine_config import config_of
+from vllm_loraserve.engine.host_memory import make_host_tier
 from vllm_loraserve.engine.load_threads import ensure_wanted
-from vllm_loraserve.engine.lora_memory import host_tier_bytes
 from vllm_loraserve.engine.model_manager import PagedLoRAModelManager
-from vllm_loraserve.memory.host_tier import HostTier
 
 if TYPE_CHECKING:
     from vllm_loraserve.engine.peer_sources import PeerSources
-
-
-WARM_ADAPTERS = 2
-"""The host tier's memory for so many adapters of --max-lora-rank is touched ahead of use."""
 
 
 def adapters_beside(vllm_config: VllmConfig, slots: int) -> int:
@@ -70,13 +65,9 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
             vllm_config=vllm_config,
         )
         self._adapter_manager = manager
-        self.host = manager.host = HostTier(
-            manager.layout,
-            host_tier_bytes(self.options, manager.layout, self.lora_config),
-            max_adapters=self.lora_config.max_cpu_loras,
+        self.host = manager.host = make_host_tier(
+            self.options, manager.layout, vllm_config, on_cpu=self.device.type == "cpu"
         )
-        usual = manager.layout.uniform_pages(self.lora_config.max_lora_rank)
-        self.host.warm(WARM_ADAPTERS * manager.layout.size_bytes(usual))
         cache = self.options.page_cache_dir
         self.loader = AdapterLoader(
             self._facts(manager),

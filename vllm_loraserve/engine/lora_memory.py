@@ -1,4 +1,4 @@
-"""What LoRA takes of this worker's memory, from vLLM's own shapes and flags: layout, host tier, and the log line.
+"""What LoRA takes of this worker's memory, from vLLM's own shapes and flags: layout, scratch, and the log line.
 
 The layers' stacked weights are shaped by vLLM's code (on the meta device, see `paged_layers.py`), so the comparison
 with stock is exact and not a formula of ours.
@@ -15,7 +15,6 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_loraserve.adapters.layout import Layout, build_layout
-from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine.paged_layers import module_shape
 from vllm_loraserve.memory.arena import Arena
 
@@ -48,17 +47,6 @@ def worker_layout(
         tp_rank=some.tp_rank if some is not None else 0,
         tp_size=some.tp_size if some is not None else 1,
     )
-
-
-def host_tier_bytes(options: LoRAServeConfig, layout: Layout, lora_config: Any) -> int:
-    """Bytes of the host tier: `host_gib`, or as many adapters as `--max-cpu-loras` at the rank that the flags name and
-    one of the largest rank. The memory is taken page by page, as it is used."""
-    if options.host_gib is not None:
-        return int(options.host_gib * 2**30)
-    count = lora_config.max_cpu_loras or lora_config.max_loras
-    usual = layout.uniform_pages(lora_config.max_lora_rank)
-    largest = layout.uniform_pages(options.max_rank)
-    return (count + 1) * (layout.size_bytes(usual) + 4096) + layout.size_bytes(largest)
 
 
 class ScratchReserve:

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vllm_loraserve.launcher import cgroup
+from vllm_loraserve import cgroup
 from vllm_loraserve.launcher.errors import StartError
 
 MIN_KV_BYTES, MAX_KV_BYTES = 256 << 20, 8 << 30
@@ -42,20 +42,8 @@ def this_machine() -> Machine:
         listed = subprocess.run(["nvidia-smi", "-L"], check=False, capture_output=True, text=True)
         count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
         gpus = visible_gpus(count, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        memory = int(fields["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        pass
-    allowed = cgroup.limits()
     cores = len(os.sched_getaffinity(0))
-    return Machine(
-        gpus,
-        min(cores, allowed.cores or cores),
-        memory if allowed.memory_bytes is None else min(memory, allowed.memory_bytes),
-    )
+    return Machine(gpus, min(cores, cgroup.limits().cores or cores), cgroup.available_memory())
 
 
 def visible_gpus(count: int, visible: str | None) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,16 @@ def limits(root: Path = ROOT, membership: Path = MEMBERSHIP) -> Limits:
             used = int((group / "memory.current").read_text()) - _page_cache(group)
             memory.append(max(0, int((group / "memory.max").read_text()) - used))
     return Limits(min(cores, default=None), min(memory, default=None))
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may take now: of the machine, or what is left of its container's limit."""
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, KeyError, ValueError), open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+        memory = int(fields["MemAvailable"].split()[0]) << 10
+    allowed = limits().memory_bytes
+    return memory if allowed is None else min(memory, allowed)
 
 
 def _groups(root: Path, membership: Path) -> list[Path]:
