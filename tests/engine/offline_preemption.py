@@ -1,8 +1,8 @@
 """Run as a program by test_lora_manager_vllm.py: chunked prefill and preemption change no token.
 
-Two in-process engines of the same tiny Llama: one with room for everything, one whose token budget cuts every prompt
-into chunks and whose KV cache is so small that running requests must give way. That they did is read from vLLM's own
-counter. Argument: a directory.
+Three in-process engines of the same tiny Llama: one with room for everything, one whose token budget cuts every prompt
+into chunks and whose KV cache is so small that running requests must give way (that they did is read from vLLM's own
+counter), and stock vLLM. Argument: a directory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ CHUNK = 20
 """Tokens of one step: less than a prompt."""
 BLOCKS = 3 * 4
 """A request grows to three blocks; ten of them begin with two each."""
+OURS: dict[str, Any] = {"additional_config": {"loraserve": {"arena_rank_rows": 64}}, "max_loras": len(ADAPTERS)}
+# One slot more than adapters: stock's CPU kernels give the last slot's adapter to base requests.
+STOCK: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 32, "max_loras": len(ADAPTERS) + 1}
+TIGHT: dict[str, Any] = {"num_gpu_blocks_override": BLOCKS, "max_num_batched_tokens": CHUNK}
 
 
 def serve(folder: Path, **options: Any) -> tuple[list[list[int]], int]:
@@ -34,8 +38,7 @@ def serve(folder: Path, **options: Any) -> tuple[list[list[int]], int]:
         max_num_seqs=16,
         block_size=BLOCK,
         disable_log_stats=False,
-        additional_config={"loraserve": {"arena_rank_rows": 64}},
-        max_loras=len(ADAPTERS),
+        kv_cache_memory_bytes=16 << 20,
         **options,
     )
     requests = [None, *(LoRARequest(n, i, str(make_adapter(folder, n))) for i, n in enumerate(ADAPTERS, 1))]
@@ -60,14 +63,14 @@ def serve(folder: Path, **options: Any) -> tuple[list[list[int]], int]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    roomy, none = serve(folder, kv_cache_memory_bytes=16 << 20)
+    roomy, none = serve(folder, **OURS)
     assert none == 0, none
-    tight, preempted = serve(
-        folder, kv_cache_memory_bytes=16 << 20, num_gpu_blocks_override=BLOCKS, max_num_batched_tokens=CHUNK
-    )
+    tight, preempted = serve(folder, **OURS, **TIGHT)
     assert preempted > 0, "the KV cache was not small enough"
     assert tight == roomy
     assert len({str(tokens) for tokens in roomy}) == len(roomy), "each adapter and each prompt tells"
+    stock, _ = serve(folder, **STOCK)
+    assert tight == stock
     print(f"PREEMPTION PASSED after {preempted} preemptions")
 
 

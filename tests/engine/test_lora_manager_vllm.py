@@ -133,7 +133,13 @@ def test_same_tokens_as_stock(
 
 
 def test_chunked_prefill_and_preemption_change_nothing(tmp_path: Path) -> None:
-    assert "PREEMPTION PASSED" in run_program("offline_preemption.py", str(tmp_path))
+    said = run_program("offline_preemption.py", str(tmp_path))
+    assert "PREEMPTION PASSED" in said
+    assert "The KV cache has the size that --num-gpu-blocks-override gives it" in said
+
+
+def test_only_the_same_adapter_hits_what_it_left_in_the_prefix_cache(tmp_path: Path) -> None:
+    assert "PREFIX CACHE PASSED" in run_program("offline_prefix_cache.py", str(tmp_path))
 
 
 def test_base_requests_are_bit_identical_to_a_run_without_lora(
