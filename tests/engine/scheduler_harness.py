@@ -12,7 +12,7 @@ from fake_workers import Clock, SettlingEnd
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.pooling_params import PoolingParams
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -95,23 +95,30 @@ def make_request(
     path: str = "",
     adapter_name: str = "",
     pooling: bool = False,
+    grammar: Any = None,
 ) -> Request:
-    """A request of `prompt` tokens (or these tokens) that generates exactly `max_tokens`."""
+    """A request of `prompt` tokens (or these tokens) that generates exactly `max_tokens`; `grammar`: of its structured
+    output, or the future of it."""
     init_none_hash(sha256)
     tokens = list(range(prompt)) if isinstance(prompt, int) else prompt
     lora = None
     if adapter:
         lora = LoRARequest(adapter_name or f"a{adapter}", adapter, path or f"/adapters/{adapter}")
-    return Request(
+    form = StructuredOutputsParams(regex="x*") if grammar is not None else None
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, structured_outputs=form)
+    request = Request(
         request_id=name,
         prompt_token_ids=tokens,
-        sampling_params=None if pooling else SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+        sampling_params=None if pooling else sampling,
         pooling_params=PoolingParams(task="embed") if pooling else None,
         lora_request=lora,
         priority=priority,
         arrival_time=arrival,
         block_hasher=get_request_block_hasher(BLOCK, sha256),
     )
+    if request.structured_output_request is not None:
+        request.structured_output_request.grammar = grammar
+    return request
 
 
 def model_output(scheduler: Any, output: SchedulerOutput) -> ModelRunnerOutput:
@@ -125,7 +132,7 @@ def model_output(scheduler: Any, output: SchedulerOutput) -> ModelRunnerOutput:
     for request_id in ids:
         request = scheduler.requests.get(request_id)
         drafts = output.scheduled_spec_decode_tokens.get(request_id, ())
-        taken = list(drafts[:-1]) if len(request_id) % 2 else []
+        taken = [9] * (len(drafts) - 1) if len(request_id) % 2 else []
         sampled.append([*taken, 7] if request is not None and not request.is_prefill_chunk else [])
     return ModelRunnerOutput(req_ids=ids, req_id_to_index={r: i for i, r in enumerate(ids)}, sampled_token_ids=sampled)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,42 @@ import pytest
 pytestmark = pytest.mark.vllm
 
 
+class Grammar:
+    """Of structured output: takes every token, and all drafts but the last."""
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        return True
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        return tokens[:-1]
+
+    def is_terminated(self) -> bool:
+        return False
+
+
 def run(
-    scheduler: Any, seed: int, steps: int, adapters: int = 0, asynchronous: bool = False, drafts: int = 0
+    scheduler: Any,
+    seed: int,
+    steps: int,
+    adapters: int = 0,
+    asynchronous: bool = False,
+    drafts: int = 0,
+    structured: bool = False,
 ) -> list[dict[str, Any]]:
-    """A workload drawn from `seed` alone: arrivals, shared prefixes, priorities, aborts; the decisions of each step."""
+    """A workload drawn from `seed` alone: arrivals, shared prefixes, priorities, aborts, grammars that take some steps
+    to compile or can't be; the decisions of each step."""
     from scheduler_harness import decisions, draft, make_request, model_output
     from vllm.v1.request import RequestStatus
 
     rng = random.Random(seed)
     log: list[dict[str, Any]] = []
     pending: list[tuple[Any, Any]] = []
+    compiling: list[tuple[int, Future[Any]]] = []
     names = 0
     for at in range(steps):
+        for done_at, future in compiling:
+            if done_at == at:
+                future.set_result(Grammar()) if rng.random() < 0.9 else future.set_exception(ValueError("no grammar"))
         for _ in range(rng.choice((0, 0, 0, 1, 1, 2, 5))):
             prefix = [rng.randrange(3)] * rng.randrange(0, 64)
             prompt = prefix + [rng.randrange(100) for _ in range(rng.randrange(1, 300))]
@@ -33,7 +58,10 @@ def run(
                 priority=rng.randrange(3),
                 arrival=float(at),
                 adapter=rng.randrange(0, adapters + 1) if adapters else 0,
+                grammar=Future() if structured and rng.random() < 0.5 else None,
             )
+            if request.structured_output_request is not None:
+                compiling.append((at + rng.randrange(1, 12), request.structured_output_request._grammar))
             names += 1
             scheduler.add_request(request)
         if rng.random() < 0.1 and scheduler.requests:
@@ -48,7 +76,8 @@ def run(
         if len(pending) > int(asynchronous):
             done, result = pending.pop(0)
             scheduler.update_from_output(done, result)
-            if drafts:
+            # With async scheduling the worker keeps them, and the scheduler counts on as many.
+            if drafts and not asynchronous:
                 draft(scheduler, done, drafts)
     return log
 
@@ -88,19 +117,30 @@ def test_same_schedule_without_adapters(model_dir: Path, shape: dict[str, Any], 
 
 
 @pytest.mark.parametrize("shape", [{"blocks": 1000}, {"blocks": 60, "max_seqs": 32}], ids=["room", "preempts"])
-def test_same_schedule_with_drafts(model_dir: Path, shape: dict[str, Any]) -> None:
-    """Speculative decoding, without adapters: the same steps, with the same draft tokens in them."""
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    ("drafts", "structured"), [(3, False), (0, True), (3, True)], ids=["drafts", "structured", "both"]
+)
+def test_same_schedule_with_drafts_and_structured_output(
+    model_dir: Path, shape: dict[str, Any], asynchronous: bool, drafts: int, structured: bool
+) -> None:
+    """Without adapters: the same steps, with the same draft tokens in them and the same requests kept out of them while
+    their grammar is compiled."""
     from scheduler_harness import make_scheduler
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from vllm_loraserve.engine.scheduler import RankAwareScheduler
+    from vllm_loraserve.engine.scheduler import RankAwareAsyncScheduler, RankAwareScheduler
 
+    ours, stock = (RankAwareAsyncScheduler, AsyncScheduler) if asynchronous else (RankAwareScheduler, Scheduler)
+    workload: dict[str, Any] = {"asynchronous": asynchronous, "drafts": drafts, "structured": structured}
     for seed in range(3):
-        mine = run(make_scheduler(RankAwareScheduler, str(model_dir), drafts=3, **shape), seed, 150, drafts=3)
-        theirs = run(make_scheduler(Scheduler, str(model_dir), drafts=3, **shape), seed, 150, drafts=3)
+        mine = run(make_scheduler(ours, str(model_dir), drafts=drafts, **shape), seed, 150, **workload)
+        theirs = run(make_scheduler(stock, str(model_dir), drafts=drafts, **shape), seed, 150, **workload)
         for number, (a, b) in enumerate(zip(mine, theirs, strict=True)):
             assert a == b, f"step {number}"
-        assert sum(len(step["drafts"]) for step in theirs) > 100
+        assert sum(sum(step["tokens"].values()) for step in theirs) > 1000
+        assert not drafts or sum(len(step["drafts"]) for step in theirs) > 100
 
 
 def test_drafts_of_adapters_are_never_cut(build: Any) -> None:
