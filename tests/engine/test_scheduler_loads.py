@@ -210,6 +210,32 @@ def test_pause_and_resume_while_loading(build: Any) -> None:
     assert reasons(run_until(scheduler, finished(scheduler), checker(scheduler))) == {"r": "length"}
 
 
+def test_sleep_and_waking_while_an_adapter_loads(build: Any) -> None:
+    """What the engine core does: it pauses, gives the running requests' KV blocks back, sleeps; nothing is scheduled in
+    between, and a load that ends then is known after."""
+    from scheduler_harness import checker, finished, make_request, reasons, run_until, settled_step
+    from vllm.v1.core.sched.interface import PauseState
+
+    scheduler, workers = build()
+    workers.hold(2)
+    scheduler.add_request(make_request("runs", max_tokens=50, adapter=1))
+    run_until(scheduler, lambda: bool(scheduler.running), checker(scheduler))
+    scheduler.add_request(make_request("waits", adapter=2))
+    settled_step(scheduler)
+    assert scheduler.readiness.loading == 1
+    scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    settled_step(scheduler)
+    assert scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert not scheduler.running
+    workers.release(2)
+    for _ in range(3):
+        assert settled_step(scheduler)[0].total_num_scheduled_tokens == 0
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    outputs = run_until(scheduler, finished(scheduler), checker(scheduler))
+    assert reasons(outputs) == {"runs": "length", "waits": "length"}
+    assert [order.adapter for order in workers.orders] == [1, 2], "each was read once"
+
+
 def test_without_workers_vllm_loads_in_the_step(build: Any, model_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from scheduler_harness import finished, make_request, make_scheduler, reasons, run_until
 
@@ -248,7 +274,8 @@ def test_what_a_given_up_load_brings_late_makes_nothing_ready(build: Any, clock:
 
 
 def test_loads_that_hang_for_ever_stop_nobody_else(build: Any, clock: Any) -> None:
-    """More adapters hang than may load at a time; others get their turn, and the hanging ones' requests end."""
+    """More adapters hang than may load at a time; others get their turn, and the hanging ones' requests end: within
+    the time that `load_timeout_s` gives to two at a time."""
     from scheduler_harness import checker, finished, make_request, reasons, run_until
 
     scheduler, workers = build(options={"load_timeout_s": 5, "load_retries": 1, "concurrent_loads": 2, "prefetch": 2})
@@ -258,16 +285,23 @@ def test_loads_that_hang_for_ever_stop_nobody_else(build: Any, clock: Any) -> No
     for adapter in range(10, 14):
         scheduler.add_request(make_request(f"good{adapter}", adapter=adapter))
 
+    begin, good = clock.now, []
+
     def check(output: Any) -> None:
         checker(scheduler)(output)
         assert scheduler.readiness.loading <= 2
+        if not good and not any(name.startswith("good") for name in scheduler.requests):
+            good.append(clock.now - begin)
         if not output.total_num_scheduled_tokens:
-            clock.advance(1)
+            clock.advance(0.25)
 
     ends = reasons(run_until(scheduler, finished(scheduler), check))
     assert {end for name, end in ends.items() if name.startswith("good")} == {"length"}
     assert {end for name, end in ends.items() if name.startswith("stuck")} == {"error"}
     assert scheduler.readiness.counters.timeouts == 7 * 2, "each once, and once more"
+    # Seven first tries, two at a time, before the good ones; seven second ones behind them. A step may pass meanwhile.
+    assert 3 * 5 <= good[0] <= 4 * (5 + 1)
+    assert 7 * 5 <= clock.now - begin <= 8 * (5 + 1)
 
 
 def test_an_adapter_of_high_rank_joins_a_running_batch_alone_and_soon(build: Any) -> None:

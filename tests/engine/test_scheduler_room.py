@@ -133,6 +133,42 @@ def test_many_requests_for_many_adapters_with_little_room(build: Any) -> None:
     assert not scheduler.room.users or not scheduler.running
 
 
+@pytest.mark.slow
+def test_memory_is_flat_over_many_adapters_and_requests(build: Any) -> None:
+    """1,000 requests for 500 adapters with room for 8, three times: what was kept of one round is not kept twice."""
+    import gc
+
+    from scheduler_harness import checker, finished, make_request, reasons, run_until
+
+    scheduler, workers = build(
+        max_loras=8, rank_rows=64, host_rows=128, prepared=8, max_seqs=64, max_tokens=2048,
+        options={"skip_window": 16, "max_skip_s": 0.5},
+    )  # fmt: skip
+    workers.in_use = lambda: set(scheduler.room.users)
+    objects, lanes = [], []
+
+    def check(output: Any) -> None:
+        checker(scheduler)(output)
+        lanes.append(sum(len(lane.heap) for lane in scheduler.waiting.lanes.values()))
+        workers.orders.clear()
+
+    for round_ in range(3):
+        for i in range(1000):
+            scheduler.add_request(make_request(f"r{round_}-{i}", 10, 3, adapter=1 + 500 * round_ + (i * 7) % 500))
+        outputs = run_until(scheduler, finished(scheduler), check)
+        assert set(reasons(outputs).values()) == {"length"}
+        assert len(reasons(outputs)) == 1000
+        assert len(scheduler.readiness._adapters) < 500
+        del outputs
+        lanes_most = max(lanes)
+        lanes.clear()
+        gc.collect()
+        objects.append(len(gc.get_objects()))
+    assert lanes_most <= 2 * 1000 + 500 * 16
+    assert objects[2] - objects[1] < 3000, "less than an object for an adapter and request of a round"
+    assert not workers.held[0]
+
+
 def test_who_comes_back_with_kv_blocks_takes_room_in_the_same_step(build: Any, clock: Any) -> None:
     """vLLM admits such requests before the waiting queue and past it."""
     from scheduler_harness import checker, finished, make_request, run_until
