@@ -99,6 +99,7 @@ def test_a_device_copies_behind_the_step_and_its_source_stays_until_then() -> No
 
     manager: Any = SimpleNamespace(
         device=SimpleNamespace(type="cuda"),
+        side_stream=None,
         copies=PendingCopies(event),
         host=SimpleNamespace(reading=read, targets=lambda entry: [None]),
         residents=SimpleNamespace(is_staged=lambda *_: False, lock=RLock(), bring_in=lambda *_: [[0]]),

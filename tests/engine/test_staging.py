@@ -13,7 +13,7 @@ import torch
 from vllm_loraserve.adapters.layout import ModuleShape, build_layout
 from vllm_loraserve.engine import staging as staging_module
 from vllm_loraserve.engine.arena_residents import ArenaResidents
-from vllm_loraserve.engine.staging import SideStream, Staging
+from vllm_loraserve.engine.staging import Staging
 from vllm_loraserve.memory.arena import Arena
 from vllm_loraserve.memory.host_tier import HostTier
 
@@ -31,7 +31,7 @@ class Bench:
         self.host = HostTier(layout, 1 << 20)
         self.residents = ArenaResidents(Arena(layout, 4 * PAGES, CPU))
         self.now = 0.0
-        self.staging = Staging(self.residents, lambda: self.host, CPU, clock=lambda: self.now)
+        self.staging = Staging(self.residents, lambda: self.host, clock=lambda: self.now)
 
     def prepare(self, lora_id: int, pages: int, value: float | None = None) -> int:
         """Into the host tier, every element `value`; the generation."""
@@ -188,57 +188,16 @@ def test_what_nobody_takes_is_known_by_its_age(bench: Bench, monkeypatch: pytest
     assert bench.residents.staged(10.0) == [7]
 
 
-def test_a_gpu_copies_on_a_stream_of_its_own_behind_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of the calls; the stream itself needs a GPU."""
-    calls: list[Any] = []
+def test_on_a_gpu_a_side_stream_copies(bench: Bench) -> None:
+    calls: list[str] = []
 
-    class Stream:
-        def __init__(self, device: Any) -> None:
-            calls.append(("made", device))
+    def copy_aside(copy: Any) -> None:
+        calls.append("aside")
+        copy()
 
-        def wait_stream(self, other: Any) -> None:
-            calls.append(("behind", other))
-
-        def synchronize(self) -> None:
-            calls.append("synchronized")
-
-    class Current:
-        def __init__(self, stream: Any) -> None:
-            pass
-
-        def __enter__(self) -> None:
-            calls.append("enter")
-
-        def __exit__(self, *error: object) -> None:
-            calls.append("leave")
-
-    cuda = SimpleNamespace(Stream=Stream, stream=Current, set_device=lambda device: calls.append(("device", device)))
-    monkeypatch.setattr(staging_module, "torch", SimpleNamespace(cuda=cuda))
-    run = SideStream("cuda:1")  # type: ignore[arg-type]
-    run(lambda: calls.append("copy"), "step")
-    assert calls == [
-        ("device", "cuda:1"),
-        ("made", "cuda:1"),
-        ("behind", "step"),
-        "enter",
-        "copy",
-        "leave",
-        "synchronized",
-    ]
-    del calls[:]
-    run(lambda: calls.append("copy"), None)
-    assert calls == [("device", "cuda:1"), "enter", "copy", "leave", "synchronized"], "one stream for all copies"
-
-
-@pytest.mark.gpu
-def test_on_a_gpu() -> None:
-    device = torch.device("cuda", 0)
-    source = torch.arange(1 << 20, dtype=torch.float32).pin_memory()
-    target = torch.zeros(1 << 20, device=device)
-    work = torch.randn(4096, 4096, device=device)
-    for _ in range(20):
-        work = work @ work * 1e-3
-    before = target.clone()  # reads what the copy overwrites
-    SideStream(device)(lambda: target.copy_(source, non_blocking=True), torch.cuda.current_stream(device))
-    assert torch.equal(target.cpu(), source)
-    assert not before.any()
+    side: Any = SimpleNamespace(copy_aside=copy_aside)
+    staging = Staging(bench.residents, lambda: bench.host, side)
+    bench.prepare(7, 2)
+    assert staging.stage(7)
+    assert calls == ["aside"]
+    assert bench.holds(bench.residents.take_staged(7), 7.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -26,6 +26,7 @@ from vllm_loraserve.engine.kv_gain import log_kv_gain
 from vllm_loraserve.engine.lora_memory import ScratchReserve, log_arena, scratch_bytes, worker_layout
 from vllm_loraserve.engine.paged_layers import SlotTables, attach, is_paged, stacked_bytes, without_stacked_weights
 from vllm_loraserve.engine.pending_copies import PendingCopies
+from vllm_loraserve.engine.side_stream import SideStream
 from vllm_loraserve.engine.staging import UNUSED_S, Staging
 from vllm_loraserve.engine.stock_layers import track_slots
 from vllm_loraserve.memory.arena import Arena, arena_rank_rows
@@ -74,7 +75,8 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         )
         self.arena = Arena(self.layout, rows, self.device)
         self.residents = ArenaResidents(self.arena)
-        self.staging = Staging(self.residents, lambda: self.host, self.device)
+        self.side_stream = SideStream(self.device) if self.device.type == "cuda" else None
+        self.staging = Staging(self.residents, lambda: self.host, self.side_stream)
         self.tables = SlotTables(self.layout, self.lora_slots, self.options.max_rank, self.device)
         self._attach_kernels()
         # On a CPU the wrapper has taken it by now.
@@ -165,9 +167,10 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             with self.residents.lock:
                 self._make_room(lora_id, adapter.pages, self._page_victims(lora_id))
                 self._take_slot(lora_id)
-                pages = self.residents.bring_in(lora_id, adapter.pages, self.host.targets(entry), entry.generation)
-            if self.device.type != "cpu":
-                self.copies.hold(reading.pop_all())
+                with self.side_stream.copying() if self.side_stream is not None else nullcontext():
+                    pages = self.residents.bring_in(lora_id, adapter.pages, self.host.targets(entry), entry.generation)
+                    if self.device.type != "cpu":
+                        self.copies.hold(reading.pop_all())
         return pages
 
     def _make_room(self, lora_id: int, needed: Sequence[int], victims: Sequence[int]) -> None:
@@ -231,7 +234,13 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             self.tables.clear(slot)
             self._slot_rank(slot, 0)
         super()._deactivate_adapter(lora_id)
+        # Before: a side thread may take the pages at once.
+        self._pages_freed()
         self.residents.release(lora_id)
+
+    def _pages_freed(self) -> None:
+        if self.side_stream is not None:
+            self.side_stream.freed()
 
     def _slot_rank(self, slot: int, rank: int) -> None:
         for wrapper in self._wrappers():
@@ -289,6 +298,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             self.host.remove(lora_id)
         super().remove_all_adapters()
         self._demand = Demand()
+        self._pages_freed()
         self.residents.release_zeros()
         self.scratch.release()
 

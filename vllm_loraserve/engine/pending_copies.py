@@ -1,7 +1,8 @@
 """Host pages from which a device still copies: nobody may evict them, and the engine's thread does not wait for it.
 
-A copy is queued on the step's stream behind what runs there, so that waiting for it would be waiting for the step. An
-event behind the copy tells when its pages are free; it is asked whenever an adapter comes or goes.
+A copy is queued on a stream (`side_stream.py`), where it may wait for what the step before reads, so that waiting for
+it could be waiting for the step. An event behind the copy tells when its pages are free; it is asked whenever an
+adapter comes or goes.
 """
 
 from __future__ import annotations

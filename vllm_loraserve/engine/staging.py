@@ -5,8 +5,8 @@ a slot. Where no pages are free it waits for the engine's thread, which alone ma
 in its next step; an engine that does not step has nobody who would suffer from a copy in the step, so nothing is
 waited for then. Nothing depends on staging: what is not staged is copied when it is activated.
 
-On a GPU the copies run on a stream of their own, behind what the step's stream has been given by then, since a step
-under way may still read the pages that have just come free.
+On a GPU the copies run on a stream of their own, which `side_stream.py` keeps behind the last step that may still read
+the pages.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from vllm_loraserve.engine.arena_residents import ArenaResidents, Staged
+from vllm_loraserve.engine.side_stream import SideStream
 from vllm_loraserve.memory.host_tier import HostEntry, HostTier
 
 STEPS_WITHIN_S = 0.2
@@ -28,29 +28,6 @@ GRANT_S = 0.1
 """Longest wait for the engine's thread to make room."""
 UNUSED_S = 10.0
 """After which a staged adapter nobody activated goes before others."""
-
-
-class SideStream:
-    """A copy stream of one GPU. `device`: torch's, with an index or the current one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream: Any = None
-
-    def __call__(self, copy: Callable[[], None], behind: Any) -> None:
-        """Runs `copy`, which queues copies, behind what the stream `behind` has been given; waits until it is done."""
-        torch.cuda.set_device(self._device)  # of this thread
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)
-        if behind is not None:
-            self._stream.wait_stream(behind)
-        with torch.cuda.stream(self._stream):
-            copy()
-        self._stream.synchronize()
-
-
-def _at_once(copy: Callable[[], None], behind: Any) -> None:
-    copy()
 
 
 class _Want:
@@ -63,19 +40,16 @@ class _Want:
 
 
 class Staging:
-    """Stages adapters of `host` in the arena of `residents`."""
+    """Stages adapters of `host` in the arena of `residents`. `side_stream`: of the arena's GPU; None: host memory."""
 
     def __init__(
         self,
         residents: ArenaResidents,
         host: Callable[[], HostTier],
-        device: torch.device,
+        side_stream: SideStream | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._residents, self._host, self._clock = residents, host, clock
-        self._run: Callable[[Callable[[], None], Any], None] = _at_once if device.type == "cpu" else SideStream(device)
-        self._step_stream: Any = None
-        self._on_gpu = device.type == "cuda"
+        self._residents, self._host, self._side_stream, self._clock = residents, host, side_stream, clock
         self._last_step = float("-inf")
         self._lock = threading.Lock()
         self._wants: deque[_Want] = deque()
@@ -97,7 +71,11 @@ class Staging:
         return True
 
     def _fill(self, pages: list[list[int]], sources: Sequence[torch.Tensor | None]) -> None:
-        self._run(lambda: self._residents.arena.write(pages, sources), self._step_stream)
+        write = self._residents.arena.write
+        if self._side_stream is None:
+            write(pages, sources)
+        else:
+            self._side_stream.copy_aside(lambda: write(pages, sources))
 
     def _room(self, lora_id: int, entry: HostEntry) -> Staged | None:
         staged = self._residents.stage(lora_id, entry.pages, entry.generation)
@@ -119,8 +97,6 @@ class Staging:
         make_room(adapter, needed pages): sends idle adapters away until so many are free; False: nobody went.
         """
         self._last_step = self._clock()
-        if self._on_gpu:
-            self._step_stream = torch.cuda.current_stream()
         while True:
             with self._lock:
                 if not self._wants:
