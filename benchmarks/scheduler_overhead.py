@@ -2,8 +2,9 @@
 
 256 requests run, many more wait, spread over 500 adapters with slots for 8. Both schedulers get the same requests;
 steps alternate between them, and every step's output is fed back, so that the queue stays as it is (the running
-requests decode, nothing ends). Two cases: the batch is full (nothing can be admitted), and it isn't (the queue is
-searched for requests that fit, which in vLLM means passing over all of it).
+requests decode, nothing ends). Three cases: the batch is full (nothing can be admitted); it isn't (the queue is
+searched for requests that fit, which in vLLM means passing over all of it); and it isn't while requests have aged, so
+that room is being made for the oldest of those whose adapters are ready.
 
     python benchmarks/scheduler_overhead.py --model DIR --json FILE
 """
@@ -74,8 +75,8 @@ def timed_step(scheduler: Any) -> float:
     return seconds
 
 
-def compare(model: str, waiting: int, full: bool, steps: int) -> dict[str, float]:
-    """Median times in microseconds of both schedulers, and ours over vLLM's."""
+def compare(model: str, waiting: int, case: str, steps: int) -> dict[str, float]:
+    """Median times in microseconds of both schedulers, and ours over vLLM's; case: full, open or aged."""
     from fake_workers import FakeWorkers
     from scheduler_harness import make_scheduler
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -85,7 +86,7 @@ def compare(model: str, waiting: int, full: bool, steps: int) -> dict[str, float
 
     shape = {
         "blocks": 60000,
-        "max_seqs": RUNNING if full else 2 * RUNNING,
+        "max_seqs": RUNNING if case == "full" else 2 * RUNNING,
         "max_tokens": 8192,
         "max_loras": SLOTS,
         "caching": False,
@@ -96,7 +97,8 @@ def compare(model: str, waiting: int, full: bool, steps: int) -> dict[str, float
         workers = FakeWorkers(f"{address}-loads")
         stock = make_scheduler(Scheduler, model, **shape)
         fill(stock, waiting)
-        ours = make_scheduler(RankAwareScheduler, model, **shape, options={"max_skip_s": 1e6, "skip_window": 10**9})
+        ageing = {"max_skip_s": 0.0, "skip_window": 0} if case == "aged" else {"max_skip_s": 1e6, "skip_window": 10**9}
+        ours = make_scheduler(RankAwareScheduler, model, **shape, options=ageing)
         bring_in(ours, workers)
         fill(ours, waiting)
         # As the engine core does at start: collections would hit either side at random.
@@ -110,6 +112,7 @@ def compare(model: str, waiting: int, full: bool, steps: int) -> dict[str, float
                 times[name].append(timed_step(scheduler))
         gc.enable()
         gc.unfreeze()
+        assert (case == "aged") == (ours.counters.drains >= steps)
         ours.shutdown()
         workers.close()
     medians = {name: statistics.median(values) * 1e6 for name, values in times.items()}
@@ -133,19 +136,19 @@ def main() -> int:
         args.model = str(assets.model_path())
     rows = {}
     print(f"{'batch':<10}{'waiting':>8}{'vLLM us':>10}{'ours us':>10}{'ours/vLLM':>11}")
-    for full in (True, False):
+    for case in ("full", "open", "aged"):
         for waiting in (500, 1000, 2000, 4000):
-            row = compare(args.model, waiting, full, args.steps)
-            rows[f"{'full' if full else 'open'}_{waiting}"] = row
-            batch = "full" if full else "open"
-            print(f"{batch:<10}{waiting:>8}{row['stock_us']:>10}{row['ours_us']:>10}{row['ratio']:>11}")
+            row = rows[f"{case}_{waiting}"] = compare(args.model, waiting, case, args.steps)
+            print(f"{case:<10}{waiting:>8}{row['stock_us']:>10}{row['ours_us']:>10}{row['ratio']:>11}")
     result = {
         "schedule_ratio": rows["full_2000"]["ratio"],
         "schedule_ratio_open": rows["open_2000"]["ratio"],
+        "schedule_ratio_aged": rows["aged_2000"]["ratio"],
         "growth_500_to_4000_ours": round(rows["full_4000"]["ours_us"] / rows["full_500"]["ours_us"], 3),
         "growth_500_to_4000_stock": round(rows["full_4000"]["stock_us"] / rows["full_500"]["stock_us"], 3),
         "growth_open_500_to_4000_ours": round(rows["open_4000"]["ours_us"] / rows["open_500"]["ours_us"], 3),
         "growth_open_500_to_4000_stock": round(rows["open_4000"]["stock_us"] / rows["open_500"]["stock_us"], 3),
+        "growth_aged_500_to_4000_ours": round(rows["aged_4000"]["ours_us"] / rows["aged_500"]["ours_us"], 3),
         "rows": rows,
         "running": RUNNING,
         "adapters": ADAPTERS,
