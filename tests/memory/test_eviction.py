@@ -80,3 +80,13 @@ def test_no_stretch_is_cheaper(pieces: list[tuple[int, str, int]], size: int) ->
     assert chosen is not None
     gone = [candidate for candidate in held.values() if candidate.key in chosen]
     assert (sum(each.demand for each in gone), sum(each.size for each in gone)) == min(possible)
+
+
+def test_demand_of_long_ago_is_forgotten() -> None:
+    demand: Demand[int] = Demand(half_life=60)
+    for second in range(20_000):
+        demand.use(second, float(second))
+        demand.use(-1, float(second))
+    assert len(demand) < 5000
+    assert demand.of(19_999, 20_000.0) > 0.9
+    assert demand.of(-1, 20_000.0) > 50

@@ -65,15 +65,28 @@ def load_seconds(size: int, bytes_per_second: float, fixed_seconds: float) -> fl
     return fixed_seconds + size / bytes_per_second
 
 
+_NEGLIGIBLE = 1e-3
+"""Recent uses; fewer count as none: one use, ten half-lives ago."""
+_PRUNE_ABOVE = 1024
+"""Keys, beyond twice those in demand, before the others are forgotten."""
+
+
 class Demand(Generic[Key]):
     """Exponentially decayed count of uses: a use `half_life` seconds ago counts half."""
 
     def __init__(self, half_life: float = 60.0) -> None:
         self._rate = math.log(2) / half_life
         self._value: dict[Key, tuple[float, float]] = {}
+        self._prune_at = _PRUNE_ABOVE
+
+    def __len__(self) -> int:
+        return len(self._value)
 
     def use(self, key: Key, now: float, amount: float = 1.0) -> None:
         self._value[key] = (self.of(key, now) + amount, now)
+        if len(self._value) > self._prune_at:
+            self._value = {key: value for key, value in self._value.items() if self.of(key, now) > _NEGLIGIBLE}
+            self._prune_at = _PRUNE_ABOVE + 2 * len(self._value)
 
     def of(self, key: Key, now: float) -> float:
         value, since = self._value.get(key, (0.0, now))
