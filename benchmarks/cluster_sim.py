@@ -6,9 +6,11 @@ kernels; `rank-aware-24gb` the same kernels on 24 GB GPUs, where the arena and n
 step costs are modelled, not measured. The SLO is P95 TTFT <= 10 s.
 
 For each world, workload and system, over the seeds: `max_rps_slo` by bisection; at one common load (90 % of
-what toppings can do) `p50_ttft_s`, `p95_ttft_s`, `p50_tbt_s`, `adapters_per_server`, `bytes_moved`;
-`gpus_for_load`: servers needed for 1.5 times what toppings does on 4 (first seed). `bound`: the rate of the whole
-cluster as one machine with one queue, which no system can beat (simulator/bound.py).
+what toppings can do) `p50_ttft_s`, `p95_ttft_s`, `p50_tbt_s`, `adapters_per_server` (the most copies that a server ever
+held), `placed_per_server` (the most that were placed on one) and `bytes_moved`; `gpus_for_load`: servers needed for 3
+times what toppings does on 4, and `placed_per_server_at_load` there (first seed). `bound`: the rate of the whole
+cluster as one machine with one queue, which no system can beat (simulator/bound.py). The world `s-lora` (not among the
+default ones) is `max-in-batch` with prompts and decodes priced apart.
 
     python benchmarks/cluster_sim.py --trace azure-llm-2023-conv.csv --json FILE [--plots DIR] [--quick]
 
@@ -26,9 +28,10 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -52,7 +55,9 @@ WORLDS = {
     "max-in-batch": ("paper", Kernels.MAX_IN_BATCH),
     "rank-aware": ("h100", Kernels.RANK_AWARE),
     "rank-aware-24gb": ("l4", Kernels.RANK_AWARE),
+    "s-lora": ("paper", Kernels.S_LORA),
 }
+DEFAULT_WORLDS = ("max-in-batch", "rank-aware", "rank-aware-24gb")
 WORKLOADS = (*PAPER_SIX, "replay-50", "replay-100", "replay-200", "replay-1000", "replay-10000", "burst-200")
 SYSTEM_NAMES = (*BASELINES, "loraserve", "loraserve+")
 LARGE = {"replay-1000": 60.0, "replay-10000": 30.0}
@@ -61,10 +66,12 @@ adapters every 5 s takes longer than serving them."""
 SLO_S = 10.0
 TOLERANCE = 0.01
 SERVERS = 4
-MOST_SERVERS = 32
+COUNT_LOAD = 3.0
+"""Servers are counted for so many times what toppings does on SERVERS: a dozen of them, so that one is 8 %."""
+MOST_SERVERS = 48
 TUNING_SEEDS = tuple(range(10))
 SEEDS = (101, 102, 103)
-DURATION_S = {"max-in-batch": 600.0, "rank-aware": 120.0, "rank-aware-24gb": 120.0}
+DURATION_S = {"max-in-batch": 600.0, "rank-aware": 120.0, "rank-aware-24gb": 120.0, "s-lora": 600.0}
 """Seconds of arrivals. The paper replays hours, in which an overloaded server's queue has time to grow."""
 
 
@@ -137,19 +144,30 @@ def find_bound(job: Job, guess: float, step: float) -> float:
     return max_rate(probe, SLO_S, guess=guess, tolerance=TOLERANCE, step=step)
 
 
-class Cell(msgspec.Struct):
-    """What one (world, workload, system) showed, seed by seed."""
+Row = dict[str, float | int | str]
+"""Figures of one run."""
 
-    rates: list[float] = []
-    rows: list[dict[str, float | int | str]] = []
-    servers: int | None = None
+
+class Rates(msgspec.Struct):
+    """Highest rates within the SLO, seed by seed: of each system, and of the pooled machine."""
+
+    by_system: dict[str, list[float]]
+    bounds: list[float]
+
+
+class Count(msgspec.Struct):
+    """Servers for the larger load (0: MOST_SERVERS are not enough), and the most adapters placed on one of them."""
+
+    servers: int = 0
+    placed_per_server: int = 0
 
 
 class Done(msgspec.Struct):
-    """What a task found: cells by system, and the bound of each seed."""
+    """What a task found, by system."""
 
-    cells: dict[str, Cell]
-    bounds: list[float]
+    rates: Rates
+    rows: dict[str, list[Row]]
+    counts: dict[str, Count]
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -165,25 +183,42 @@ class Task(msgspec.Struct, frozen=True):
     count_servers: bool
     parts: str | None
 
-
-def kept_or_run(task: Task) -> tuple[Task, Done]:
-    """The task's figures from an earlier run that was cut short, or new ones."""
-    part = Path(task.parts) / f"{task.world}-{task.workload}.json" if task.parts else None
-    if part is not None and part.exists():
-        return task, msgspec.json.decode(part.read_bytes(), type=Done)
-    done = run_task(task)
-    if part is not None:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(msgspec.json.encode(done))
-    return task, done
+    def jobs(self, seed: int) -> dict[str, Job]:
+        """One for each system."""
+        return {s: Job(self.world, self.workload, s, seed, self.duration_s, self.trace) for s in self.systems}
 
 
-def run_task(task: Task) -> Done:
+T = TypeVar("T")
+
+
+def kept_or_run(task: Task, part: str, kind: type[T], run: Callable[[], T]) -> T:
+    """A part of the task's figures, from an earlier run that was cut short, or new."""
+    file = Path(task.parts) / f"{task.world}-{task.workload}-{part}.json" if task.parts else None
+    if file is not None and file.exists():
+        return msgspec.json.decode(file.read_bytes(), type=kind)
+    done = run()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(msgspec.json.encode(done))
+    return done
+
+
+def run_task(task: Task) -> tuple[Task, Done]:
     """All figures of one world and workload."""
-    cells = {s: Cell() for s in task.systems}
-    bounds: list[float] = []
+    rates = kept_or_run(task, "rates", Rates, lambda: find_rates(task))
+    rows = kept_or_run(task, "rows", dict[str, list[Row]], lambda: at_common_load(task, rates))
+    counts: dict[str, Count] = {}
+    if task.count_servers:
+        counts = kept_or_run(task, "servers", dict[str, Count], lambda: count_all(task, rates))
+    return task, Done(rates, rows, counts)
+
+
+def find_rates(task: Task) -> Rates:
+    """The highest rate of every system and of the bound."""
+    found = Rates({s: [] for s in task.systems}, [])
+    bounds = found.bounds
     for seed in task.seeds:
-        jobs = {s: Job(task.world, task.workload, s, seed, task.duration_s, task.trace) for s in task.systems}
+        jobs = task.jobs(seed)
         toppings = jobs["toppings"]
         if bounds:
             guess, step = bounds[-1], 1.1
@@ -192,35 +227,47 @@ def run_task(task: Task) -> Done:
             guess, step = guess_rate(machine, make, seed), 1.3
         bounds.append(find_bound(toppings, guess, step))
         for system, job in jobs.items():
-            known = cells[system].rates
+            known = found.by_system[system]
             if known and known[-1] > 0.0:  # the same share of the bound as with the seed before
                 guess, step = known[-1] / bounds[-2] * bounds[-1], 1.05
             else:
                 guess, step = 0.9 * bounds[-1], 1.1
             known.append(find_rate(job, guess, step))
-        load = cells["toppings"].rates[-1]
-        for system, job in jobs.items():
-            cells[system].rows.append(run_at(job, 0.9 * load).summary())
-            if task.count_servers and seed == task.seeds[0]:
-                cells[system].servers = count_servers(job, 1.5 * load, cells[system].rates[0])
-    return Done(cells, bounds)
+    return found
 
 
-def count_servers(job: Job, load: float, rate: float) -> int:
-    """Fewest servers for `load`, from the number that `rate` (what SERVERS do) makes likely; 0: MOST_SERVERS do not."""
+def at_common_load(task: Task, rates: Rates) -> dict[str, list[Row]]:
+    """What every system does at 90 % of the rate of toppings, by seed."""
+    rows: dict[str, list[Row]] = {s: [] for s in task.systems}
+    for seed, load in zip(task.seeds, rates.by_system["toppings"], strict=True):
+        for system, job in task.jobs(seed).items():
+            rows[system].append(run_at(job, 0.9 * load).summary())
+    return rows
+
+
+def count_all(task: Task, rates: Rates) -> dict[str, Count]:
+    """Servers that every system needs, with the first seed."""
+    load = COUNT_LOAD * rates.by_system["toppings"][0]
+    return {s: count_servers(job, load, rates.by_system[s][0]) for s, job in task.jobs(task.seeds[0]).items()}
+
+
+def count_servers(job: Job, load: float, rate: float) -> Count:
+    """Fewest servers for `load`, from the number that `rate` (what SERVERS do) makes likely."""
     likely = min(max(math.ceil(SERVERS * load / max(rate, 1e-9)), SERVERS), MOST_SERVERS)
-    abort = Abort(SLO_S)
+    found = Count()
 
-    def good(n: int) -> bool:
-        return run_at(job, load, servers=n, abort=abort).meets(SLO_S)
+    def probe(n: int, abort: Abort | None) -> Result:
+        result = run_at(job, load, servers=n, abort=abort)
+        if result.meets(SLO_S) and (not found.servers or n < found.servers):
+            found.servers, found.placed_per_server = n, result.placed_per_server
+        return result
 
-    if good(likely):
-        while likely > SERVERS and good(likely - 1):
+    if probe(likely, Abort(SLO_S)).meets(SLO_S):
+        while likely > SERVERS and probe(likely - 1, Abort(SLO_S)).meets(SLO_S):
             likely -= 1
-        return likely
-    return fewest_servers(
-        lambda n, abort: run_at(job, load, servers=n, abort=abort), SLO_S, start=likely + 1, most=MOST_SERVERS
-    )
+    elif likely < MOST_SERVERS:
+        fewest_servers(probe, SLO_S, start=likely + 1, most=MOST_SERVERS)
+    return found
 
 
 def ratio_with_interval(ours: list[float], theirs: list[float]) -> dict[str, float]:
@@ -252,9 +299,9 @@ def measure(
     bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True))
     with multiprocessing.Pool(args.jobs) as pool, bar as progress:
         shown = progress.add_task("worlds x workloads", total=len(tasks))
-        for task, done in pool.imap_unordered(kept_or_run, tasks):
-            figures[task.world][task.workload] = {s: _figures(cell) for s, cell in done.cells.items()}
-            limits[task.world][task.workload] = done.bounds
+        for task, done in pool.imap_unordered(run_task, tasks):
+            figures[task.world][task.workload] = {s: _figures(done, s) for s in task.systems}
+            limits[task.world][task.workload] = done.rates.bounds
             progress.console.print(f"{task.world}, {task.workload}: done")
             progress.advance(shown)
     return (
@@ -263,14 +310,16 @@ def measure(
     )
 
 
-def _figures(cell: Cell) -> dict[str, Any]:
+def _figures(done: Done, system: str) -> dict[str, Any]:
+    rates, rows, count = done.rates.by_system[system], done.rows[system], done.counts.get(system)
     return {
-        "max_rps_slo": float(np.mean(cell.rates)),
-        "max_rps_slo_by_seed": cell.rates,
-        "gpus_for_load": cell.servers,
-        "adapters_per_server": max(int(r["adapters_per_server"]) for r in cell.rows),
+        "max_rps_slo": float(np.mean(rates)),
+        "max_rps_slo_by_seed": rates,
+        "gpus_for_load": count.servers if count is not None else None,
+        "placed_per_server_at_load": count.placed_per_server if count is not None else None,
+        **{k: max(int(r[k]) for r in rows) for k in ("adapters_per_server", "placed_per_server")},
         **{
-            k: float(np.median([float(r[k]) for r in cell.rows]))
+            k: float(np.median([float(r[k]) for r in rows]))
             for k in ("offered_rps", "p50_ttft_s", "p95_ttft_s", "p50_tbt_s", "bytes_moved")
         },
     }
@@ -311,9 +360,13 @@ def conclusions(figures: Figures, bounds: Bounds) -> dict[str, Any]:
             "loraserve_over_toppings_mean": math.exp(float(np.mean([math.log(v["ratio"]) for v in toppings.values()]))),
             "gpus_saved_over_static_up_to": saved(STATIC_SLORA),
             "gpus_saved_over_toppings_up_to": saved(("toppings",)),
-            "adapters_per_server_ratio_to_toppings_up_to": max(
-                r["toppings"]["adapters_per_server"] / r["loraserve"]["adapters_per_server"] for r in table.values()
-            ),
+            **{
+                f"{key}_ratio_to_toppings_up_to": max(
+                    (r["toppings"][key] / r["loraserve"][key] for r in table.values() if r["loraserve"][key]),
+                    default=0.0,
+                )
+                for key in ("adapters_per_server", "placed_per_server", "placed_per_server_at_load")
+            },
             "p95_ttft_ratio_to_worse_static_up_to": max(
                 max(r[s]["p95_ttft_s"] for s in STATIC_SLORA) / max(r["loraserve"]["p95_ttft_s"], 1e-3)
                 for r in table.values()
@@ -390,9 +443,10 @@ def draw(args: argparse.Namespace, figures: Figures) -> None:
         counted = next((w for w, r in by_workload.items() if r["toppings"]["gpus_for_load"] is not None), None)
         if counted is not None:
             row = by_workload[counted]
+            load = COUNT_LOAD * row["toppings"]["max_rps_slo_by_seed"][0]
             plots.servers_needed(
                 {s: r["gpus_for_load"] for s, r in row.items()},
-                f"{world}, {counted}: servers for {1.5 * row['toppings']['max_rps_slo_by_seed'][0]:.0f} requests/s",
+                f"{world}, {counted}: servers for {load:.0f} requests/s",
                 folder / f"{world}-servers.png",
                 MOST_SERVERS,
             )
@@ -437,7 +491,7 @@ def main() -> int:
     if "toppings" not in systems:
         systems.insert(0, "toppings")
     start = time.monotonic()
-    figures, bounds = measure(args, args.world or list(WORLDS), workloads, systems)
+    figures, bounds = measure(args, args.world or list(DEFAULT_WORLDS), workloads, systems)
     found = conclusions(figures, bounds) if set(SYSTEM_NAMES) <= set(systems) else {}
     show(figures, bounds, found)
     if args.plots:
@@ -463,6 +517,8 @@ def main() -> int:
                 "duration_s": {w: args.duration or DURATION_S[w] for w in figures},
                 "large_workloads": {"seeds": args.seeds[:1], "duration_s": LARGE},
                 "servers": SERVERS,
+                "gpus_for_load_is_for": f"{COUNT_LOAD:g} times what toppings does on {SERVERS}",
+                "most_servers": MOST_SERVERS,
                 "slo": f"P95 TTFT <= {SLO_S:g} s",
                 "wall_s": round(wall, 1),
                 "conclusions": found,

@@ -48,21 +48,27 @@ def world_tables(data: dict[str, Any], world: str) -> list[str]:
         cells = [f"**{v:.1f}**" if v >= 0.995 * best else f"{v:.1f}" for v in rates]
         bound = sum(bounds[workload]) / len(bounds[workload])
         out.append(row([workload, *cells, f"{bound:.1f}"]))
-    out += ["", "At 90 % of what toppings can do, P95 TTFT (s) / adapters per server / GiB moved:", ""]
+    out += [
+        "",
+        "At 90 % of what toppings can do: P95 TTFT (s) / most adapters placed on a server / most held / GiB moved:",
+        "",
+    ]
     shown = [s for s in LATENCY if s in systems]
     out += head("workload", shown)
     for workload, by in figures.items():
         cells = [
-            f"{by[s]['p95_ttft_s']:.2f} / {by[s]['adapters_per_server']} / {by[s]['bytes_moved'] / 2**30:.1f}"
+            f"{by[s]['p95_ttft_s']:.2f} / {by[s]['placed_per_server']} / {by[s]['adapters_per_server']} / "
+            f"{by[s]['bytes_moved'] / 2**30:.1f}"
             for s in shown
         ]
         out.append(row([workload, *cells]))
     counted = {w: by for w, by in figures.items() if by[systems[0]]["gpus_for_load"] is not None}
     if counted:
-        out += ["", "Servers for 1.5 times what toppings does on 4 (> 32: not even 32):", ""]
+        most = data["most_servers"]
+        out += ["", f"Servers for {data['gpus_for_load_is_for']} (> {most}: not even {most}):", ""]
         out += head("workload", systems)
         for workload, by in counted.items():
-            out.append(row([workload, *(str(by[s]["gpus_for_load"] or "> 32") for s in systems)]))
+            out.append(row([workload, *(str(by[s]["gpus_for_load"] or f"> {most}") for s in systems)]))
     return [*out, ""]
 
 

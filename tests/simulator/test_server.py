@@ -83,6 +83,9 @@ def test_who_pays_for_the_large_rank() -> None:
     mixed = [(0.0, 0, 1, 1), (0.0, 1, 1, 400), (2.0, 0, 80, 1)]
     own, largest = (run(mixed, kernels=k).ttft[2] for k in (Kernels.RANK_AWARE, Kernels.MAX_IN_BATCH))
     assert largest - own == pytest.approx(80 * 120e-6, abs=2e-3)
+    # With prompts and decodes priced apart it pays its own rank there, and 128 beside another such prompt.
+    assert run(mixed, kernels=Kernels.S_LORA).ttft[2] == pytest.approx(own, abs=1e-4)
+    assert ttft[Kernels.S_LORA] == pytest.approx(ttft[Kernels.MAX_IN_BATCH])
 
 
 def test_leap_is_cut_at_the_step_boundary_after_an_arrival() -> None:

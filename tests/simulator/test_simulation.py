@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from vllm_loraserve.cluster.placement import Placement
 from vllm_loraserve.simulator.machine import H100, L4, PAPER, Kernels
 from vllm_loraserve.simulator.results import Result
 from vllm_loraserve.simulator.search import fewest_servers, max_rate
@@ -47,9 +48,24 @@ def test_work_is_conserved() -> None:
 def test_one_copy_policies_hold_fewer_adapters_than_full_replication() -> None:
     one = simulate(load(), [H100] * 4, SYSTEMS["random"])
     everywhere = simulate(load(), [H100] * 4, SYSTEMS["toppings"])
-    assert everywhere.adapters_per_server == 25
+    assert everywhere.adapters_per_server == everywhere.placed_per_server == 25
     assert one.adapters_per_server < 15
     assert one.bytes_moved == everywhere.bytes_moved == 0
+
+
+def test_copies_on_their_way_out_are_held_but_not_placed() -> None:
+    moved = simulate(load(seconds=80.0), [H100] * 4, SYSTEMS["loraserve"])
+    assert 7 <= moved.placed_per_server < moved.adapters_per_server
+
+
+def test_live_load_steps_around_a_queue_that_a_draw_does_not_see() -> None:
+    hot = load(rate=35.0)
+    spread = Placement(phi={a.name: {"s0000": 0.5, "s0001": 0.5} for a in hot.adapters})
+    drawn, live = (
+        simulate(hot, [H100] * 2, msgspec.structs.replace(SYSTEMS[s], period_s=0.0), placement=spread)
+        for s in ("loraserve", "loraserve-live")
+    )
+    assert live.ttft_percentile(95) < 0.9 * drawn.ttft_percentile(95)
 
 
 def test_failure_loses_no_request_and_costs_time() -> None:

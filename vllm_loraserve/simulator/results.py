@@ -20,6 +20,8 @@ class Result(msgspec.Struct, kw_only=True):
 
     `ttft` [requests], `tbt` [finished requests with more than one token], `finish` [requests]; `load` is a
     list of (time, load of each server): tokens of running and waiting requests / KV capacity.
+    `adapters_per_server`: most copies that a server's host memory ever held at once, those on their way out and
+    spilled ones included; `placed_per_server`: most adapters that a placement routed to one server.
     """
 
     system: str
@@ -35,6 +37,7 @@ class Result(msgspec.Struct, kw_only=True):
     finish: NDArray[np.float64]
     tokens_per_s: float
     adapters_per_server: int
+    placed_per_server: int
     bytes_moved: int
     fetches: int
     loads: int
@@ -67,6 +70,7 @@ class Result(msgspec.Struct, kw_only=True):
             finish=np.where(finish >= 0.0, finish - arrival, np.inf),
             tokens_per_s=tokens / max(now, 1e-9),
             adapters_per_server=max(s.peak_host for s in sim.servers),
+            placed_per_server=sim.placed_per_server,
             bytes_moved=sim.bytes_moved,
             fetches=sim.fetches,
             loads=sum(s.loads for s in sim.servers),
@@ -104,6 +108,7 @@ class Result(msgspec.Struct, kw_only=True):
             "p95_finish_s": p(self.finish, 95),
             "tokens_per_s": self.tokens_per_s,
             "adapters_per_server": self.adapters_per_server,
+            "placed_per_server": self.placed_per_server,
             "bytes_moved": self.bytes_moved,
             "fetches": self.fetches,
             "loads": self.loads,

@@ -111,6 +111,7 @@ class Server:
         self.demanded: dict[int, int] = {}  # adapter -> requests here, waiting or running
         self.rows_demanded = 0
         self.rank_refs: dict[int, int] = {}
+        self.decode_ranks: dict[int, int] = {}  # rank -> requests that decode
         self.rows_in_use = 0
         self.max_rank = 0
         self.steps = 0
@@ -180,6 +181,9 @@ class Server:
         c = m.step_cost
         if self.kernels is Kernels.RANK_AWARE:
             decode_rank_sum, rows = self.decode_rank_sum, self.rows_in_use
+        elif self.kernels is Kernels.S_LORA:
+            token_ranks = tokens * max((r.rank for r, _ in plan), default=0)
+            decode_rank_sum, rows = n_decode * max(self.decode_ranks, default=0), self.rows_in_use
         else:
             paid = m.max_rank if self.kernels is Kernels.PADDED else self.max_rank
             token_ranks = tokens * paid
@@ -244,6 +248,9 @@ class Server:
             r = heapq.heappop(decoding)[2]
             r.finish = now
             self.decode_rank_sum -= r.rank
+            self.decode_ranks[r.rank] -= 1
+            if not self.decode_ranks[r.rank]:
+                del self.decode_ranks[r.rank]
             self.context -= r.prompt + r.output
             self._leave(r)
             finished.append(r)
@@ -262,6 +269,7 @@ class Server:
                 else:
                     heapq.heappush(decoding, (self.steps + r.output - 1, r.index, r))
                     self.decode_rank_sum += r.rank
+                    self.decode_ranks[r.rank] = self.decode_ranks.get(r.rank, 0) + 1
                     self.context += r.prompt + 1
         self.plan = []
         return finished

@@ -6,6 +6,7 @@ code the coordinator and router use. Deterministic: the same arguments give the 
 
 from __future__ import annotations
 
+import collections
 import heapq
 import random
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import msgspec
 from vllm_loraserve.cluster.demand import DemandHistory
 from vllm_loraserve.cluster.operating_points import OperatingPoints
 from vllm_loraserve.cluster.placement import Placement, PlacementInput, make_policy
-from vllm_loraserve.cluster.routing import draw, rendezvous
+from vllm_loraserve.cluster.routing import choose, draw, rendezvous
 from vllm_loraserve.cluster.routing_plus import (
     ServerView,
     choose_finish_time,
@@ -112,6 +113,7 @@ class Simulation:
         self.bytes_moved = 0
         self.fetches = 0
         self.rebalances = 0
+        self.placed_per_server = 0
         self.abort = abort
         self.bad = 0
         self.finished = 0
@@ -253,6 +255,11 @@ class Simulation:
                 return min(holders, key=lambda s: (s.queued_tokens + s.context, s.index)).index
         if mode is RoutingMode.PHI:
             return self.by_name[draw(routes, self.rng)].index
+        if mode is RoutingMode.PHI_LIVE:
+            requests = {s: float(self.by_name[s].running + len(self.by_name[s].waiting)) for s in routes}
+            chosen_by_load = choose(routes, requests, self.rng)
+            assert chosen_by_load is not None, "there is a route"
+            return self.by_name[chosen_by_load].index
         if mode is RoutingMode.LEAST_LOADED:
             return min(
                 (self.by_name[s] for s in routes), key=lambda s: (s.queued_tokens + s.queued_kv + s.context, s.index)
@@ -388,6 +395,8 @@ class Simulation:
             [self.by_name[s].index for s in placed.standby.get(n, ())] if self.system.standby else []
             for n in self.names
         ]
+        held = collections.Counter(s for a, routes in enumerate(self.routes) if a not in self.uncopied for s in routes)
+        self.placed_per_server = max(self.placed_per_server, max(held.values(), default=0))
         self.last_tick = now
         self.rebalances += 0 if warm else 1
         if warm:

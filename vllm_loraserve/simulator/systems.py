@@ -12,6 +12,8 @@ class RoutingMode(StrEnum):
 
     PHI = "phi"
     """Drawn by phi (the paper)."""
+    PHI_LIVE = "phi-live"
+    """Two drawn by phi, the one with fewer requests wins: what our router does for it."""
     LEAST_LOADED = "least-loaded"
     """The holder with the fewest tokens in flight (Dynamo's and dLoRA's request routing)."""
     LEAST_ADDED_COST = "least-added-cost"
@@ -42,6 +44,7 @@ SYSTEMS = {
         System(name="dlora-proactive", policy="dlora-proactive", routing=RoutingMode.LEAST_LOADED),
         System(name="rank-weighted", policy="rank-weighted"),
         System(name="loraserve", policy="loraserve"),
+        System(name="loraserve-live", policy="loraserve", routing=RoutingMode.PHI_LIVE),
         System(
             name="loraserve+",
             policy="loraserve+",
