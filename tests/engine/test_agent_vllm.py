@@ -243,7 +243,7 @@ async def test_an_adapter_whose_checkpoint_is_gone_comes_from_the_other_instance
         os.killpg(instances[first][0].pid, signal.SIGKILL)
         os.killpg(instances[second][0].pid, signal.SIGCONT)
         status, message = await asyncio.to_thread(complete, instances[second][1], "b")
-        assert status == 503
+        assert status == 503, message
         assert "'b' cannot be brought in now" in message
         assert "checkpoint" in message
         assert await asyncio.to_thread(complete, instances[second][1], "base") == base

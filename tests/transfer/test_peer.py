@@ -103,6 +103,12 @@ def test_a_large_adapter_is_copied_by_so_many_threads(threads, target, connect, 
     assert target.bytes_of("large") == source.bytes_of("large")
 
 
+@pytest.mark.parametrize(("processors", "threads"), [(1, 1), (2, 1), (4, 2), (64, 2)])
+def test_a_copy_takes_no_processor_that_a_step_needs(processors, threads, monkeypatch):
+    monkeypatch.setattr(samehost.os, "sched_getaffinity", lambda _: set(range(processors)))
+    assert samehost.copy_threads() == threads
+
+
 def test_tcp_that_stalls_or_breaks_says_which(connect, target, monkeypatch):
     library = extension.load()
     if library is None:

@@ -32,9 +32,9 @@ PIECE = 16 << 20
 
 
 def copy_threads() -> int:
-    """Threads of a large copy: two where this process may use as many processors. One alone does not fill the memory
-    bus; a third brings little and would take its processor from a running step."""
-    return min(2, len(os.sched_getaffinity(0)))
+    """Threads of a large copy: two where this process may use four processors and more. On fewer, one fills most of the
+    memory bus, and of two the slower one waits for a processor that a running step has."""
+    return 2 if len(os.sched_getaffinity(0)) >= 4 else 1
 
 
 # ---- the serving side ----
