@@ -295,12 +295,9 @@ class PeerSources:
         entry = self._tier.get(request.lora_int_id)
         if entry is None:
             return None  # evicted as soon as it was here
-        adapter = self._landed(request, entry)
-        logger.info(
-            "Adapter %s: rank %d from %s %s in %.0f ms",
-            name, adapter.page_rank, brought.source, brought.via, brought.seconds * 1e3,
-        )  # fmt: skip
-        return adapter
+        # Before the verdict whether this load still counts: where it does not, its successor finds the adapter here.
+        logger.info("Adapter %s: from %s %s in %.0f ms", name, brought.source, brought.via, brought.seconds * 1e3)
+        return self._landed(request, entry)
 
     def _landed(self, request: LoRARequest, entry: HostEntry) -> ServedAdapter:
         """An adapter that came from a peer, as the manager sees it; from now on we serve it, too."""
