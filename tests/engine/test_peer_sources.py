@@ -234,7 +234,7 @@ def test_adapters_and_instances_that_are_gone_are_forgotten(worker):
     assert {x.instance for _, row in asker._located.values() for x in row} == {"one"}, "dead is no member"
     assert not asker.knows(LoRARequest("c", 1, "/c"))
     asker.removed(9)
-    assert asker._located.keys() == {("b", "/b")}, "here no more: who asks for it again says where it is"
+    assert asker.knows(LoRARequest("a", 10, "/a")), "another load of it may have been asked for by now"
     assert list(asker._peers._peers) == [holder.endpoint], "b is there still"
     asker.retain({"b"}, {"two"})
     assert asker._located["b", "/b"] == ("sha", ())

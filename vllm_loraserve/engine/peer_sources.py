@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry
 from vllm.logger import init_logger
@@ -145,14 +145,19 @@ class PeerSources:
 
     def locate(self, name: str, path: str, digest: str, holders: Sequence[tuple[str, str]]) -> None:
         """The content `digest`, served as (name, path), is at these peers: (instance, host:port of each rank)."""
-        locations = []
-        for instance, endpoints in holders:
-            ranks = endpoints.split(",")
-            if self._rank < len(ranks):
-                locations.append(Location(instance, ranks[self._rank]))
+        self.locate_all([(name, path, digest, holders)])
+
+    def locate_all(self, rows: Iterable[tuple[str, str, str, Sequence[tuple[str, str]]]]) -> None:
+        """The same for many: (name, path, digest, holders)."""
+        news = {}
+        for name, path, digest, holders in rows:
+            ranks = ((instance, endpoints.split(",")) for instance, endpoints in holders)
+            found = tuple(Location(instance, at[self._rank]) for instance, at in ranks if self._rank < len(at))
+            news[name, path] = (digest, found)
         with self._lock:
-            self._replace_rows({**self._located, (name, path): (digest, tuple(locations))})
-        self._handover.located(name, digest, [location.instance for location in locations])
+            self._replace_rows(self._located | news)
+        for (name, _), (digest, found) in news.items():
+            self._handover.located(name, digest, [location.instance for location in found])
 
     def retain(self, adapters: Collection[str], instances: Collection[str]) -> None:
         """These adapters and instances the cluster has now: rows of others are forgotten, peers without rows let go."""
@@ -200,8 +205,7 @@ class PeerSources:
             current = name is not None and self._ids.get(name) == lora_id
             if name is not None and current:
                 del self._ids[name]
-                path = self._paths.pop(name, None)
-                self._replace_rows({row: at for row, at in self._located.items() if row != (name, path)})
+                self._paths.pop(name, None)
                 self._readable.pop(name, None)
                 self._loaded.pop(name, None)
                 self._failed.pop(name, None)

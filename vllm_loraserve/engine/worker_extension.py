@@ -44,15 +44,15 @@ class WorkerExtension:
     def loraserve_locate(self, rows: list[tuple[str, str, str, list[tuple[str, str]]]]) -> None:
         """Rows (name, path, digest, holders): what (name, path) was registered with, and which peers hold that.
 
-        See `RegisteredContents.expect` and `PeerSources.locate`.
+        See `RegisteredContents.expect` and `PeerSources.locate_all`.
         """
         manager = self._loraserve_manager()
         loader, peers = getattr(manager, "loader", None), getattr(manager, "peers", None)
-        for name, path, digest, holders in rows:
-            if loader is not None:
+        if loader is not None:
+            for name, path, digest, _ in rows:
                 loader.registered.expect(name, path, digest)
-            if peers is not None:
-                peers.locate(name, path, digest, [(instance, endpoints) for instance, endpoints in holders])
+        if peers is not None:
+            peers.locate_all(rows)
 
     def loraserve_retain(self, adapters: list[str], instances: list[str]) -> None:
         """All adapters and instances that the cluster has; see `PeerSources.retain`."""
