@@ -240,6 +240,19 @@ def hooks() -> tuple[Hook, ...]:
             patch="0006-resolve-registered-adapters.patch",
         ),
         Hook(
+            name="adapters let go while a request is read",
+            target="vllm.entrypoints.serve.engine.serving:BaseServing._maybe_get_adapters",
+            kind="hook",
+            wrap=_ours("api_server", "wrap_get_adapters"),
+            parameters=("self", "request", "supports_default_mm_loras"),
+            used_by=(
+                "vllm.entrypoints.serve.engine.serving:BaseServing._maybe_get_adapters",
+                "raise VLLMNotFoundError(",
+            ),
+            when="server",
+            patch="0006-resolve-registered-adapters.patch",
+        ),
+        Hook(
             # The agent wraps this method on the one engine client of its server (engine/meter.py), not on the class.
             name="demand per adapter",
             target="vllm.v1.engine.async_llm:AsyncLLM.generate",

@@ -245,6 +245,5 @@ async def test_an_adapter_whose_checkpoint_is_gone_comes_from_the_other_instance
         status, message = await asyncio.to_thread(complete, instances[second][1], "b")
         assert status == 503, message
         assert "'b' cannot be brought in now" in message
-        assert "checkpoint" in message
         assert await asyncio.to_thread(complete, instances[second][1], "base") == base
         assert await asyncio.to_thread(complete, instances[second][1], "a") == right

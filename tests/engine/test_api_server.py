@@ -95,6 +95,38 @@ async def test_registered_adapters_are_resolved_without_vllms_runtime_loading(
     assert await answer("new") == "vLLM's own answer"
 
 
+def test_what_was_let_go_while_a_request_was_read_is_unavailable_and_what_is_unknown_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.exceptions import RetryableRequestError, VLLMNotFoundError
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    from vllm_loraserve.engine.api_server import RESOLVER_NAME, wrap_get_adapters
+
+    original = getattr(BaseServing._maybe_get_adapters, "__wrapped__", BaseServing._maybe_get_adapters)
+    get = wrap_get_adapters(original)
+    loaded = LoRARequest("loaded", 1, "/loaded")
+    models = SimpleNamespace(lora_requests={"loaded": loaded})
+    serving = SimpleNamespace(models=models, _is_model_supported=lambda name: name == "base")
+
+    def adapter(name: str) -> Any:
+        return get(serving, SimpleNamespace(model=name))
+
+    monkeypatch.setattr(LoRAResolverRegistry, "resolvers", {RESOLVER_NAME: SimpleNamespace(names=lambda: ["a"])})
+    assert adapter("loaded") is loaded
+    assert adapter("base") is None
+    with pytest.raises(RetryableRequestError, match="'a' cannot be brought in now") as caught:
+        adapter("a")
+    assert caught.value.status_code == 503
+    with pytest.raises(VLLMNotFoundError):
+        adapter("nobody")
+    monkeypatch.setattr(LoRAResolverRegistry, "resolvers", {})
+    with pytest.raises(VLLMNotFoundError):
+        adapter("a")
+
+
 def test_addresses_are_private_to_the_user_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_loraserve.engine import channel
 

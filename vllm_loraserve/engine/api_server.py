@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
+from vllm.exceptions import RetryableRequestError, VLLMNotFoundError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolverRegistry
@@ -157,6 +158,27 @@ def wrap_check_pooling_model(original: Callable[..., Awaitable[Any]]) -> Callabl
         return await original(self, request)
 
     return check_model
+
+
+def wrap_get_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
+    """BaseServing._maybe_get_adapters that calls an adapter of the cluster unavailable, not unknown.
+
+    What `_check_model` found may have been let go while the request was read, since it could not be loaded.
+    """
+
+    @functools.wraps(original)
+    def get_adapters(self: Any, request: Any, supports_default_mm_loras: bool = False) -> Any:
+        try:
+            return original(self, request, supports_default_mm_loras)
+        except VLLMNotFoundError:
+            resolver = LoRAResolverRegistry.resolvers.get(RESOLVER_NAME)
+            if resolver is None or request.model not in resolver.names():
+                raise
+            raise RetryableRequestError(
+                f"The adapter '{request.model}' cannot be brought in now; try again shortly."
+            ) from None
+
+    return get_adapters
 
 
 async def _resolve(serving: Any, name: str | None) -> Any:
