@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from transfer.helpers import KEY, PATIENCE_S, until, wanted
 from vllm_loraserve.transfer import pool as pool_module
-from vllm_loraserve.transfer.errors import AdapterUnavailableError, CancelledError, DeadlineError
+from vllm_loraserve.transfer.errors import AdapterUnavailableError, BandwidthError, CancelledError
 from vllm_loraserve.transfer.flight import Flight, RateLimiter
 from vllm_loraserve.transfer.metrics import PoolMetrics
 from vllm_loraserve.transfer.pages import AdapterPages, Landing, Wanted
@@ -171,7 +171,7 @@ def test_a_wait_for_bandwidth_ends_with_the_flight_and_gives_it_back():
     assert isinstance(results[0], CancelledError)
     assert flight.moved == 0
     assert limiter.book(1000) == pytest.approx(1.0), "what was booked and did not move costs nobody else"
-    with pytest.raises(DeadlineError, match="bandwidth cap"):
+    with pytest.raises(BandwidthError, match="bandwidth cap"):
         Flight(5.0, limiter).advance(1_000_000)
     assert limiter.book(1000) == pytest.approx(2.0)
 

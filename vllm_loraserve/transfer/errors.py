@@ -49,6 +49,10 @@ class DeadlineError(TransferError):
     """The time given for the transfer is over."""
 
 
+class BandwidthError(DeadlineError):
+    """Our own bandwidth cap leaves no time for the transfer: nobody else is at fault."""
+
+
 class AdapterUnavailableError(TransferError):
     """Every source failed. `http_status` is what a request for the adapter deserves; the engine itself is well."""
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from vllm_loraserve.transfer.errors import CancelledError, DeadlineError
+from vllm_loraserve.transfer.errors import BandwidthError, CancelledError
 from vllm_loraserve.transfer.wire import Deadline
 
 LOCK_S = 0.1
@@ -95,7 +95,7 @@ class Flight:
             self._holding += 1
         try:
             if self.deadline.left(seconds) < seconds:
-                raise DeadlineError("the bandwidth cap leaves no time for the transfer")
+                raise BandwidthError("the bandwidth cap leaves no time for the transfer")
             self.cancelled.wait(seconds)
             self.check()
         except BaseException:

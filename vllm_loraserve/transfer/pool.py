@@ -19,6 +19,7 @@ import msgspec
 
 from vllm_loraserve.transfer.errors import (
     AdapterUnavailableError,
+    BandwidthError,
     CancelledError,
     DeadlineError,
     PeerLostError,
@@ -323,9 +324,10 @@ class AdapterPool:
         except CancelledError:
             result = "cancelled"
             raise
-        except (PeerLostError, DeadlineError) as error:
-            if isinstance(error, PeerLostError) or not flight.held:  # else it was our own bandwidth cap
-                self._peers.rest(endpoint)
+        except BandwidthError:
+            raise
+        except (PeerLostError, DeadlineError):
+            self._peers.rest(endpoint)
             raise
         finally:
             self._count("peer", result)
