@@ -32,9 +32,15 @@ PIECE = 16 << 20
 
 
 def copy_threads() -> int:
-    """Threads of a large copy: two where this process may use four processors and more. On fewer, one fills most of the
-    memory bus, and of two the slower one waits for a processor that a running step has."""
-    return 2 if len(os.sched_getaffinity(0)) >= 4 else 1
+    """Threads of a large copy: two where a processor is idle now. One alone does not fill the memory bus, but of two
+    the slower one would wait for a processor that a running step has; a third brings little."""
+    processors = len(os.sched_getaffinity(0))
+    try:
+        with open("/proc/loadavg") as file:
+            running = int(file.read().split()[3].split("/")[0])  # threads of the whole system, this one included
+    except (OSError, ValueError, IndexError):
+        running = processors
+    return 2 if running < processors else 1
 
 
 # ---- the serving side ----
@@ -78,14 +84,14 @@ class _Mapping:
 class MemfdRung:
     """Copies out of the peer's mapped memfd; checksums are computed on the way where the extension is built.
 
-    threads: of a copy of 8 MiB and more; 0: `copy_threads`.
+    threads: of a copy of 8 MiB and more; 0: `copy_threads`, each time.
     """
 
     name = "memfd"
     rdma = False
 
     def __init__(self, threads: int = 0) -> None:
-        self._threads = threads or copy_threads()
+        self._threads = threads
         self._mappings: dict[int, _Mapping] = {}
         self._lock = threading.Lock()
         self._users = 0
@@ -144,7 +150,7 @@ class MemfdRung:
                 raise RungFailedError("the peer is being disconnected")
             self._users += 1
         try:
-            return _copy(mapping.address, lease, destination, flight, self._threads)
+            return _copy(mapping.address, lease, destination, flight, self._threads or copy_threads())
         finally:
             with self._lock:
                 self._users -= 1
