@@ -255,6 +255,7 @@ def test_a_checkpoint_tells_whether_its_experts_are_stacked(loader: Any, tmp_pat
     from safetensors.torch import load_file, save_file
     from vllm.lora.request import LoRARequest
 
+    loader.facts.stock_max_rank = 8
     folder, experts = write(tmp_path / "a", seed=1), 4
     weights = load_file(folder / "adapter_model.safetensors")
     for name in ("experts.base_layer", "experts") if stacked else (f"experts.{i}.up_proj" for i in range(experts)):
