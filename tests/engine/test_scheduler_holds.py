@@ -154,3 +154,23 @@ def test_nothing_is_remembered_of_adapters_that_nobody_needs(build: Any) -> None
     assert max(sizes) < 500, max(sizes)
     assert len(scheduler.readiness._retrying) < 500
     assert nothing_is_held(scheduler, workers)
+
+
+def test_what_gives_way_is_not_held_and_released_in_one_step() -> None:
+    """Workers carry orders out one after the other: a release behind a hold would undo it."""
+    from vllm_loraserve.engine import channel
+    from vllm_loraserve.engine.readiness import Readiness
+
+    readiness = Readiness(1, prefetch=1, concurrent_loads=2, load_timeout_s=60, load_retries=0)
+    readiness.on_report(channel.Ready(0, 1, 0, 8, 0.1, "/1"), 0.0)
+    assert readiness.hold(1)
+    assert readiness.next_loads([(2, "/2")], set(), 0.0) == [(2, 1)]
+    readiness.on_report(channel.Failed(0, 2, 1, "gone", False), 0.0)
+    assert not readiness.hold(1), "its release is on its way"
+    assert readiness.releases(lambda adapter, path: True) == [1]
+    assert readiness.hold(1)
+
+    assert readiness.next_loads([(3, "/3"), (1, "/other")], set(), 0.0) == [(3, 2)]
+    assert readiness.next_loads([(1, "/other")], set(), 0.0) == [(1, 3)]
+    assert readiness.releases(lambda adapter, path: True) == []
+    assert readiness.is_held(1)

@@ -111,7 +111,9 @@ class Readiness:
 
     def hold(self, adapter: int) -> bool:
         """Whether the workers must be told to hold an adapter that is ready, since requests wait for it now."""
-        if adapter in self._held or adapter not in self._ready or len(self._held) >= self.prefetch:
+        if adapter in self._held or adapter in self._give_way or adapter not in self._ready:
+            return False
+        if len(self._held) >= self.prefetch:
             return False
         if not self._host_takes(self._held_rows() + self.rows_of(self.rank_of(adapter))):
             return False
@@ -146,7 +148,12 @@ class Readiness:
         return given
 
     def _held_rows(self) -> int:
-        return sum(self.rows_of(self.rank_of(adapter)) for adapter in self._held)
+        largest = self._largest_rank()
+        return sum(self.rows_of(self.rank_of(adapter) or largest) for adapter in self._held)
+
+    def _largest_rank(self) -> int:
+        """What an adapter that was never loaded is taken for."""
+        return max((self._adapters[adapter].lora_rank for adapter in self._ready | self._loading), default=0)
 
     def _make_way(self, adapter: int, rows: int, ahead: set[int]) -> None:
         """What is held and not among `ahead`, those before `adapter` in the queue, goes as far as `rows` more rank rows
@@ -193,8 +200,7 @@ class Readiness:
         ahead: set[int] = set()
         rows = 0
         again: list[tuple[int, Adapter]] = []
-        # The rank of what was never loaded is not known: it is taken for the largest one that is.
-        largest = max((self._adapters[a].lora_rank for a in self._ready | self._loading), default=0)
+        largest = self._largest_rank()
         for adapter, path in wanted:
             entry = self._adapters.get(adapter)
             if entry is None:
@@ -246,6 +252,8 @@ class Readiness:
         self._loading.add(adapter)
         self._held.add(adapter)
         self._owed.add(adapter)
+        if adapter in self._give_way:
+            self._give_way.remove(adapter)
         return entry.attempt
 
     def on_report(self, report: channel.Report, now: float) -> None:
