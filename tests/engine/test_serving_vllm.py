@@ -39,6 +39,16 @@ def complete(url: str, model: str, tokens: int = 6) -> tuple[int, Any]:
     return post(url, "/v1/completions", body | {"ignore_eos": True})
 
 
+def stream(url: str, model: str, tokens: int) -> list[str]:
+    """The data of every event."""
+    body = {"model": model, "prompt": "The capital of France is", "max_tokens": tokens, "temperature": 0}
+    text = json.dumps(body | {"ignore_eos": True, "stream": True}).encode()
+    request = urllib.request.Request(url + "/v1/completions", text, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        lines = answer.read().decode().splitlines()
+    return [line.removeprefix("data: ") for line in lines if line]
+
+
 @pytest.fixture
 def server(model_dir: Path, tmp_path: Path) -> Iterator[str]:
     (port,) = free_ports(1, random.randrange(10000, 30000))
@@ -119,6 +129,13 @@ def test_loads_aside_and_tells_why_not(server: str, make_adapter: Callable[..., 
     codes = sorted(status for status, _ in statuses)
     assert codes[0] == 200
     assert codes[-1] == 429, codes
+    # Streams have begun by then: the status is in an event.
+    with ThreadPoolExecutor(3) as pool:
+        streams = list(pool.map(lambda _: stream(server, "limited", 250), range(3)))
+    assert all(events[-1] == "[DONE]" for events in streams)
+    errors = [event["error"] for events in streams for event in map(json.loads, events[:-1]) if "error" in event]
+    assert [error["code"] for error in errors] in ([429], [429, 429])
+    assert "limited" in errors[0]["message"]
     assert complete(server, "base")[1]["choices"][0]["text"] == texts["base"]
     trace = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
     assert any(len(line["lora_tokens"]) == 2 for line in trace)
