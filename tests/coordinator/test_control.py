@@ -55,6 +55,8 @@ def test_the_table_says_by_what_finish_times_are_predicted_where_the_policy_want
     b.controller.loop.op = shipped_defaults()
     b.controller.loop.policy = make_policy("loraserve")
     assert b.controller.table(b.now).prediction is None, "the paper draws by fraction"
+    b.controller.loop.policy = make_policy("toppings")
+    assert b.controller.table(b.now).prediction.choice == "least-added-cost"
 
 
 def test_operating_points_of_another_model_or_device_are_a_problem(bench):

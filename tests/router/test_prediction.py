@@ -178,6 +178,25 @@ def test_unmeasured_costs_do_not_pile_an_adapters_requests_on_one_holder() -> No
     assert set(chosen[True]) == {"a"}
 
 
+def test_toppings_routers_choose_by_least_added_cost() -> None:
+    """It adds least where fewest decode, though another would be done with this request first; and nobody spills."""
+    cost = StepCost(base=0.01, prefill_token=1e-4, decode_token=1e-3)
+    one = Target("one", {"a": 0.5, "b": 0.5}, 8)
+    chosen = {}
+    for choice in ("finish-time", "least-added-cost"):
+        predictor, known = Predictor(), upstreams("abc")
+        prediction = msgspec.convert({"step_cost": cost, "measured": True, "choice": choice}, Prediction)
+        predictor.follow(msgspec.structs.replace(table([]), prediction=prediction))
+        for _ in range(6):
+            decoding = work(predictor, one, 4)
+            decoding.sent(known["a"].ledger)
+            decoding.first_token()
+        work(predictor, one, 4000).sent(known["b"].ledger)
+        work(predictor, one, 400).sent(known["b"].ledger)
+        chosen[choice] = predictor.choose(work(predictor, one), known)
+    assert chosen == {"finish-time": "c", "least-added-cost": "b"}
+
+
 def test_speed_seats_and_token_budget_of_an_instance_count() -> None:
     base, even = Target("base", {}, 0), entry("b", "http://b")
     for better in (

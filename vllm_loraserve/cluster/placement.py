@@ -23,6 +23,7 @@ from typing import Protocol
 import msgspec
 
 from vllm_loraserve.cluster.operating_points import OperatingPoints, shipped_defaults
+from vllm_loraserve.cluster.routing_plus import Choice
 
 IDLE_TOKENS_PER_S = 1e-3
 IDLE_SHARE = 0.02
@@ -146,13 +147,13 @@ class PlacementPolicy(Protocol):
     """A placement policy: pure, deterministic, `name` is its key in the registry.
 
     `additive`: the measure it balances by, as in `stability.interference_loads`: every token costs its own rank, or
-    the largest of its batch. Its placements are to be judged by the same one. `finish_time`: whether requests are to
-    go where they are predicted to be done first (`routing_plus`), instead of by phi and load.
+    the largest of its batch. Its placements are to be judged by the same one. `choice`: by which prediction of
+    `routing_plus` requests are to be routed; None: by phi and load.
     """
 
     name: str
     additive: bool
-    finish_time: bool
+    choice: Choice | None
 
     def place(self, inp: PlacementInput) -> Placement:
         """The placement of every adapter of `inp`; raises PlacementError on an impossible input."""
@@ -253,7 +254,7 @@ class RankWeighted:
 
     name = "rank-weighted"
     additive = True
-    finish_time = False
+    choice: Choice | None = None
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""

@@ -31,6 +31,7 @@ from vllm_loraserve.cluster.placement import (
     PlacementInput,
     register,
 )
+from vllm_loraserve.cluster.routing_plus import Choice
 
 TOP_CANDIDATES = 16
 """Servers with the highest rendezvous weight that min-cost flow considers for an adapter."""
@@ -68,7 +69,7 @@ class RandomStatic:
 
     name = "random"
     additive = True
-    finish_time = False
+    choice: Choice | None = None
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -92,7 +93,7 @@ class Contiguous:
 
     name = "contiguous"
     additive = False
-    finish_time = False
+    choice: Choice | None = None
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""
@@ -115,7 +116,7 @@ class FullReplication:
 
     name = "toppings"
     additive = True
-    finish_time = False
+    choice: Choice | None = "least-added-cost"
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""
@@ -174,7 +175,7 @@ class Rendezvous:
 
     name = "hrw"
     additive = True
-    finish_time = False
+    choice: Choice | None = None
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""
@@ -203,7 +204,7 @@ class MinCostFlow:
 
     name = "min-cost-flow"
     additive = True
-    finish_time = False
+    choice: Choice | None = None
     new_load = 1.0
     keep = 1.0
 
@@ -267,7 +268,7 @@ class DLoRAProactive:
 
     name = "dlora-proactive"
     additive = True
-    finish_time = False
+    choice: Choice | None = None
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""

@@ -25,6 +25,7 @@ from vllm_loraserve.cluster.placement import (
     register,
 )
 from vllm_loraserve.cluster.relabel import relabel
+from vllm_loraserve.cluster.routing_plus import Choice
 from vllm_loraserve.cluster.stability import interference_loads, settle
 
 TARGET_FACTORS = (1.0, 1.05, 1.1, 1.2, 1.35)
@@ -61,7 +62,7 @@ class LoRAServe:
 
     name = "loraserve"
     additive = False
-    finish_time = False
+    choice: Choice | None = None
 
     def __init__(self, damped: bool = True) -> None:
         self.damped = damped

@@ -23,6 +23,7 @@ from vllm_loraserve.cluster.placement import (
     register,
 )
 from vllm_loraserve.cluster.relabel import relabel
+from vllm_loraserve.cluster.routing_plus import Choice
 from vllm_loraserve.cluster.stability import Ledger, repair, settle
 
 SPLIT_ABOVE = 0.5
@@ -55,7 +56,7 @@ class LoRAServePlus:
 
     name = "loraserve+"
     additive = True
-    finish_time = True
+    choice: Choice | None = "finish-time"
 
     def place(self, inp: PlacementInput) -> Placement:
         """See `PlacementPolicy.place`."""

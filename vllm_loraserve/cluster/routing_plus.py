@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 from vllm_loraserve.cluster.operating_points import StepCost
+
+Choice = Literal["finish-time", "least-added-cost"]
+"""`choose_finish_time` (`loraserve+`) or `choose_least_added_cost` (Toppings)."""
 
 
 class ServerView:

@@ -497,10 +497,10 @@ class Controller:
         )
 
     def _prediction(self) -> Prediction | None:
-        op = self.loop.op
-        if not self.loop.policy.finish_time or op.step_cost is None:
+        op, choice = self.loop.op, self.loop.policy.choice
+        if choice is None or op.step_cost is None:
             return None
-        return Prediction(step_cost=op.step_cost, measured=op.measured)
+        return Prediction(step_cost=op.step_cost, measured=op.measured, choice=choice)
 
     def demand(self) -> tuple[AdapterDemand, ...]:
         """Demand by adapter, heaviest first."""

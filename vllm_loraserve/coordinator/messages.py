@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from vllm_loraserve.cluster.operating_points import StepCost
+from vllm_loraserve.cluster.routing_plus import Choice
 
 PROTOCOL_VERSION = 1
 HEADER = b"LRS" + bytes([PROTOCOL_VERSION])
@@ -198,12 +199,13 @@ class InstanceEntry(Part, frozen=True):
 
 
 class Prediction(Part, frozen=True):
-    """By what routers predict finish times."""
+    """By what routers predict what a choice of instance would lead to."""
 
     step_cost: StepCost
     """Of an instance of speed 1.0."""
     measured: bool = False
     """By `vllm-loraserve profile`; else shipped values."""
+    choice: Choice = "finish-time"
 
 
 # ---- requests of instances ----
@@ -367,7 +369,7 @@ class RoutingTable(Message, frozen=True):
     settled: bool = True
     """False only in a reply to GetTable just after a restart: instances are still coming back; not published."""
     prediction: Prediction | None = None
-    """Where the policy wants routers to choose by predicted finish time; None: by phi and load."""
+    """Where the policy wants routers to choose by prediction; None: by phi and load."""
 
 
 class Status(Message, frozen=True):

@@ -83,7 +83,8 @@ def _routing(table: RoutingTable) -> str:
     if table.prediction is None:
         return "requests by fraction and load"
     by = "measured" if table.prediction.measured else "shipped, not measured"
-    return f"requests by predicted finish time (step cost {by})"
+    what = "predicted finish time" if table.prediction.choice == "finish-time" else "least added cost"
+    return f"requests by {what} (step cost {by})"
 
 
 def _table(title: str, *columns: tuple[str, Literal["left", "right"]]) -> Table:

@@ -14,7 +14,14 @@ from collections.abc import Mapping
 
 from vllm_loraserve.cluster.operating_points import StepCost
 from vllm_loraserve.cluster.routing import rendezvous_weighted
-from vllm_loraserve.cluster.routing_plus import EXTERNALITY, ServerView, choose_finish_time, predict_wait
+from vllm_loraserve.cluster.routing_plus import (
+    EXTERNALITY,
+    Choice,
+    ServerView,
+    choose_finish_time,
+    choose_least_added_cost,
+    predict_wait,
+)
 from vllm_loraserve.coordinator.messages import RoutingTable
 from vllm_loraserve.router.directory import Target
 from vllm_loraserve.router.ledger import Work
@@ -34,7 +41,8 @@ SLOWEST = 1e-6
 
 
 class Predictor:
-    """Chooses by predicted finish time, while it has a step cost. One per router.
+    """Chooses by predicted finish time, or by least added cost where the table's policy is Toppings', while it has a
+    step cost. One per router.
 
     `given`: the operator's step cost for this router; it goes before that of the table.
     """
@@ -44,6 +52,7 @@ class Predictor:
         self.cost = given
         """Of a step of an instance of speed 1.0; None: nothing is predicted."""
         self._externality = EXTERNALITY
+        self._choice: Choice = "finish-time"
         self.mean_output = FIRST_MEAN_OUTPUT
         """Tokens of an answer, a running mean over streams."""
 
@@ -52,6 +61,7 @@ class Predictor:
         told = table.prediction
         if self._given is None:
             self.cost = told.step_cost if told is not None else None
+            self._choice = told.choice if told is not None else "finish-time"
             # Values of another device may be wrong about what a batch costs, and requests of an adapter would then
             # pile up on one of its holders while another is idle: unmeasured, one's own finish time alone decides.
             self._externality = EXTERNALITY if told is None or told.measured else 0.0
@@ -75,11 +85,10 @@ class Predictor:
             return None
         routes, rank = work.target.routes, work.target.rank
         candidates = {name: phi for name, phi in routes.items() if name in usable}
-        if candidates:
+        if candidates and self._choice == "finish-time":
             others = sorted((u for n, u in usable.items() if n not in candidates), key=lambda u: (u.load(), u.name))
             candidates |= {u.name: 0.0 for u in others[:SPILL_CANDIDATES]}
-        else:
-            candidates = dict.fromkeys(usable, 1.0)
+        candidates = candidates or dict.fromkeys(usable, 1.0)
         if not candidates:
             return None
         own = None if affinity is None else rendezvous_weighted(affinity, candidates)
@@ -89,6 +98,8 @@ class Predictor:
         views = {name: self._view(usable[name], phi, work) for name, phi in candidates.items()}
         if len(views) == 1:
             (chosen,) = views
+        elif self._choice == "least-added-cost":
+            chosen = choose_least_added_cost(views.values(), cost, work.prompt, work.output, rank)
         else:
             gain = AFFINITY_SHARE * work.prompt * cost.prefill_token
             chosen = choose_finish_time(
