@@ -37,10 +37,13 @@ class Device:
         self.statuses: list[int] = []
         self.on_read: Callable[[], object] = lambda: None
         enums = SimpleNamespace(
-            IBV_WC_SUCCESS=0, IBV_WC_REM_ACCESS_ERR=ACCESS, IBV_WC_RETRY_EXC_ERR=RETRIES, IBV_WR_RDMA_READ=4
+            IBV_WC_SUCCESS=0,
+            IBV_WC_REM_ACCESS_ERR=ACCESS,
+            IBV_WC_RETRY_EXC_ERR=RETRIES,
+            IBV_WR_RDMA_READ=4,
+            IBV_SEND_SIGNALED=2,
         )
-        request = SimpleNamespace(set_wr_rdma=lambda *_: None)
-        wr = SimpleNamespace(SGE=lambda *_: None, SendWR=lambda **_: request)
+        wr = SimpleNamespace(SGE=lambda *_: None, SendWR=lambda **r: SimpleNamespace(set_wr_rdma=lambda *_: None, **r))
         self.pv = SimpleNamespace(enums=enums, wr=wr, pyverbs_error=SimpleNamespace(PyverbsError=PyverbsError))
 
 
@@ -53,11 +56,16 @@ class Connection:
         self.device, self.depth = device, depth
         self._ours, self._theirs = socket.socketpair()
         self.fd = self._ours.fileno()
-        self.qp = SimpleNamespace(post_send=lambda _: device.on_read())
+        self.posted: list[SimpleNamespace] = []
+        self.qp = SimpleNamespace(post_send=self._post)
         self.cq = SimpleNamespace(poll=self._poll, req_notify=lambda: None)
 
     def connect(self, *_: object) -> None:
         pass
+
+    def _post(self, request: SimpleNamespace) -> None:
+        self.posted.append(request)
+        self.device.on_read()
 
     def _poll(self, most: int) -> tuple[int, list[SimpleNamespace]]:
         if not self.device.statuses:
@@ -128,6 +136,37 @@ def test_a_data_path_that_is_dead_leaves_tcp_and_rests(status, server, source, t
     assert target.bytes_of("a") == source.bytes_of("a")
     assert [rung.name for rung in peer.rungs()] == ["tcp"]
     assert server.lease_count == 0
+
+
+@pytest.mark.parametrize(("reads", "count"), [(1, 9), (2, 9), (4, 8), (16, 33), (4, 1)])
+def test_few_reads_say_that_they_are_done_and_none_is_waited_for_in_vain(reads, count, device, monkeypatch):
+    monkeypatch.setattr(verbs, "READ_S", 0.2)
+    connection = Connection(device, None, 2 * reads)
+    rung = verbs.VerbsRung(SimpleNamespace(device=device), "host")  # type: ignore[arg-type]
+    rung._reads = reads
+    polls: list[int] = []
+
+    def poll(most: int) -> tuple[int, list[SimpleNamespace]]:
+        """The oldest signalled READ in flight, as a device has them complete in order."""
+        numbers = [r.wr_id for r in connection.posted if r.send_flags and r.wr_id > max(polls, default=0)]
+        polls.extend(numbers[:1])
+        return len(numbers[:1]), [SimpleNamespace(status=0, wr_id=number) for number in numbers[:1]]
+
+    connection.cq = SimpleNamespace(poll=poll, req_notify=lambda: None)
+    link = SimpleNamespace(control_fileno=lambda: connection._theirs.fileno())
+    flight, most = Flight(PATIENCE_S), 0
+
+    def advance(size: int) -> None:
+        nonlocal most
+        most = max(most, len(connection.posted) + 1 - max(polls, default=0))
+
+    flight.advance = advance  # type: ignore[method-assign]
+    rung._read(link, connection, [(0, 0, 0, 0, 1)] * count, flight)  # type: ignore[arg-type]
+    assert [r.wr_id for r in connection.posted] == list(range(1, count + 1))
+    assert most <= 2 * reads, "no more in flight than the queue pair takes"
+    assert polls[-1] == count
+    assert len(polls) == -(-count // min(verbs.SIGNALLED, reads))
+    connection.close()
 
 
 def test_a_device_that_says_nothing_leaves_tcp_too(target, connect, monkeypatch):

@@ -29,6 +29,8 @@ from vllm_loraserve.transfer.rungs.verbs_device import (
 
 PIECE = 1 << 20
 """Bytes of one READ."""
+SIGNALLED = 4
+"""Of so many READs one says that it is done, and so are those before it: each that does wakes the reader."""
 READ_S = 10.0
 """Without any completion for so long, the READs in flight are given up."""
 
@@ -178,18 +180,35 @@ class VerbsRung:
     def _read(
         self, link: Link, connection: Connection, pieces: Sequence[tuple[int, int, int, int, int]], flight: Flight
     ) -> None:
+        every = min(SIGNALLED, self._reads)  # so that at least one of those in flight will say so
         posted = done = 0
         while done < len(pieces):
             while posted < len(pieces) and posted - done < 2 * self._reads:
                 flight.advance(pieces[posted][4])
-                self._post(connection, *pieces[posted])
                 posted += 1
-            done += self._collect(link, connection, flight)
+                self._post(connection, posted, posted % every == 0 or posted == len(pieces), *pieces[posted - 1])
+            done = self._collect(link, connection, flight)
 
-    def _post(self, connection: Connection, remote: int, rkey: int, local: int, lkey: int, length: int) -> None:
+    def _post(
+        self,
+        connection: Connection,
+        number: int,
+        signalled: bool,
+        remote: int,
+        rkey: int,
+        local: int,
+        lkey: int,
+        length: int,
+    ) -> None:
         pv = connection.device.pv
         entry = pv.wr.SGE(local, length, lkey)
-        request = pv.wr.SendWR(wr_id=1, num_sge=1, sg=[entry], opcode=pv.enums.IBV_WR_RDMA_READ)
+        request = pv.wr.SendWR(
+            wr_id=number,
+            num_sge=1,
+            sg=[entry],
+            opcode=pv.enums.IBV_WR_RDMA_READ,
+            send_flags=pv.enums.IBV_SEND_SIGNALED if signalled else 0,
+        )
         request.set_wr_rdma(rkey, remote)
         try:
             connection.qp.post_send(request)
@@ -197,7 +216,7 @@ class VerbsRung:
             raise RungFailedError(f"{connection.device.name}: a READ was not accepted: {error}") from None
 
     def _collect(self, link: Link, connection: Connection, flight: Flight) -> int:
-        """Waits for at least one completion; how many READs have arrived."""
+        """Waits for at least one completion; the number of the last READ that has arrived."""
         if n := self._poll(connection):
             return n
         connection.cq.req_notify()
@@ -225,10 +244,13 @@ class VerbsRung:
                 connection.cq.req_notify()
 
     def _poll(self, connection: Connection) -> int:
+        """The number of the last READ that has arrived since the last look; 0: none has."""
         enums = connection.device.pv.enums
-        count, completions = connection.cq.poll(connection.depth)
+        last = 0
+        _, completions = connection.cq.poll(connection.depth)
         for completion in completions:
             if completion.status == enums.IBV_WC_SUCCESS:
+                last = int(completion.wr_id)
                 continue
             status = int(completion.status)
             # Whether the peer is well, and our lease still valid, the control connection says (`Peer.fetch`).
@@ -237,7 +259,7 @@ class VerbsRung:
             if status == int(enums.IBV_WC_RETRY_EXC_ERR):
                 raise RungFailedError("the peer's device does not answer (retries exceeded)")
             raise RungFailedError(f"{connection.device.name}: a READ failed with status {status}")
-        return int(count)
+        return last
 
     def close(self) -> None:
         with self._lock:

@@ -105,7 +105,8 @@ class Connection:
         os.set_blocking(self.fd, False)
         self.cq = pv.cq.CQ(device.context, depth + 1, None, self.channel, 0)
         capacity = pv.qp.QPCap(max_send_wr=depth, max_recv_wr=1, max_send_sge=1, max_recv_sge=1)
-        init = pv.qp.QPInitAttr(qp_type=pv.enums.IBV_QPT_RC, scq=self.cq, rcq=self.cq, cap=capacity)
+        # Only what is posted as signalled completes with an entry; what fails always does.
+        init = pv.qp.QPInitAttr(qp_type=pv.enums.IBV_QPT_RC, scq=self.cq, rcq=self.cq, cap=capacity, sq_sig_all=0)
         self.qp = pv.qp.QP(pd, init)
         self.number = int(self.qp.qp_num)
         self.psn = int.from_bytes(os.urandom(3), "big")
