@@ -142,13 +142,17 @@ def test_points_fall_with_rank_and_the_fit_predicts_steps(virtual):
         steps = asyncio.create_task(engine.run())
         profiler = Profiler(Direct(engine), "http://engine", WORKLOAD)
         by_rank = {r: [f"p-r{r}-0", f"p-r{r}-1"] for r in (8, 128)}
-        fit = fit_step_cost(await profiler.step_samples(by_rank, "base"))
+        samples = await profiler.step_samples(by_rank, "base")
+        mixed = samples[-1]
+        assert (mixed.decode_tokens, mixed.decode_token_ranks) == (8, 2 * (8 + 8 + 128 + 128))
+        assert (mixed.adapters, mixed.rank_rows) == (4, 2 * (8 + 128))
+        fit = fit_step_cost(samples)
         points = [await profiler.operating_point(by_rank[r]) for r in (8, 128)]
         steps.cancel()
         return fit, points
 
     fit, ((low, _), (high, trials)) = virtual.run_until_complete(measure())
-    assert fit.samples == 3 * 7
+    assert fit.samples == 3 * 7 + 2, "the base model and two ranks, then both ranks mixed"
     assert low > high > 0
     assert trials[-1].p95_ttft_s <= WORKLOAD.slo_ttft_s
     assert trials[-1].offered_rps < trials[0].offered_rps

@@ -110,7 +110,8 @@ class Profiler:
     async def step_samples(
         self, by_rank: Mapping[int, Sequence[str]], base_model: str, repeats: int = 3
     ) -> list[StepSample]:
-        """Prefill and decode steps of the base model and of every rank; `by_rank`: rank -> adapters of it."""
+        """Prefill and decode steps of the base model and of every rank, and decode steps that mix all ranks, which tell
+        the cost of an adapter from that of its rows; `by_rank`: rank -> adapters of it."""
         out = []
         for rank, models in {0: [base_model], **by_rank}.items():
             await self._stream(models[0], DECODE_PROMPT, 2)  # loads and warms up
@@ -125,11 +126,16 @@ class Profiler:
                         adapters=1 if rank else 0,
                     )
                 )
-            out += [await self._decode(models, rank, size) for size in self.workload.group_sizes]
+            out += [await self._decode([(m, rank) for m in models], size) for size in self.workload.group_sizes]
+        mixed = [(model, rank) for rank, models in by_rank.items() for model in models]
+        if len(by_rank) > 1:
+            out += [await self._decode(mixed, size) for size in self.workload.group_sizes if size >= len(mixed)]
         return out
 
-    async def _decode(self, models: Sequence[str], rank: int, size: int) -> StepSample:
-        used = [models[i % len(models)] for i in range(size)]
+    async def _decode(self, models: Sequence[tuple[str, int]], size: int) -> StepSample:
+        """A group of `size` streams that take turns among `models`, (name, rank); rank 0: the base model."""
+        ranks = dict(models)
+        used = [models[i % len(models)][0] for i in range(size)]
         for model in dict.fromkeys(used):
             await self._stream(model, DECODE_PROMPT, 1)
         length = WARM_UP_CHUNKS + 16
@@ -137,13 +143,13 @@ class Profiler:
         together = max(s.chunks[0] for s in streams)
         pairs = [pair for s in streams for pair in list(itertools.pairwise(s.chunks))[WARM_UP_CHUNKS:]]
         gaps = [b - a for a, b in pairs if a >= together] or [b - a for a, b in pairs]
-        distinct = len(set(used)) if rank else 0
+        adapters = [model for model in dict.fromkeys(used) if ranks[model]]
         return StepSample(
             seconds=statistics.median(gaps),
             decode_tokens=size,
-            decode_token_ranks=size * rank,
-            rank_rows=distinct * rank,
-            adapters=distinct,
+            decode_token_ranks=sum(ranks[model] for model in used),
+            rank_rows=sum(ranks[model] for model in adapters),
+            adapters=len(adapters),
             context_tokens=size * (DECODE_PROMPT + length / 2),
         )
 
