@@ -5,13 +5,16 @@ of one instance while the other is idle, and of both at once (they share the mac
 how much a busy neighbour slows a step), replays a trace with adapters of several ranks through the router at given
 loads, and runs the simulator with these measurements on the very same requests. Reported of both: throughput, P50 and
 P95 time to first token; and the relative errors. The placement is the real coordinator's, read before each replay and
-left alone during it: what is compared is the model of the instances and of routing.
+left alone during it: what is compared is the model of the instances and of routing. A load below 1 is the share of time
+that the simulated instances are busy, one above 1 a multiple of the rate at which they finish requests that are all
+there at once.
 
 Lengths and arrivals are those of an Azure 2023 trace file (`--trace`; else synthetic ones like it), lengths divided by
 `--shrink` so that a small model on a CPU keeps up; who asks for which adapter is drawn (no public trace says). Prompts
 are random token ids, outputs have exactly the length that the trace says.
 
-    python benchmarks/sim_vs_real.py --trace azure-llm-2023-conv.csv --json benchmarks/results/sim_vs_real.json
+    python benchmarks/sim_vs_real.py --trace azure-llm-2023-conv.csv --json benchmarks/results/sim_vs_real.json \
+        --plot docs/images/sim-vs-real.png
 """
 
 from __future__ import annotations
@@ -56,12 +59,13 @@ from vllm_loraserve.simulator.traces import read_trace
 from vllm_loraserve.simulator.workload import Trace, Workload, synthetic_trace
 
 RANKS = (8, 16, 32, 64, 128)
-PROFILED = (8, 128)
+PROFILED = (8, 32, 128)
 PER_RANK = 2
 MAX_BATCHED_TOKENS = 512
 MAX_SEQS = 32
 MAX_MODEL_LEN = 1024
 VOCABULARY = (1000, 20000)
+WARM_UP_LOAD = 0.5
 
 
 class Busy:
@@ -139,7 +143,7 @@ class Calibration(msgspec.Struct):
 
 async def calibrate(urls: list[str], router: str, base: str, by_rank: dict[int, list[str]]) -> Calibration:
     """Step cost of an instance alone, the slowdown when both are busy, and the time spent outside of the engines."""
-    shape = ProfileWorkload(prompt_lengths=(16, 96, 384), group_sizes=(1, 3, 8), vocabulary=VOCABULARY)
+    shape = ProfileWorkload(prompt_lengths=(16, 96, 384), group_sizes=(1, 4, 16), vocabulary=VOCABULARY)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         profilers = [Profiler(session, url, shape, seed) for seed, url in enumerate(urls)]
@@ -220,7 +224,11 @@ async def replay(url: str, workload: Workload, names: list[str], seed: int) -> R
 def at_load(
     workload: Workload, machine: Machine, system: System, points: OperatingPoints, load: float, placement: Placement
 ) -> Workload:
-    """The workload stretched in time so that the simulated servers are busy for `load` of it."""
+    """The workload stretched in time to a load (see the module's text)."""
+    if load > 1.0:
+        together = workload.scaled(1e6)
+        drained = simulate(together, [machine] * 2, system, Kernels.RANK_AWARE, op=points, placement=placement)
+        return workload.scaled(load * len(workload.arrival) / drained.duration_s)
     low, high = 0.01, 100.0
     for _ in range(18):
         rate = (low * high) ** 0.5
@@ -333,14 +341,19 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             schedules_ahead=True,  # vLLM's default
         )
         points = OperatingPoints(points=points_from_step_cost(fit.cost), step_cost=fit.cost, measured=True)
-        # The real router compares live loads of the eligible (two instances, so always both), as this mode does.
-        system = System(name=options.policy, policy=options.policy, routing=RoutingMode.LEAST_LOADED, period_s=0.0)
+        # What the real router does where no operating points are given.
+        system = System(name=options.policy, policy=options.policy, routing=RoutingMode.PHI_LIVE, period_s=0.0)
         trace = make_trace(options)
         runs = []
-        for number, load in enumerate(options.loads):
+        # The first replay only warms up: matrix shapes and batches that no calibration has had.
+        for number, load in enumerate((WARM_UP_LOAD, *options.loads)):
             base = make_workload(trace, machine, options.requests, number * options.requests, options.seed)
             placement = placement_of(asyncio.run(routing_table(cluster.coordinator_endpoint)))
             workload = at_load(base, machine, system, points, load, placement)
+            if not number:
+                _say(f"warming up with {workload.rate:.2f} requests/s")
+                asyncio.run(replay(cluster.url, workload, [a.name for a in workload.adapters], options.seed))
+                continue
             _say(f"load {load:g}: {workload.rate:.2f} requests/s, {workload.arrival[-1]:.0f} s")
             others = Busy(pids)
             real = asyncio.run(replay(cluster.url, workload, [a.name for a in workload.adapters], options.seed))
@@ -350,8 +363,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 {"load": load, "rate": workload.rate, "requests": options.requests, "cpu_of_others": others_share}
                 | compare(real, simulated, found.outside)
             )
-            if options.requests_too:
-                runs[-1]["ttft_s"] = {"real": real.ttft, "simulated": (simulated.ttft + found.outside).tolist()}
+            runs[-1]["ttft_s"] = {"real": real.ttft, "simulated": (simulated.ttft + found.outside).tolist()}
             _show(runs[-1])
     return {
         "policy": options.policy,
@@ -398,13 +410,35 @@ def _show(run: dict[str, float]) -> None:
         )
 
 
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Distribution of TTFT, real beside simulated, for each load."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(runs), figsize=(4 * len(runs), 3.2), sharey=True, squeeze=False)
+    for axis, run in zip(axes[0], runs, strict=True):
+        for side, style in (("real", "-"), ("simulated", "--")):
+            values = np.sort(run["ttft_s"][side])
+            axis.plot(values, np.arange(1, len(values) + 1) / len(values), style, label=side)
+        axis.set_title(f"load {run['load']:g}, {run['rate']:.2f} requests/s", fontsize=10)
+        axis.set_xlabel("time to first token, s")
+        axis.axhline(0.95, color="grey", linewidth=0.5)
+    axes[0][0].set_ylabel("share of requests")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the distributions of TTFT there")
     parser.add_argument("--trace", type=Path, help="CSV with time, input and output tokens")
     parser.add_argument("--model", help="model directory (default: the test model)")
     parser.add_argument("--policy", default="loraserve", help="placement policy of both sides")
-    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.75], help="shares of the capacity")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.75, 1.2], help="shares of the capacity")
     parser.add_argument("--requests", type=int, default=120, help="requests per load")
     parser.add_argument("--shrink", type=int, default=8, help="divisor of the trace's lengths")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="also run `vllm-loraserve profile`, writing FILE")
@@ -413,6 +447,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sim-vs-real-") as scratch:
         result = measure(options, Path(scratch))
+    if options.plot is not None:
+        draw(result["runs"], options.plot)
+    if not options.requests_too:
+        for run in result["runs"]:
+            del run["ttft_s"]
     if options.json is not None:
         about = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
