@@ -24,7 +24,7 @@ from vllm_loraserve.adapters.errors import AdapterError
 from vllm_loraserve.adapters.page_cache import PageCache
 from vllm_loraserve.adapters.source import resolve_source
 from vllm_loraserve.config import LoRAServeConfig
-from vllm_loraserve.engine import channel
+from vllm_loraserve.engine import channel, logs
 from vllm_loraserve.engine.adapter_loader import AdapterLoader, ModelFacts, ServedAdapter, settled
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.host_memory import make_host_tier
@@ -54,6 +54,7 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
         self.options = config_of(vllm_config) or LoRAServeConfig()
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
+        logs.show()
         manager = create_lora_manager(
             model,
             lora_manager_cls=PagedLoRAModelManager,
