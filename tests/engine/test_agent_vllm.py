@@ -232,7 +232,9 @@ async def test_an_adapter_whose_checkpoint_is_gone_comes_from_the_other_instance
             file.unlink()
         path.rmdir()
         assert await asyncio.to_thread(complete, instances[second][1], "a") == right
-        assert "from peer" in (tmp_path / f"{second}.log").read_text()
+        log = (tmp_path / f"{second}.log").read_text()
+        assert "is read by memfd; cuda_ipc: " in log, "the choice of the way, and why no other"
+        assert "came from peer memfd" in log
 
         # An adapter whose only holder dies, its checkpoint gone as well: a clear 503, and the engine goes on.
         lost = make_adapter("b", rank=8, seed=2)
