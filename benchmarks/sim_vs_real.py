@@ -46,7 +46,7 @@ from vllm_loraserve.cluster.placement import Placement
 from vllm_loraserve.coordinator.client import CoordinatorClient
 from vllm_loraserve.coordinator.messages import GetTable, RoutingTable
 from vllm_loraserve.coordinator.profile import make_like
-from vllm_loraserve.coordinator.profiling import Profiler
+from vllm_loraserve.coordinator.profiling import Profiler, connector
 from vllm_loraserve.coordinator.profiling import Workload as ProfileWorkload
 from vllm_loraserve.launcher import assets
 from vllm_loraserve.launcher.cluster import Cluster
@@ -145,7 +145,7 @@ async def calibrate(urls: list[str], router: str, base: str, by_rank: dict[int, 
     """Step cost of an instance alone, the slowdown when both are busy, and the time spent outside of the engines."""
     shape = ProfileWorkload(prompt_lengths=(16, 96, 384), group_sizes=(1, 4, 16), vocabulary=VOCABULARY)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector()) as session:
         profilers = [Profiler(session, url, shape, seed) for seed, url in enumerate(urls)]
         for profiler in profilers:  # warms up
             for length in shape.prompt_lengths:

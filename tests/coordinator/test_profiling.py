@@ -21,7 +21,7 @@ from vllm_loraserve.cluster import operating_points
 from vllm_loraserve.cluster.fit import fit_step_cost
 from vllm_loraserve.coordinator import profile, profiling
 from vllm_loraserve.coordinator.messages import AddAdapter
-from vllm_loraserve.coordinator.profiling import Profiler, ProfilingError, Workload
+from vllm_loraserve.coordinator.profiling import Profiler, ProfilingError, Workload, connector
 
 BASE, PREFILL, DECODE_RANK = 4e-3, 4e-5, 2e-5
 
@@ -217,3 +217,10 @@ async def test_the_command_writes_a_file_the_coordinator_reads_and_cleans_up(eng
     assert [r.name for r in server.controller.registry.all()] == ["a"]
     assert [p.name for p in (tmp_path / "adapters").iterdir()] == ["a"]
     assert {m for m in fake.models if m != "toy"} == {m for m in fake.models if m.startswith("profile-")}
+
+
+async def test_idle_connections_are_given_up_before_the_server_closes_them():
+    """A stalled client would otherwise send its next request into a connection that is just going."""
+    async with connector() as made:
+        assert made._keepalive_timeout < 5.0, "uvicorn's"
+        assert made.limit == 0, "a group of streams must not wait for connections"

@@ -38,7 +38,7 @@ from vllm_loraserve.coordinator.messages import (
     RemoveAdapter,
     Status,
 )
-from vllm_loraserve.coordinator.profiling import Profiler, ProfilingError, Trial, Workload
+from vllm_loraserve.coordinator.profiling import Profiler, ProfilingError, Trial, Workload, connector
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +115,7 @@ async def _profile(args: argparse.Namespace, console: Console) -> tuple[Operatin
         timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
         async with (
             _adapters(client, like, args.scratch or like.parent, ranks, args.adapters) as by_rank,
-            aiohttp.ClientSession(timeout=timeout) as session,
+            aiohttp.ClientSession(timeout=timeout, connector=connector()) as session,
         ):
             profiler = Profiler(session, instance.url, workload)
             with console.status("step samples"):

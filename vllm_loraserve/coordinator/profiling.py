@@ -26,6 +26,7 @@ from vllm_loraserve.cluster.fit import StepSample
 LADDER = (0.95, 0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25, 0.15)
 """Shares of the saturated request rate that are tried, until one is within the SLO."""
 DECODE_PROMPT = 8
+KEEPALIVE_S = 3.0
 WARM_UP_CHUNKS = 3
 """First tokens of a stream that are not timed: other streams of the group are still in prefill."""
 
@@ -63,6 +64,11 @@ class _Stream(msgspec.Struct):
     chunks: list[float]
     """Times at which tokens arrived, seconds of the monotonic clock."""
     tokens: int
+
+
+def connector() -> aiohttp.TCPConnector:
+    """For the session of a `Profiler`: uses no idle connection that the server may be closing (uvicorn: after 5 s)."""
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
 
 
 class Profiler:
