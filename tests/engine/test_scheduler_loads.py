@@ -326,6 +326,24 @@ def test_an_adapter_of_high_rank_joins_a_running_batch_alone_and_soon(build: Any
     run_until(scheduler, finished(scheduler), checker(scheduler))
 
 
+def test_the_prefill_of_a_high_rank_that_runs_yields_to_low_ranks_too(build: Any) -> None:
+    """Else a short step of a low rank would be as long as the high rank's prefill."""
+    from scheduler_harness import checker, finished, make_request, run_until, settled_step
+
+    scheduler, workers = build(ranks={1: 128, 2: 8}, rank_rows=1024, max_loras=8)
+    for adapter in (1, 2):
+        workers.bring_in(adapter)
+    scheduler.add_request(make_request("decoding", 10, 200, adapter=1))
+    run_until(scheduler, lambda: any(not r.is_prefill_chunk for r in scheduler.running), checker(scheduler))
+    scheduler.add_request(make_request("high", 10, 50, adapter=1))
+    scheduler.add_request(make_request("low", 10, 50, adapter=2))
+    began = [{r.req_id for r in settled_step(scheduler)[0].scheduled_new_reqs} for _ in range(2)]
+    assert began == [{"low"}, {"high"}]
+    scheduler.add_request(make_request("alone", 10, 50, adapter=1))
+    assert {r.req_id for r in settled_step(scheduler)[0].scheduled_new_reqs} == {"alone"}, "it yields to somebody"
+    run_until(scheduler, finished(scheduler), checker(scheduler))
+
+
 def hold_blocks(scheduler: Any, request: Any) -> None:
     """The request waits with KV blocks, as a streaming session between two inputs does."""
     scheduler.requests[request.request_id] = request

@@ -43,9 +43,9 @@ logger = init_logger("vllm.loraserve.scheduler")
 WORKERS_TIMEOUT_S = 10.0
 WAITS_EVERY_S = 0.25
 JOIN_STEPS = 2
-"""Steps that an adapter nobody runs may wait for one in which little else begins."""
+"""Steps that an adapter nobody runs, or one of high rank, may wait for one in which little else begins."""
 JOIN_ROWS = 64
-"""Rank rows of adapters nobody runs that may join others in one step."""
+"""Rank rows of adapters nobody runs that may join others in one step; an adapter of more is one of high rank."""
 LOADS_EVERY_S = 0.05
 """How often loads are looked at when nothing has changed: back-offs and timeouts run out."""
 LOADS_POLL_S = 0.005
@@ -332,10 +332,14 @@ class RankAwareMixin(_Base):
 
     def _few_join(self, lanes: list[Lane]) -> list[Lane]:
         """While others decode, adapters join them (their pages are brought in, their prefill has those to read) by at
-        most JOIN_ROWS rank rows in a step, low ranks first; a larger one yields to other prefill for JOIN_STEPS steps.
-        So those costs don't add up in one step."""
-        rank_of = self.readiness.rank_of
-        joining = [lane for lane in lanes if lane.adapter not in self.room.users and lane.yielded < JOIN_STEPS]
+        most JOIN_ROWS rank rows in a step, low ranks first; a larger one, be it among them already, yields to other
+        prefill for JOIN_STEPS steps. So those costs don't add up in one step, at the cost of low ranks."""
+        rank_of, users = self.readiness.rank_of, self.room.users
+        joining = [
+            lane
+            for lane in lanes
+            if lane.yielded < JOIN_STEPS and (lane.adapter not in users or rank_of(lane.adapter) > JOIN_ROWS)
+        ]
         joining.sort(key=lambda lane: (rank_of(lane.adapter), self.waiting.head(lane)[0]))
         rows = 0
         while joining and (rows := rows + self.room.rows_of(rank_of(joining[0].adapter))) <= JOIN_ROWS:
