@@ -325,13 +325,10 @@ async def test_what_an_instance_holds_is_not_failed_for_what_lies_at_its_source(
     assert server.controller.registry.get("a").state == "active"
 
 
-async def test_an_adapter_that_is_being_inspected_while_the_first_instance_joins_is_compared_too(
-    running, tmp_path, monkeypatch
-):
+def slow_inspection(monkeypatch):
+    """Inspections wait: (set when one has begun, to be set so that it goes on)."""
     import vllm_loraserve.coordinator.server as module
 
-    server, client = running
-    write_adapter(tmp_path / "adapters" / "a", hidden=32)
     real = module.inspect_source
     begun, go_on = threading.Event(), threading.Event()
 
@@ -341,6 +338,15 @@ async def test_an_adapter_that_is_being_inspected_while_the_first_instance_joins
         return real(*args, **kw)
 
     monkeypatch.setattr(module, "inspect_source", slow)
+    return begun, go_on
+
+
+async def test_an_adapter_that_is_being_inspected_while_the_first_instance_joins_is_compared_too(
+    running, tmp_path, monkeypatch
+):
+    server, client = running
+    write_adapter(tmp_path / "adapters" / "a", hidden=32)
+    begun, go_on = slow_inspection(monkeypatch)
     adding = asyncio.create_task(client.request(AddAdapter(name="a", source="a")))
     await asyncio.to_thread(begun.wait, PATIENCE_S)
     await join(client)
@@ -397,20 +403,10 @@ async def test_a_hub_id_is_downloaded_only_where_that_is_allowed(running, tmp_pa
 
 
 async def test_heartbeats_are_answered_while_an_adapter_is_inspected(running, tmp_path, monkeypatch):
-    import vllm_loraserve.coordinator.server as module
-
     _, client = running
     write_adapter(tmp_path / "adapters" / "a")
     instance = await join(client)
-    real = module.inspect_source
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slow(*args, **kw):
-        begun.set()
-        assert go_on.wait(PATIENCE_S)
-        return real(*args, **kw)
-
-    monkeypatch.setattr(module, "inspect_source", slow)
+    begun, go_on = slow_inspection(monkeypatch)
     adding = asyncio.create_task(client.request(AddAdapter(name="a", source="a")))
     assert await asyncio.to_thread(begun.wait, PATIENCE_S)
     for _ in range(5):

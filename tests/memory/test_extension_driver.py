@@ -21,13 +21,8 @@ SOURCES = HERE.parents[1] / "csrc" / "pool"
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> dict[str, str]:
+def driver(library, tmp_path_factory) -> dict[str, str]:
     """The environment of a process that finds the stand-in."""
-    library = extension.load()
-    if library is None:
-        if os.environ.get("LORASERVE_REQUIRE_EXTENSION"):
-            pytest.fail(extension.missing_reason())
-        pytest.skip(extension.missing_reason())
     if library.probe().cuda.loaded:
         pytest.skip("there is a real driver")
     compiler = shutil.which("c++") or shutil.which("g++")

@@ -181,11 +181,16 @@ async def test_death_after_the_first_event_ends_in_an_error_event(serve: Serve) 
     await settled(served)
 
 
+def pause_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instance out of use stays so for the whole test."""
+    monkeypatch.setattr("vllm_loraserve.router.upstream.FIRST_PAUSE_S", PATIENCE_S)
+    monkeypatch.setattr("vllm_loraserve.router.upstream.LONGEST_PAUSE_S", PATIENCE_S)
+
+
 async def test_refused_connection_goes_elsewhere_and_is_avoided_for_a_while(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_loraserve.router.upstream.FIRST_PAUSE_S", PATIENCE_S)
-    monkeypatch.setattr("vllm_loraserve.router.upstream.LONGEST_PAUSE_S", PATIENCE_S)
+    pause_long(monkeypatch)
     served = await serve(2)
     served.publish([routes("one", a=1.0)])
     await served.stubs[0].stop()
@@ -297,8 +302,7 @@ async def test_an_instance_that_answers_errors_only_is_avoided_for_a_while(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its API server outlives its engine, and would draw all requests, being idle."""
-    monkeypatch.setattr("vllm_loraserve.router.upstream.FIRST_PAUSE_S", PATIENCE_S)
-    monkeypatch.setattr("vllm_loraserve.router.upstream.LONGEST_PAUSE_S", PATIENCE_S)
+    pause_long(monkeypatch)
     served = await serve(2)
     served.publish([routes("one", a=1.0)])
     for script, count, expected in (

@@ -90,10 +90,7 @@ def test_tcp_uses_several_streams_for_much_and_one_for_little(source, target, mo
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_large_adapter_is_copied_by_so_many_threads(threads, target, connect, source, monkeypatch):
-    library = extension.load()
-    if library is None:
-        pytest.skip(extension.missing_reason())
+def test_a_large_adapter_is_copied_by_so_many_threads(library, threads, target, connect, source, monkeypatch):
     asked: list[int] = []
     copy = library.copy_checksums
     monkeypatch.setattr(library, "copy_checksums", lambda segments, n: asked.append(n) or copy(segments, n))
@@ -111,10 +108,7 @@ def test_a_copy_takes_no_processor_that_a_step_has(loadavg, threads, monkeypatch
     assert samehost.copy_threads() == threads
 
 
-def test_tcp_that_stalls_or_breaks_says_which(connect, target, monkeypatch):
-    library = extension.load()
-    if library is None:
-        pytest.skip(extension.missing_reason())
+def test_tcp_that_stalls_or_breaks_says_which(library, connect, target, monkeypatch):
     for code, kind in ((errno.ETIMEDOUT, DeadlineError), (errno.EPIPE, RungFailedError)):
 
         def fails(*_: object, code: int = code) -> None:
