@@ -245,3 +245,32 @@ def test_a_pooling_request_whose_adapter_cannot_be_had_ends_as_pooling_requests_
     assert str(output.finish_reason) == "error"
     assert output.pooling_output is not None
     assert output.pooling_output.numel() == 0
+
+
+def test_short_prefill_of_high_rank_takes_two_steps_and_lets_low_ranks_go_between(build: Any) -> None:
+    """So what arrives while it runs waits for half of it; for JOIN_STEPS steps at most, or it would never end."""
+    from scheduler_harness import make_request, run_until, settled_step
+    from vllm.v1.request import RequestStatus
+
+    from vllm_loraserve.engine.scheduler import JOIN_STEPS
+
+    scheduler, _ = build(ranks={1: 128, 2: 8}, max_tokens=1024, caching=False)
+    scheduler.add_request(make_request("decoding", 10, 60, adapter=2))
+    scheduler.add_request(make_request("warms", 4, 1, adapter=1))
+    run_until(
+        scheduler,
+        lambda: len(scheduler.requests) == 1 and not scheduler.running[0].is_prefill_chunk,
+        lambda _: None,
+    )
+    scheduler.add_request(make_request("high", 64, 8, adapter=1))
+    while not (chunk := settled_step(scheduler)[0].num_scheduled_tokens).get("high"):
+        assert chunk == {"decoding": 1}
+    assert chunk == {"decoding": 1, "high": 32}
+    for number in range(JOIN_STEPS):
+        scheduler.add_request(make_request(f"low{number}", 64, 1, adapter=2))
+        assert settled_step(scheduler)[0].num_scheduled_tokens == {"decoding": 1, f"low{number}": 64}
+    scheduler.add_request(make_request("late", 64, 1, adapter=2))
+    assert settled_step(scheduler)[0].num_scheduled_tokens == {"decoding": 1, "high": 32, "late": 64}
+    assert scheduler._stood_back
+    scheduler.finish_requests("high", RequestStatus.FINISHED_ABORTED)
+    assert not scheduler._stood_back

@@ -181,9 +181,9 @@ class AdmissionQueue(RequestQueue):
         return [entry[1] for entry in lane.heap if self._is_live(entry)]
 
     @property
-    def base_waits(self) -> bool:
-        """Whether requests of the base model wait."""
-        return bool(self._base.live)
+    def base_lanes(self) -> tuple[Lane, ...]:
+        """The base model's lane, if requests of it wait."""
+        return (self._base,) if self._base.live else ()
 
     def taken_key(self, request: Request) -> Any:
         """The key that a request had which was taken out in this step."""
@@ -241,10 +241,8 @@ class AdmissionQueue(RequestQueue):
         if self._next is not None:
             return self._next
         if self._heads is None:
-            lanes = list(self._gate.open_lanes()) if self.lanes else []
-            if self._base.live:
-                lanes.append(self._base)
-            self._heads = [self._head_of(lane) for lane in lanes]
+            lanes = self._gate.open_lanes() if self.lanes else ()
+            self._heads = [self._head_of(lane) for lane in (*lanes, *self.base_lanes)]
             heapq.heapify(self._heads)
         while self._heads:
             lane = self._heads[0][2]

@@ -115,6 +115,8 @@ class RankAwareMixin(_Base):
         """Adapters that are ready and waited for, and that the workers are not told to hold."""
         self._only_loads = False
         """The last step had nothing to run, since all that waits waits for its adapter."""
+        self._stood_back: dict[Request, int] = {}
+        """Half-done prefill of high rank -> steps in which it let other prefill go first."""
 
     _host_rows: int | None = None
     """Rank rows that the workers' host tiers hold; None: not known."""
@@ -344,7 +346,7 @@ class RankAwareMixin(_Base):
         rows = 0
         while joining and (rows := rows + self.room.rows_of(rank_of(joining[0].adapter))) <= JOIN_ROWS:
             del joining[0]
-        if joining and len(joining) == len(lanes) and not self.waiting.base_waits:
+        if joining and len(joining) == len(lanes) and not self.waiting.base_lanes:
             joining.remove(min(joining, key=lambda lane: self.waiting.head(lane)[0]))
         for lane in joining:
             lane.yielded += 1
@@ -433,12 +435,40 @@ class RankAwareMixin(_Base):
                 return num_new_tokens
             return super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         rank = self.readiness.rank_of(lora.lora_int_id)
-        allowed = self.work.allow(num_new_tokens, rank) if self._may_cut(request) else num_new_tokens
+        allowed = num_new_tokens
+        if self._may_cut(request):
+            allowed = self._in_halves(request, rank, num_computed_tokens, self.work.allow(num_new_tokens, rank))
         if allowed < num_new_tokens:
             self.counters.cut_chunks += 1
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, allowed) if allowed else 0
         self.work.spend(tokens, rank)
         return tokens
+
+    def _in_halves(self, request: Request, rank: int, done: int, tokens: int) -> int:
+        """Beside decodes, prefill of high rank takes two steps at least, and between them lets prefill of low rank go
+        first, for JOIN_STEPS steps at most: what arrives during it waits for half of it, not for all."""
+        if not self.work.bounded or rank <= JOIN_ROWS:
+            return tokens
+        if request.status != RequestStatus.RUNNING:
+            whole = request.num_tokens - done
+            return -(-whole // 2) if tokens == whole >= 2 * MIN_CHUNK else tokens
+        stood_back = self._stood_back.get(request, 0)
+        if stood_back >= JOIN_STEPS or not self._low_rank_waits(request.priority):
+            return tokens
+        self._stood_back[request] = stood_back + 1
+        return 0
+
+    def _low_rank_waits(self, priority: int) -> bool:
+        """Prefill of low rank, or of the base model, of this priority or a better one can begin in this step."""
+        if self._draining or len(self.running) >= self.max_num_running_reqs:
+            return False
+        rank_of = self.readiness.rank_of
+        lanes = (
+            lane
+            for lane in self._ready_lanes()
+            if (rank := rank_of(lane.adapter)) <= JOIN_ROWS and self.room.fits(lane.adapter, rank)
+        )
+        return any(self.waiting.head(lane)[1].priority <= priority for lane in (*lanes, *self.waiting.base_lanes))
 
     def _may_cut(self, request: Request) -> bool:
         """Encoder inputs and state-aligned chunks have lengths of their own."""
@@ -501,6 +531,7 @@ class RankAwareMixin(_Base):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """As vLLM; what the request did not generate is given back to its share."""
+        self._stood_back.pop(request, None)
         if (charged := self._charged.pop(request, None)) is not None:
             lora = request.lora_request
             self.shares.refund(lora.lora_name if lora is not None else "", max(charged - request.num_tokens, 0))
