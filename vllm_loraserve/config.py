@@ -122,7 +122,7 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         Annotated[float, Meta(gt=0)] | None,
         Meta(
             description="Most work that LoRA prefill may add to a step while others decode, as a fraction of the "
-            "step's token budget; null: no bound.",
+            "step's token budget; null: no bound, and no halving of prefill of high ranks.",
         ),
     ] = 0.25
     shares: Annotated[

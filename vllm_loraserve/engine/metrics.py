@@ -109,7 +109,7 @@ class Collector:
             ("steps", "Steps of the scheduler.", steps.steps),
             ("lora_steps", "Steps in which adapters ran.", steps.lora_steps),
             ("admitted_requests", "Requests that began to run.", steps.admitted),
-            ("cut_prefill_chunks", "Prefill chunks of adapters made shorter beside decodes, or put off a step.", steps.cut_chunks),
+            ("cut_prefill_chunks", "Prefill chunks of adapters cut or put off beside decodes.", steps.cut_chunks),
             ("held_prefills", "Prefills kept out of a step by the work budget.", steps.held_prefills),
             ("skips", "Requests admitted past an older one whose adapter found no room.", steps.overtakes),
             ("drain_steps", "Steps in which room was made for a request that waited long.", steps.drains),
