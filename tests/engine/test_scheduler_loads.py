@@ -308,7 +308,7 @@ def test_an_adapter_of_high_rank_joins_a_running_batch_alone_and_soon(build: Any
     """Bringing pages in and reading them in the first prefill cost a step; they don't add up in one."""
     from scheduler_harness import checker, finished, make_request, run_until, settled_step
 
-    from vllm_loraserve.engine.scheduler import JOIN_STEPS
+    from vllm_loraserve.engine.turns import JOIN_STEPS
 
     ranks = {1: 8, 2: 128, 3: 128, 4: 128, 5: 8, 6: 16}
     scheduler, workers = build(ranks=ranks, rank_rows=1024, max_loras=8)

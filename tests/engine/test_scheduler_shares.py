@@ -252,7 +252,7 @@ def test_short_prefill_of_high_rank_takes_two_steps_and_lets_low_ranks_go_betwee
     from scheduler_harness import make_request, run_until, settled_step
     from vllm.v1.request import RequestStatus
 
-    from vllm_loraserve.engine.scheduler import JOIN_STEPS
+    from vllm_loraserve.engine.turns import JOIN_STEPS
 
     scheduler, _ = build(ranks={1: 128, 2: 8}, max_tokens=1024, caching=False)
     scheduler.add_request(make_request("decoding", 10, 60, adapter=2))
@@ -271,6 +271,6 @@ def test_short_prefill_of_high_rank_takes_two_steps_and_lets_low_ranks_go_betwee
         assert settled_step(scheduler)[0].num_scheduled_tokens == {"decoding": 1, f"low{number}": 64}
     scheduler.add_request(make_request("late", 64, 1, adapter=2))
     assert settled_step(scheduler)[0].num_scheduled_tokens == {"decoding": 1, "high": 32, "late": 64}
-    assert scheduler._stood_back
+    assert scheduler.turns._stood_back
     scheduler.finish_requests("high", RequestStatus.FINISHED_ABORTED)
-    assert not scheduler._stood_back
+    assert not scheduler.turns._stood_back

@@ -2,8 +2,8 @@
 
 `schedule()` stays vLLM's. Around it: the waiting queue shows only requests whose adapter is ready and finds room
 (admission.py), loads are started aside in the order of the queue (readiness.py, channel.py), prefill of adapters is cut
-to a work budget (rank_budget.py), shares and limits hold (fairness.py). With no request of an adapter every decision is
-vLLM's own.
+to a work budget (rank_budget.py) and takes turns by rank (turns.py), shares and limits hold (fairness.py). With no
+request of an adapter every decision is vLLM's own.
 
 A request that finds no room is overtaken by younger ones whose adapters are in use, until more than `skip_window`
 requests were admitted since, or `max_skip_s` is over; then the cheapest set of adapters that makes room for it gets no
@@ -37,15 +37,12 @@ from vllm_loraserve.engine.rank_budget import MIN_CHUNK, ArenaRoom, WorkBudget, 
 from vllm_loraserve.engine.readiness import Readiness
 from vllm_loraserve.engine.request_errors import stop_reason
 from vllm_loraserve.engine.trace import StepCounters, StepTrace
+from vllm_loraserve.engine.turns import Turns
 
 logger = init_logger("vllm.loraserve.scheduler")
 
 WORKERS_TIMEOUT_S = 10.0
 WAITS_EVERY_S = 0.25
-JOIN_STEPS = 2
-"""Steps that an adapter nobody runs, or one of high rank, may wait for one in which little else begins."""
-JOIN_ROWS = 64
-"""Rank rows of adapters nobody runs that may join others in one step; an adapter of more is one of high rank."""
 LOADS_EVERY_S = 0.05
 """How often loads are looked at when nothing has changed: back-offs and timeouts run out."""
 LOADS_POLL_S = 0.005
@@ -94,6 +91,7 @@ class RankAwareMixin(_Base):
         self._transfers: dict[int, list[channel.Family]] = {}
         """What each worker last said about its transfers."""
         self.waiting: AdmissionQueue = AdmissionQueue(self.policy, self)
+        self.turns = Turns(self.readiness, self.room, self.waiting)
         self._doomed: dict[str, tuple[HTTPStatus, str]] = {}
         """Requests to be ended with an error after this step."""
         self._draining: set[int] = set()
@@ -115,8 +113,6 @@ class RankAwareMixin(_Base):
         """Adapters that are ready and waited for, and that the workers are not told to hold."""
         self._only_loads = False
         """The last step had nothing to run, since all that waits waits for its adapter."""
-        self._stood_back: dict[Request, int] = {}
-        """Half-done prefill of high rank -> steps in which it let other prefill go first."""
 
     _host_rows: int | None = None
     """Rank rows that the workers' host tiers hold; None: not known."""
@@ -262,7 +258,7 @@ class RankAwareMixin(_Base):
     def _age(self, now: float) -> None:
         """Finds the oldest request that was overtaken long enough, and the adapters to drain for it."""
         aged: Lane | None = None
-        for lane in self._ready_lanes():
+        for lane in self.turns.ready_lanes():
             if not self.readiness.is_held(lane.adapter):
                 self._unheld.append(lane.adapter)
             if self.room.fits(lane.adapter, self.readiness.rank_of(lane.adapter)):
@@ -323,41 +319,14 @@ class RankAwareMixin(_Base):
 
     def open_lanes(self) -> Iterable[Lane]:
         """An adapter's requests are shown when it is ready, not held back for an aged one, and can join alone."""
-        lanes = self._ready_lanes()
+        lanes = self.turns.ready_lanes()
         if self._drain_for is not None or self._draining:
             return (
                 lane
                 for lane in lanes
                 if lane is self._drain_for or (lane.adapter in self.room.users and lane.adapter not in self._draining)
             )
-        return self._few_join(list(lanes)) if self._decoding else lanes
-
-    def _few_join(self, lanes: list[Lane]) -> list[Lane]:
-        """While others decode, adapters join them (their pages are brought in, their prefill has those to read) by at
-        most JOIN_ROWS rank rows in a step, low ranks first; a larger one, be it among them already, yields to other
-        prefill for JOIN_STEPS steps. So those costs don't add up in one step, at the cost of low ranks."""
-        rank_of, users = self.readiness.rank_of, self.room.users
-        joining = [
-            lane
-            for lane in lanes
-            if lane.yielded < JOIN_STEPS and (lane.adapter not in users or rank_of(lane.adapter) > JOIN_ROWS)
-        ]
-        joining.sort(key=lambda lane: (rank_of(lane.adapter), self.waiting.head(lane)[0]))
-        rows = 0
-        while joining and (rows := rows + self.room.rows_of(rank_of(joining[0].adapter))) <= JOIN_ROWS:
-            del joining[0]
-        if joining and len(joining) == len(lanes) and not self.waiting.base_lanes:
-            joining.remove(min(joining, key=lambda lane: self.waiting.head(lane)[0]))
-        for lane in joining:
-            lane.yielded += 1
-        left_out = set(map(id, joining))
-        return [lane for lane in lanes if id(lane) not in left_out]
-
-    def _ready_lanes(self) -> Iterable[Lane]:
-        lanes = self.waiting.lanes
-        if not self.readiness.world_size:
-            return lanes.values()
-        return (lane for name in self.readiness.ready() if (lane := lanes.get(name)) is not None)
+        return self.turns.few_join(list(lanes)) if self._decoding else lanes
 
     def admits(self, lane: Lane, request: Request) -> bool:
         """Room in the arena, under its limit, and work left for at least a small chunk."""
@@ -437,38 +406,15 @@ class RankAwareMixin(_Base):
         rank = self.readiness.rank_of(lora.lora_int_id)
         allowed = num_new_tokens
         if self._may_cut(request):
-            allowed = self._in_halves(request, rank, num_computed_tokens, self.work.allow(num_new_tokens, rank))
+            allowed = self.work.allow(num_new_tokens, rank)
+            if self.work.bounded:
+                others_may_begin = not self._draining and len(self.running) < self.max_num_running_reqs
+                allowed = self.turns.in_halves(request, rank, num_computed_tokens, allowed, others_may_begin)
         if allowed < num_new_tokens:
             self.counters.cut_chunks += 1
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, allowed) if allowed else 0
         self.work.spend(tokens, rank)
         return tokens
-
-    def _in_halves(self, request: Request, rank: int, done: int, tokens: int) -> int:
-        """Beside decodes, prefill of high rank takes two steps at least, and between them lets prefill of low rank go
-        first, for JOIN_STEPS steps at most: what arrives during it waits for half of it, not for all."""
-        if not self.work.bounded or rank <= JOIN_ROWS:
-            return tokens
-        if request.status != RequestStatus.RUNNING:
-            whole = request.num_tokens - done
-            return -(-whole // 2) if tokens == whole >= 2 * MIN_CHUNK else tokens
-        stood_back = self._stood_back.get(request, 0)
-        if stood_back >= JOIN_STEPS or not self._low_rank_waits(request.priority):
-            return tokens
-        self._stood_back[request] = stood_back + 1
-        return 0
-
-    def _low_rank_waits(self, priority: int) -> bool:
-        """Prefill of low rank, or of the base model, of this priority or a better one can begin in this step."""
-        if self._draining or len(self.running) >= self.max_num_running_reqs:
-            return False
-        rank_of = self.readiness.rank_of
-        lanes = (
-            lane
-            for lane in self._ready_lanes()
-            if (rank := rank_of(lane.adapter)) <= JOIN_ROWS and self.room.fits(lane.adapter, rank)
-        )
-        return any(self.waiting.head(lane)[1].priority <= priority for lane in (*lanes, *self.waiting.base_lanes))
 
     def _may_cut(self, request: Request) -> bool:
         """Encoder inputs and state-aligned chunks have lengths of their own."""
@@ -531,7 +477,7 @@ class RankAwareMixin(_Base):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """As vLLM; what the request did not generate is given back to its share."""
-        self._stood_back.pop(request, None)
+        self.turns.forget(request)
         if (charged := self._charged.pop(request, None)) is not None:
             lora = request.lora_request
             self.shares.refund(lora.lora_name if lora is not None else "", max(charged - request.num_tokens, 0))
