@@ -120,11 +120,11 @@ async def test_kill_9_and_restart_has_every_adapter_and_instance_as_soon_as_they
 
 
 HUNG = """
-import sys, threading
+import os, sys, threading
 from vllm_loraserve.cli import main
 from vllm_loraserve.coordinator import server
 def look(*args, **kw):
-    print("looking", flush=True)
+    os.write(1, b"looking\\n")  # of two threads: in one piece, as print() is not
     threading.Event().wait()
 server.inspect_source = look
 sys.exit(main(sys.argv[1:]))
