@@ -27,8 +27,9 @@ from vllm_loraserve.transfer.pages import Destination, Piece, Range, match, page
 from vllm_loraserve.transfer.rungs.base import Link
 from vllm_loraserve.transfer.rungs.tcp import open_data
 
-PIECE = 16 << 20
-"""Bytes between two looks at deadline, cancellation and bandwidth."""
+PIECE = 64 << 20
+"""Bytes between two looks at deadline, cancellation and bandwidth: some milliseconds of copying. Threads of a copy
+begin and end with each."""
 
 
 def copy_threads() -> int:
