@@ -54,7 +54,8 @@ def vllm_config(extension=""):
         lora_config=SimpleNamespace(max_loras=4, max_lora_rank=64, max_cpu_loras=8, lora_dtype=None),
         cache_config=SimpleNamespace(num_gpu_blocks=100, block_size=16),
         model_config=SimpleNamespace(hf_text_config=LLAMA, dtype="torch.bfloat16", max_model_len=1024),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1, worker_extension_cls=extension),
+        # Engines of which the agent asks workers by collective_rpc; for those with desks see test_worker_desk.py.
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=2, worker_extension_cls=extension),
         device_config=SimpleNamespace(device_type="cpu"),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=32),
     )

@@ -45,6 +45,7 @@ from vllm_loraserve.engine.capacity import capacity_of, module_shapes
 from vllm_loraserve.engine.engine_config import WORKER_EXTENSION
 from vllm_loraserve.engine.meter import LoadLogger, Meter
 from vllm_loraserve.engine.resolver import LoRAServeResolver, locations_of
+from vllm_loraserve.engine.worker_desk import Workers
 
 logger = logging.getLogger("vllm.loraserve.agent")
 
@@ -121,7 +122,9 @@ class Agent:
             capacity=capacity_of(vllm_config, config, shapes),
         )
         self._client = CoordinatorClient(config.coordinator, timeout_s=ANSWER_TIMEOUT_S)
-        self._extended = getattr(vllm_config.parallel_config, "worker_extension_cls", "") == WORKER_EXTENSION
+        self._workers = Workers(engine_client, vllm_config)
+        extension = getattr(vllm_config.parallel_config, "worker_extension_cls", "")
+        self._extended = self._workers.beside_the_engine or extension == WORKER_EXTENSION
         self._transfers = self._extended and config.transfer_key_file is not None
         if self._extended:
             self.resolver.on_located = self._locate
@@ -168,6 +171,7 @@ class Agent:
             undo()
         await self._client.close()
         await self.resolver.close()
+        self._workers.close()
 
     async def _leave(self) -> None:
         # Also where no registration was answered yet: it may have arrived all the same.
@@ -218,9 +222,9 @@ class Agent:
             self._resident = await self._residency()
             hello = self._hello
             if self._extended:
-                hello = msgspec.structs.replace(hello, modules=merged(await self._rpc("loraserve_shapes")))
+                hello = msgspec.structs.replace(hello, modules=merged(await self._workers.ask("loraserve_shapes")))
             if self._transfers:
-                endpoints = await self._rpc("loraserve_transfer_endpoint")
+                endpoints = await self._workers.ask("loraserve_transfer_endpoint")
                 hello = msgspec.structs.replace(hello, transfer=",".join(endpoints))
         except Exception:
             logger.warning("The engine did not say what it holds", exc_info=True)
@@ -319,7 +323,7 @@ class Agent:
     async def _inside(self) -> Inside:
         if not self._extended:
             return Inside(set(await self.engine.list_loras()), set(), {}, {})
-        answers = await self._rpc("loraserve_residency")
+        answers = await self._workers.ask("loraserve_residency")
         arena = set.intersection(*(set(a) for a, _, _, _ in answers))
         held = set.intersection(*(set(a) | set(h) for a, h, _, _ in answers))
         # Keys of a map may arrive as text.
@@ -337,11 +341,6 @@ class Agent:
 
     # ---- peers ----
 
-    async def _rpc(self, method: str, *args: Any) -> list[Any]:
-        """Calls a method of `worker_extension.WorkerExtension` in every worker."""
-        answers: list[Any] = await self.engine.collective_rpc(method, args=args)
-        return answers
-
     def _row(self, request: LoRARequest, locations: Sequence[Location]) -> tuple[str, str, str, list[tuple[str, str]]]:
         others = [(x.instance, x.endpoint) for x in locations if x.instance != self.name]
         return request.lora_name, request.lora_path, self.resolver.digest_of(request) or "", others
@@ -353,7 +352,7 @@ class Agent:
         """
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                await self._rpc("loraserve_locate", [self._row(request, locations)])
+                await self._workers.ask("loraserve_locate", [self._row(request, locations)])
         except Exception:
             logger.warning("The workers did not answer who holds '%s'", request.lora_name, exc_info=True)
 
@@ -368,9 +367,9 @@ class Agent:
         adapters, instances = self.resolver.names(), [i.name for i in table.instances]
         with contextlib.suppress(Exception):
             if table.settled:  # else its members of before are still on their way back
-                await self._rpc("loraserve_retain", adapters, instances)
+                await self._workers.ask("loraserve_retain", adapters, instances)
             if rows:
-                await self._rpc("loraserve_locate", rows)
+                await self._workers.ask("loraserve_locate", rows)
 
     # ---- commands ----
 

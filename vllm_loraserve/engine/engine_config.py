@@ -111,16 +111,18 @@ def _check_operating_points(config: LoRAServeConfig) -> None:
 
 def adapt_vllm_config(vllm_config: Any) -> None:
     """Names our scheduler and worker extension in a finished VllmConfig, unless the user named others."""
+    from vllm_loraserve.engine import worker_desk
+
     config, parallel = config_of(vllm_config), vllm_config.parallel_config
     if config is not None and (config.coordinator is not None or config.transfer_key_file is not None):
-        if parallel.worker_extension_cls:
+        if not parallel.worker_extension_cls:
+            parallel.worker_extension_cls = WORKER_EXTENSION
+        elif worker_desk.addresses(vllm_config) is None:
             logger.warning(
                 "Worker extension %s was asked for: residency is less exact, what is loaded is not compared with what "
                 "was registered, and no adapters come from peers.",
                 parallel.worker_extension_cls,
             )
-        else:
-            parallel.worker_extension_cls = WORKER_EXTENSION
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls is not None:
         logger.warning("Scheduler %s was asked for: no rank-aware batching.", scheduler.scheduler_cls)

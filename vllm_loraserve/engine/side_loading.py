@@ -20,7 +20,7 @@ from vllm.lora.request import LoRARequest
 
 from vllm_loraserve.adapters.checkpoint import open_checkpoint
 from vllm_loraserve.config import LoRAServeConfig
-from vllm_loraserve.engine import channel
+from vllm_loraserve.engine import channel, worker_desk
 from vllm_loraserve.engine.adapter_loader import settled
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.load_threads import LoadThreads, SupersededError, ensure_wanted, wanted
@@ -127,6 +127,9 @@ class SideLoadingMixin:
             self._channel = channel.WorkerEnd(address, hello, self._on_order)
             if (peers := getattr(self, "peers", None)) is not None:
                 peers.on_progress = self._report_transfers
+        options, desks = config_of(self._vllm_config), worker_desk.addresses(self._vllm_config)
+        if options is not None and options.coordinator is not None and desks is not None:
+            worker_desk.WorkerDesk(desks[self._vllm_config.parallel_config.rank], self)
         return model
 
     def _ahead(self) -> int:

@@ -1,12 +1,34 @@
-"""What the API server's agent may ask each worker, mixed into vLLM's worker by its official `worker_extension_cls`.
+"""What the API server's agent may ask each worker.
 
 The engine's own `list_loras` knows only adapters that have run: one that was loaded aside and waits in host memory is
-not among them. So residency is asked here, by collective_rpc, between two steps.
+not among them. On one machine these are asked over a socket of their own (`worker_desk.py`), while a step may run;
+else by `collective_rpc`, for which they are mixed into vLLM's worker by its official `worker_extension_cls`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+QUESTIONS = (
+    "loraserve_residency",
+    "loraserve_shapes",
+    "loraserve_transfer_endpoint",
+    "loraserve_locate",
+    "loraserve_retain",
+)
+
+
+def _steady(read: Callable[[], T]) -> T:
+    """`read`, once more where the engine's thread has changed what was iterated over."""
+    for _ in range(100):
+        try:
+            return read()
+        except (RuntimeError, KeyError):
+            continue
+    return read()
 
 
 class WorkerExtension:
@@ -19,8 +41,8 @@ class WorkerExtension:
         """Ids of adapters (in slots, ready in host memory), why the last load of an id failed, and the generation of
         each id in the host tier, which is what peers read."""
         manager = self._loraserve_manager()
-        active = {i for i in manager._adapter_manager._active_adapters if i > 0}
-        known = set(manager.list_adapters()) | set(getattr(manager, "_prepared", ()))
+        active = _steady(lambda: {i for i in list(manager._adapter_manager._active_adapters) if i > 0})
+        known = _steady(lambda: set(manager.list_adapters()) | set(getattr(manager, "_prepared", ())))
         is_prepared = getattr(manager, "is_prepared", known.__contains__)
         host = getattr(manager, "host", None)
         return (
