@@ -127,9 +127,11 @@ class SideLoadingMixin:
             self._channel = channel.WorkerEnd(address, hello, self._on_order)
             if (peers := getattr(self, "peers", None)) is not None:
                 peers.on_progress = self._report_transfers
-        options, desks = config_of(self._vllm_config), worker_desk.addresses(self._vllm_config)
-        if options is not None and options.coordinator is not None and desks is not None:
-            worker_desk.WorkerDesk(desks[self._vllm_config.parallel_config.rank], self)
+        options = config_of(self._vllm_config)
+        if options is not None and options.coordinator is not None:
+            desks = worker_desk.addresses(self._vllm_config)
+            if desks is not None:
+                worker_desk.WorkerDesk(desks[self._vllm_config.parallel_config.rank], self)
         return model
 
     def _ahead(self) -> int:
