@@ -48,6 +48,8 @@ SHAPES = {
 }
 MIX = (8, 16, 32, 64, 128, 8)
 KV_BYTES = 256 << 20
+QUIET_S = 1.5
+"""Between two rounds: a worker of vLLM's polls for a second after its last step, on a core that others need."""
 
 
 def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> Path:
@@ -254,6 +256,7 @@ def compare(
             print(f"  {name:8} has all its adapters", flush=True)
         for turn in range(rounds):
             for name in list(servers) if turn % 2 == 0 else list(reversed(servers)):
+                time.sleep(QUIET_S)
                 runs[name].append(asyncio.run(play(servers[name], traces[name], concurrency)))
                 print(
                     f"  {name:8} {runs[name][-1]['tokens'] / runs[name][-1]['seconds']:8.1f} output tokens/s",
