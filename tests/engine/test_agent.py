@@ -302,7 +302,7 @@ async def test_a_prefetch_into_an_engine_that_loads_aside_ends_when_it_is_there(
 
 async def test_residency_and_failures_are_asked_from_every_worker(joined):
     _, agent, engine, _ = joined
-    agent._extended = True
+    agent._mixed_in = True
     await agent.prefetch(record("a"))
     await agent.prefetch(record("b", source="/adapters/b"))
     assert {(r.name, r.tier) for r in await agent._residency()} == {("a", "host"), ("b", "host")}, "in slots of all?"

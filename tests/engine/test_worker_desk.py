@@ -89,12 +89,27 @@ async def test_answer_of_a_question_that_was_given_up_is_not_taken_for_the_next_
     assert await workers.ask("loraserve_transfer_endpoint") == ["", ""]
 
 
-async def test_worker_that_is_gone_is_noticed(monkeypatch):
+async def test_worker_that_answers_no_more_is_noticed(workers, managers, monkeypatch):
+    await workers.ask("loraserve_residency")
     monkeypatch.setattr(worker_desk, "ANSWER_S", 0.2)
-    workers = Workers(Engine(), vllm_config(workers=1))
+    managers[1].gate.clear()
     with pytest.raises(TimeoutError):
         await workers.ask("loraserve_residency")
-    workers.close()
+    managers[1].gate.set()
+
+
+async def test_workers_that_never_answered_are_asked_through_the_engine(monkeypatch):
+    monkeypatch.setattr(worker_desk, "ANSWER_S", 0.2)
+
+    class Answers:
+        async def collective_rpc(self, method, args=()):
+            return ["through the engine"]
+
+    workers = Workers(Answers(), vllm_config(workers=1))
+    assert workers.beside_the_engine
+    for _ in range(2):
+        assert await workers.ask("loraserve_transfer_endpoint") == ["through the engine"]
+    assert not workers.beside_the_engine
 
 
 async def test_what_changes_while_it_is_looked_at_is_looked_at_again(workers, managers):

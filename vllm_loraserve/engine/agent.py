@@ -54,7 +54,7 @@ ANSWER_TIMEOUT_S = 2.0
 RESIDENCY_S = 3.0
 """Time between two questions to the engine about what it holds, while requests come and adapters change."""
 QUIET_RESIDENCY_S = 30.0
-"""The same when nothing has happened for SETTLE_S: a question wakes an engine that would sleep."""
+"""The same when nothing has happened for SETTLE_S: a question by `collective_rpc` wakes an engine that would sleep."""
 SETTLE_S = 10.0
 REFRESH_S = 30.0
 """Time between two looks at the whole registry, kept for the coordinator's absence."""
@@ -123,9 +123,7 @@ class Agent:
         )
         self._client = CoordinatorClient(config.coordinator, timeout_s=ANSWER_TIMEOUT_S)
         self._workers = Workers(engine_client, vllm_config)
-        extension = getattr(vllm_config.parallel_config, "worker_extension_cls", "")
-        self._extended = self._workers.beside_the_engine or extension == WORKER_EXTENSION
-        self._transfers = self._extended and config.transfer_key_file is not None
+        self._mixed_in = getattr(vllm_config.parallel_config, "worker_extension_cls", "") == WORKER_EXTENSION
         if self._extended:
             self.resolver.on_located = self._locate
         self._epoch: int | None = None
@@ -137,6 +135,15 @@ class Agent:
         self._outbox: dict[tuple[int, int], CommandResult] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._undo: list[Callable[[], None]] = []
+
+    @property
+    def _extended(self) -> bool:
+        """Whether the workers can be asked what `worker_extension.py` answers."""
+        return self._workers.beside_the_engine or self._mixed_in
+
+    @property
+    def _transfers(self) -> bool:
+        return self._extended and self.config.transfer_key_file is not None
 
     def _find_resolver(self, config: LoRAServeConfig) -> LoRAServeResolver:
         """The resolver that vLLM asks in this process; registers one where the plugin has not."""

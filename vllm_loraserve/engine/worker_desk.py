@@ -93,6 +93,8 @@ class Workers:
         self._sockets: list[zmq.asyncio.Socket] = []
         self._numbers = itertools.count(1)
         self._one_at_a_time = asyncio.Lock()
+        self._heard = False
+        """A desk has answered once."""
 
     @property
     def beside_the_engine(self) -> bool:
@@ -104,16 +106,32 @@ class Workers:
 
         Raises RuntimeError with what a worker raised, TimeoutError where one does not answer.
         """
-        if self._addresses is None:
-            answers: list[Any] = await self._engine.collective_rpc(method, args=args)
-            return answers
+        if self._addresses is not None:
+            try:
+                return await self._ask_desks(self._addresses, method, args)
+            except TimeoutError:
+                if self._heard:
+                    raise
+                # An executor may have put the workers on other machines without saying so in the configuration.
+                logger.warning("No worker answers beside the engine: they are asked through it from now on.")
+                self._addresses = None
+                self.close()
+        answers: list[Any] = await self._engine.collective_rpc(method, args=args)
+        return answers
+
+    async def _ask_desks(self, addresses: list[str], method: str, args: tuple[Any, ...]) -> list[Any]:
         async with self._one_at_a_time, asyncio.timeout(ANSWER_S):
             if not self._sockets:
-                self._sockets = [self._connect(address) for address in self._addresses]
+                self._sockets = [self._connect(address) for address in addresses]
             number, body = next(self._numbers).to_bytes(8, "little"), _encode(Question(method, list(args)))
             for socket in self._sockets:
                 await socket.send_multipart([number, body])
-            return [await self._answer(socket, number) for socket in self._sockets]
+            answers = [await self._answer(socket, number) for socket in self._sockets]
+        self._heard = True
+        for answer in answers:
+            if answer.error:
+                raise RuntimeError(answer.error)
+        return [answer.value for answer in answers]
 
     def _connect(self, address: str) -> zmq.asyncio.Socket:
         socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
@@ -121,15 +139,11 @@ class Workers:
         socket.connect(address)
         return socket
 
-    async def _answer(self, socket: zmq.asyncio.Socket, number: bytes) -> Any:
+    async def _answer(self, socket: zmq.asyncio.Socket, number: bytes) -> Answer:
         while True:
             answered, body = await socket.recv_multipart()
             if answered == number:  # else of a question that was given up
-                break
-        answer = _decode_answer(body)
-        if answer.error:
-            raise RuntimeError(answer.error)
-        return answer.value
+                return _decode_answer(body)
 
     def close(self) -> None:
         """Nothing is asked any more."""
