@@ -2,9 +2,9 @@
 
 Two in-process engines of the same dummy Llama on a CPU; in each, rank-64 adapters are registered (their weights are in
 host memory) and made active by turns in one slot. Timed is `activate_adapter`, the copy into the slot: stock zeroes and
-fills the slot module by module, ours copies whole pages (`activate_ratio`; both are bound by memory). A server of ours
-copies them beside the steps, before the request is scheduled: what is left to the step then is `ours_staged`
-(`activate_staged_ratio`: stock, which has to copy in the step, to that). Also timed: from its checkpoint into host
+fills the slot module by module, ours copies whole pages (`activate_ratio`). A server of ours copies them beside the
+steps, before the request is scheduled: what is left to the step then is `ours_staged` (`activate_staged_ratio`: stock,
+which has to copy in the step, to that). Also timed: from its checkpoint into host
 memory and a slot, of adapters that are read for the first time, with their files in the page cache (warm) and dropped
 from it (cold).
 """

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 import aiohttp
-from served import Seen, free_port, make_adapter, stamp, stream
+from served import QUIET_S, Seen, free_port, make_adapter, stamp, stream
 
 from vllm_loraserve.coordinator.client import CoordinatorClient
 from vllm_loraserve.coordinator.messages import GetTable, RoutingTable
@@ -39,8 +39,6 @@ from vllm_loraserve.launcher.processes import Server, healthy
 FLAGS = ("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8", "--dtype", "bfloat16")
 FLAGS += ("--kv-cache-memory-bytes", str(256 << 20), "--no-enable-prefix-caching")
 SLOTS, WARM = 4, 2
-QUIET_S = 1.5
-"""Between two requests: a worker of vLLM's polls for a second after its last step, on a core that another one needs."""
 PROMPT = [1, 504, 3575, 282, 4649, 314]
 
 

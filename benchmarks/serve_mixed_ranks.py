@@ -36,6 +36,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+from served import QUIET_S
 
 SHAPES = {
     "self_attn.q_proj": ("hidden", "hidden"),
@@ -48,8 +49,6 @@ SHAPES = {
 }
 MIX = (8, 16, 32, 64, 128, 8)
 KV_BYTES = 256 << 20
-QUIET_S = 1.5
-"""Between two rounds: a worker of vLLM's polls for a second after its last step, on a core that others need."""
 
 
 def make_adapter(model: Path, folder: Path, rank: int, seed: int) -> Path:

@@ -23,6 +23,8 @@ from typing import Any
 
 import aiohttp
 
+QUIET_S = 1.5
+"""Before a side is timed: a worker of vLLM's polls for a second after its last step, on a core that others need."""
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

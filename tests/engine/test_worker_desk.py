@@ -45,6 +45,17 @@ class Engine:
         raise AssertionError("asked through the engine")
 
 
+class AskedEngine:
+    """Answers, and notes what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    async def collective_rpc(self, method, args=()):
+        self.asked.append((method, args))
+        return ["through the engine"]
+
+
 @pytest.fixture
 def managers():
     return [Manager([1], [1, 2]), Manager([1, 2], [1, 2, 3])]
@@ -100,12 +111,7 @@ async def test_worker_that_answers_no_more_is_noticed(workers, managers, monkeyp
 
 async def test_workers_that_never_answered_are_asked_through_the_engine(monkeypatch):
     monkeypatch.setattr(worker_desk, "ANSWER_S", 0.2)
-
-    class Answers:
-        async def collective_rpc(self, method, args=()):
-            return ["through the engine"]
-
-    workers = Workers(Answers(), vllm_config(workers=1))
+    workers = Workers(AskedEngine(), vllm_config(workers=1))
     assert workers.beside_the_engine
     for _ in range(2):
         assert await workers.ask("loraserve_transfer_endpoint") == ["through the engine"]
@@ -127,14 +133,8 @@ async def test_what_changes_while_it_is_looked_at_is_looked_at_again(workers, ma
 
 @pytest.mark.parametrize("where", [{"machines": 2}, {"engines": 2}])
 async def test_engines_without_desks_are_asked_by_collective_rpc(where):
-    asked = []
-
-    class Answers:
-        async def collective_rpc(self, method, args=()):
-            asked.append((method, args))
-            return ["here"]
-
-    workers = Workers(Answers(), vllm_config(**where))
+    engine = AskedEngine()
+    workers = Workers(engine, vllm_config(**where))
     assert not workers.beside_the_engine
-    assert await workers.ask("loraserve_transfer_endpoint", 1) == ["here"]
-    assert asked == [("loraserve_transfer_endpoint", (1,))]
+    assert await workers.ask("loraserve_transfer_endpoint", 1) == ["through the engine"]
+    assert engine.asked == [("loraserve_transfer_endpoint", (1,))]

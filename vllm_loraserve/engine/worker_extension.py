@@ -12,14 +12,6 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-QUESTIONS = (
-    "loraserve_residency",
-    "loraserve_shapes",
-    "loraserve_transfer_endpoint",
-    "loraserve_locate",
-    "loraserve_retain",
-)
-
 
 def _steady(read: Callable[[], T]) -> T:
     """`read`, once more where the engine's thread has changed what was iterated over."""
@@ -81,3 +73,7 @@ class WorkerExtension:
         peers = getattr(self._loraserve_manager(), "peers", None)
         if peers is not None:
             peers.retain(set(adapters), set(instances))
+
+
+QUESTIONS = frozenset(name for name in vars(WorkerExtension) if name.startswith("loraserve_"))
+"""What may be asked by name."""
