@@ -9,6 +9,10 @@ left alone during it: what is compared is the model of the instances and of rout
 that the simulated instances are busy, one above 1 a multiple of the rate at which they finish requests that are all
 there at once.
 
+Each instance runs its worker inside the engine core's process (`--executor uni`). With `mp`, vLLM's default on a CPU,
+an instance's two processes wait for one another by polling, so that two instances want four cores where each of them
+computes on one; the simulator models no such waits (`--executor mp` shows what they do).
+
 Lengths and arrivals are those of an Azure 2023 trace file (`--trace`; else synthetic ones like it), lengths divided by
 `--shrink` so that a small model on a CPU keeps up; who asks for which adapter is drawn (no public trace says). Prompts
 are random token ids, outputs have exactly the length that the trace says.
@@ -299,6 +303,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     plan_options += ["--loraserve-config.host_gib", "2"]  # room for all adapters on both: no fetch while measuring
     # The simulator does not model the bound on prefill of large ranks beside decodes.
     plan_options += ["--loraserve-config.lora_share", "null"]
+    if options.executor == "uni":
+        plan_options += ["--distributed-executor-backend", "uni"]
     plan = dataclasses.replace(
         plan,
         adapter_roots=(str(made),),
@@ -308,6 +314,11 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     )
     _say(f"starting two instances of {plan.model_name}")
     cluster = Cluster(plan)
+    if options.executor == "uni":
+        for server in cluster.instances:
+            # Else vLLM takes `mp` on a CPU whatever is asked for, so as to bind OpenMP's threads, which the launcher
+            # leaves unbound here.
+            server.env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with cluster.running():
         for group in names.values():
             for name in group:
@@ -338,7 +349,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             max_rank=max(RANKS),
             row_bytes=max(1, table.adapters[0].adapter.size_bytes // table.adapters[0].adapter.rank),
             beside=found.beside.cost,
-            schedules_ahead=True,  # vLLM's default
+            schedules_ahead=False,  # vLLM turns asynchronous scheduling off on a CPU
         )
         points = OperatingPoints(points=points_from_step_cost(fit.cost), step_cost=fit.cost, measured=True)
         # What the real router does where no operating points are given.
@@ -367,6 +378,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             _show(runs[-1])
     return {
         "policy": options.policy,
+        "executor": options.executor,
         "step_cost": msgspec.structs.asdict(fit.cost),
         "step_cost_fit_error": fit.relative_error,
         "step_cost_beside": msgspec.structs.asdict(found.beside.cost),
@@ -440,6 +452,7 @@ def main() -> None:
     parser.add_argument("--policy", default="loraserve", help="placement policy of both sides")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.75, 1.2], help="shares of the capacity")
     parser.add_argument("--requests", type=int, default=120, help="requests per load")
+    parser.add_argument("--executor", choices=("mp", "uni"), default="uni", help="of both instances")
     parser.add_argument("--shrink", type=int, default=8, help="divisor of the trace's lengths")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="also run `vllm-loraserve profile`, writing FILE")
     parser.add_argument("--requests-too", action="store_true", help="write every request's time to first token, too")

@@ -23,11 +23,12 @@ from vllm_loraserve.coordinator import profile, profiling
 from vllm_loraserve.coordinator.messages import AddAdapter
 from vllm_loraserve.coordinator.profiling import Profiler, ProfilingError, Workload, connector
 
-BASE, PREFILL, DECODE_RANK = 4e-3, 4e-5, 2e-5
+BASE, PREFILL, DECODE_RANK, CONTEXT = 4e-3, 4e-5, 2e-5, 2e-6
 
 
 class Engine:
-    """Continuous batching with a step cost of BASE + PREFILL x prompt tokens + DECODE_RANK x sum of decode ranks."""
+    """Continuous batching with a step cost of BASE + PREFILL x prompt tokens + DECODE_RANK x sum of decode ranks +
+    CONTEXT x tokens that decoding requests look back at."""
 
     def __init__(self) -> None:
         self.new: list[tuple[asyncio.Queue, int, int, int]] = []
@@ -47,18 +48,20 @@ class Engine:
                 self.work.clear()
                 await self.work.wait()
             new, self.new = self.new, []
-            cost = BASE + PREFILL * sum(n[1] for n in new) + DECODE_RANK * sum(r[2] for r in self.running)
+            cost = BASE + PREFILL * sum(n[1] for n in new)
+            cost += sum(DECODE_RANK * rank + CONTEXT * context for _, _, rank, context in self.running)
             await asyncio.sleep(cost)
             for r in list(self.running):
                 r[0].put_nowait(True)
                 r[1] -= 1
+                r[3] += 1
                 if r[1] == 0:
                     self.running.remove(r)
                     r[0].put_nowait(None)
-            for queue, _, output, rank in new:
+            for queue, prompt, output, rank in new:
                 queue.put_nowait(True)
                 if output > 1:
-                    self.running.append([queue, output - 1, rank])
+                    self.running.append([queue, output - 1, rank, prompt + 1])
                 else:
                     queue.put_nowait(None)
 
@@ -152,7 +155,7 @@ def test_points_fall_with_rank_and_the_fit_predicts_steps(virtual):
         return fit, points
 
     fit, ((low, _), (high, trials)) = virtual.run_until_complete(measure())
-    assert fit.samples == 3 * 7 + 2, "the base model and two ranks, then both ranks mixed"
+    assert fit.samples == 3 * 7 + 2 + 2, "the base model and two ranks, long contexts, then both ranks mixed"
     assert low > high > 0
     assert trials[-1].p95_ttft_s <= WORKLOAD.slo_ttft_s
     assert trials[-1].offered_rps < trials[0].offered_rps
@@ -161,6 +164,7 @@ def test_points_fall_with_rank_and_the_fit_predicts_steps(virtual):
         fit.cost.seconds(decode_tokens=8, decode_token_ranks=8 * r, rank_rows=2 * r, adapters=2) for r in (128, 8)
     )
     assert slow - fast == pytest.approx(DECODE_RANK * 8 * 120, rel=0.05)
+    assert fit.cost.context_token == pytest.approx(CONTEXT, rel=0.05), "what no prompt of one length tells"
 
 
 async def test_an_slo_out_of_reach_and_a_failing_instance_are_named(engine):

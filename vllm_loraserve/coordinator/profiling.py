@@ -116,8 +116,9 @@ class Profiler:
     async def step_samples(
         self, by_rank: Mapping[int, Sequence[str]], base_model: str, repeats: int = 3
     ) -> list[StepSample]:
-        """Prefill and decode steps of the base model and of every rank, and decode steps that mix all ranks, which tell
-        the cost of an adapter from that of its rows; `by_rank`: rank -> adapters of it."""
+        """Prefill and decode steps of the base model and of every rank; decode steps that mix all ranks, which tell the
+        cost of an adapter from that of its rows; and decode steps behind long prompts, which tell the cost of a token's
+        context from its own. `by_rank`: rank -> adapters of it."""
         out = []
         for rank, models in {0: [base_model], **by_rank}.items():
             await self._stream(models[0], DECODE_PROMPT, 2)  # loads and warms up
@@ -133,19 +134,24 @@ class Profiler:
                     )
                 )
             out += [await self._decode([(m, rank) for m in models], size) for size in self.workload.group_sizes]
+        longest = max(self.workload.prompt_lengths)
+        out += [await self._decode([(base_model, 0)], size, longest) for size in self.workload.group_sizes[-2:]]
         mixed = [(model, rank) for rank, models in by_rank.items() for model in models]
         if len(by_rank) > 1:
             out += [await self._decode(mixed, size) for size in self.workload.group_sizes if size >= len(mixed)]
         return out
 
-    async def _decode(self, models: Sequence[tuple[str, int]], size: int) -> StepSample:
+    async def _decode(
+        self, models: Sequence[tuple[str, int]], size: int, prompt_tokens: int = DECODE_PROMPT
+    ) -> StepSample:
         """A group of `size` streams that take turns among `models`, (name, rank); rank 0: the base model."""
         ranks = dict(models)
         used = [models[i % len(models)][0] for i in range(size)]
         for model in dict.fromkeys(used):
             await self._stream(model, DECODE_PROMPT, 1)
-        length = WARM_UP_CHUNKS + 16
-        streams = await asyncio.gather(*(self._stream(m, DECODE_PROMPT, length) for m in used))
+        # Twice as long behind long prompts: the first streams answer while the last ones are still in prefill.
+        length = WARM_UP_CHUNKS + (16 if prompt_tokens == DECODE_PROMPT else 32)
+        streams = await asyncio.gather(*(self._stream(m, prompt_tokens, length) for m in used))
         together = max(s.chunks[0] for s in streams)
         pairs = [pair for s in streams for pair in list(itertools.pairwise(s.chunks))[WARM_UP_CHUNKS:]]
         gaps = [b - a for a, b in pairs if a >= together] or [b - a for a, b in pairs]
@@ -156,7 +162,7 @@ class Profiler:
             decode_token_ranks=sum(ranks[model] for model in used),
             rank_rows=sum(ranks[model] for model in adapters),
             adapters=len(adapters),
-            context_tokens=size * (DECODE_PROMPT + length / 2),
+            context_tokens=size * (prompt_tokens + length / 2),
         )
 
     # ---- operating points ----
