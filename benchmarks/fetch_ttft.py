@@ -32,6 +32,7 @@ from served import QUIET_S, Seen, free_port, make_adapter, stamp, stream
 
 from vllm_loraserve.coordinator.client import CoordinatorClient
 from vllm_loraserve.coordinator.messages import GetTable, RoutingTable
+from vllm_loraserve.coordinator.profiling import connector
 from vllm_loraserve.launcher import assets
 from vllm_loraserve.launcher.cluster import Cluster, Plan
 from vllm_loraserve.launcher.processes import Server, healthy
@@ -110,7 +111,7 @@ async def measure(cluster: Cluster, stock: str, names: dict[str, str], folder: P
     names: adapter -> what its figures' names end with.
     """
     took: dict[str, list[float]] = {}
-    async with aiohttp.ClientSession() as session:
+    async with aiohttp.ClientSession(connector=connector()) as session:
         for turn, (name, kind) in enumerate(names.items()):
             ours = await lacking(cluster, name)
             sides = {"fetch": ours, "stock_cold": stock}

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Sequence
 
-_MADV_POPULATE_WRITE = 23
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 _STEP = 4 << 20
 """Bytes per system call: what a mapping that goes away waits for at most."""
 _NICENESS = 19
@@ -22,11 +22,13 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def populate(address: int, size: int) -> bool:
-    """Gives [address, address + size) its memory now, contents unchanged; False where a kernel before 5.14 can't."""
+def populate(address: int, size: int, *, write: bool = True) -> bool:
+    """Gives [address, address + size) its memory now, contents unchanged; False where a kernel before 5.14 can't.
+    write: False for a mapping that is only read."""
     page = os.sysconf("SC_PAGE_SIZE")
     start = address // page * page
-    return bool(_LIBC.madvise(start, -(-(address + size - start) // page) * page, _MADV_POPULATE_WRITE) == 0)
+    advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+    return bool(_LIBC.madvise(start, -(-(address + size - start) // page) * page, advice) == 0)
 
 
 class Prefault:

@@ -153,8 +153,13 @@ class Peer:
                 self.ask(wire.Ping())
             except PeerLostError as error:
                 logger.info("transfer: %s", error)
+            self._tend()
         if self._on_lost is not None:
             self._on_lost(self)
+
+    def _tend(self) -> None:
+        for rung in self._rungs:
+            rung.tend()
 
     def hang_up(self) -> None:
         """No more questions; the thread of `keep_alive` tells `on_lost`. Returns at once."""
@@ -327,6 +332,7 @@ class Peer:
             if held:
                 self.release(lease)
         self.landed(lease)
+        rung.tend()
         return lease.pages
 
     def close(self) -> None:

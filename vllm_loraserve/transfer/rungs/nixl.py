@@ -129,6 +129,9 @@ class NixlRung:
         if self._peer is None:
             self._peer = self._agent.add_remote_agent(link.welcome.nixl)
 
+    def tend(self) -> None:
+        """Nothing to do."""
+
     def read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> None:
         with flight.holding(self._lock):
             try:

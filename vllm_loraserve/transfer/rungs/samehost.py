@@ -14,11 +14,13 @@ import mmap
 import os
 import socket
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
 from vllm_loraserve.memory import extension
 from vllm_loraserve.memory.extension import Segment
+from vllm_loraserve.memory.prefault import populate
 from vllm_loraserve.memory.slab import Slab
 from vllm_loraserve.transfer import wire
 from vllm_loraserve.transfer.errors import PeerLostError, RungFailedError, TransferError
@@ -27,6 +29,8 @@ from vllm_loraserve.transfer.pages import Destination, Piece, Range, match, page
 from vllm_loraserve.transfer.rungs.base import Link
 from vllm_loraserve.transfer.rungs.tcp import open_data
 
+MAP_AHEAD = 4 << 20
+"""Bytes that are mapped ahead in one go."""
 PIECE = 64 << 20
 """Bytes between two looks at deadline, cancellation and bandwidth: some milliseconds of copying. Threads of a copy
 begin and end with each."""
@@ -72,14 +76,73 @@ def send_memory(sock: socket.socket, slab: Slab) -> None:
 
 
 class _Mapping:
-    """A peer's slab in our address space, read-only."""
+    """A peer's slab in our address space, read-only.
+
+    The first read of each page would have to map it, which takes longer than to copy it; so `tend` maps ahead what the
+    peer has filled since, on a thread of low priority. What the peer never touched stays so: to map that would take its
+    memory.
+    """
 
     def __init__(self, fd: int, size: int) -> None:
+        self._fd, self._size = os.dup(fd), size
         self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         self.address = int(np.frombuffer(self._map, np.uint8).ctypes.data)
+        self._lock = threading.Lock()
+        self._open = True
+        self._thread: threading.Thread | None = None
+        self._mapped: set[int] = set()
+        """Blocks of MAP_AHEAD bytes."""
+
+    def tend(self) -> None:
+        """Maps what has been filled, aside; returns at once."""
+        with self._lock, contextlib.suppress(RuntimeError):  # no thread to be had: each read maps what it needs
+            if self._open and self._thread is None:
+                thread = threading.Thread(target=self._map_ahead, name="loraserve-map", daemon=True)
+                thread.start()
+                self._thread = thread
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Waits for the thread, if one runs."""
+        if (thread := self._thread) is not None:
+            thread.join(timeout)
+
+    def _map_ahead(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        try:
+            for block in self._filled():
+                with self._lock:
+                    if not self._open:
+                        return
+                    if not populate(self.address + block * MAP_AHEAD, MAP_AHEAD, write=False):
+                        self._mapped.update(range(self._size // MAP_AHEAD))  # not with this kernel
+                        return
+                    self._mapped.add(block)
+        finally:
+            with self._lock:
+                self._thread = None
+
+    def _filled(self) -> Iterator[int]:
+        """Blocks that hold data all over and are not mapped."""
+        end = 0
+        while True:
+            with self._lock:
+                try:
+                    if not self._open:
+                        return
+                    start = os.lseek(self._fd, end, os.SEEK_DATA)
+                    end = os.lseek(self._fd, start, os.SEEK_HOLE)
+                except OSError:  # no data from here on
+                    return
+            for block in range(-(-start // MAP_AHEAD), min(end, self._size) // MAP_AHEAD):
+                if block not in self._mapped:
+                    yield block
 
     def close(self) -> None:
-        self._map.close()
+        with self._lock:
+            self._open = False
+            os.close(self._fd)
+            self._map.close()
 
 
 class MemfdRung:
@@ -135,12 +198,19 @@ class MemfdRung:
                 if os.fstat(fds[0]).st_size < size:
                     raise RungFailedError("the peer's memory is smaller than it said")
                 found = self._mappings[index] = _Mapping(fds[0], size)
+                found.tend()
             finally:
                 os.close(fds[0])
             return found
 
     def prepare(self, link: Link) -> None:
         """Nothing to do."""
+
+    def tend(self) -> None:
+        with self._lock:
+            mappings = list(self._mappings.values())
+        for mapping in mappings:
+            mapping.tend()
 
     def read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> list[int] | None:
         if link.welcome.slabs[lease.slab].device >= 0:
@@ -244,6 +314,9 @@ class CudaIpcRung:
             return self._bases[index][1] + slab.ipc_offset
 
     def prepare(self, link: Link) -> None:
+        """Nothing to do."""
+
+    def tend(self) -> None:
         """Nothing to do."""
 
     def read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> None:

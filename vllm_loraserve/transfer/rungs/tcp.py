@@ -214,6 +214,9 @@ class TcpRung:
     def prepare(self, link: Link) -> None:
         """Nothing to do."""
 
+    def tend(self) -> None:
+        """Nothing to do."""
+
     def read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> list[int] | None:
         if destination.slab.device < 0:
             return self._read(link, lease, destination, flight)

@@ -158,6 +158,9 @@ class VerbsRung:
         self._connection = connection
         return connection
 
+    def tend(self) -> None:
+        """Nothing to do."""
+
     def read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> None:
         if len(lease.remote) != len(lease.pages.ranges):
             raise RungFailedError("the lease came without registered memory")
