@@ -136,6 +136,15 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     limit_wait_s: Annotated[
         float, Meta(ge=0, description="Seconds that a request over its max_inflight_tokens waits before it gets 429.")
     ] = 30.0
+    cpu_poll_s: Annotated[
+        float,
+        Meta(
+            ge=0.002,
+            le=1,
+            description="Seconds that an engine core on a CPU looks for its workers' next message without a pause, on "
+            "a whole core, before it sleeps; vLLM's own: 1.",
+        ),
+    ] = 0.003
     trace_schedule: Annotated[
         str | None, Meta(description="File that gets one JSON line per step of the scheduler; unset: none.")
     ] = None

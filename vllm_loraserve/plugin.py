@@ -38,9 +38,10 @@ class Hook:
     """Names of the parameters that the replaced callable must have, in order."""
     used_by: tuple[str, str] | None = None
     """(`module:attribute.path`, text): where vLLM uses the target, and how; the source there must contain the text."""
-    when: Literal["always", "server", "worker"] = "always"
+    when: Literal["always", "server", "worker", "engine"] = "always"
     """always: by `register`; server: by `install_server_hooks`, in an API-server process that uses the flag; worker: by
-    `install_worker_hooks`, where a LoRA manager of ours is made."""
+    `install_worker_hooks`, where a LoRA manager of ours is made; engine: by `install_engine_hooks`, where a scheduler
+    of ours is made."""
     patch: str | None = None
     """Diff under `patches/` that would make the hook unnecessary."""
 
@@ -280,6 +281,29 @@ def hooks() -> tuple[Hook, ...]:
             used_by=("vllm.v1.metrics.loggers:StatLoggerManager.record", "for stat_logger in self.stat_loggers:"),
             when="server",
         ),
+        Hook(
+            name="an engine core's wait for requests",
+            target="vllm.v1.engine.core:EngineCoreProc._process_input_queue",
+            kind="hook",
+            wrap=_ours("engine_waits", "wrap_process_input_queue"),
+            parameters=("self",),
+            used_by=("vllm.v1.engine.core:EngineCoreProc.process_input_sockets", "self.input_queue.put_nowait("),
+            when="engine",
+            patch="0011-scheduler-waits.patch",
+        ),
+        Hook(
+            name="an engine core's wait for its workers",
+            target="vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
+            kind="hook",
+            wrap=_ours("engine_waits", "wrap_spin_wait"),
+            parameters=("self", "timeout_ms"),
+            used_by=(
+                "vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
+                "current_time <= self.last_read + self.busy_loop_s",
+            ),
+            when="engine",
+            patch="0012-message-queue-busy-loop.patch",
+        ),
         *_layer_hooks(),
     )
 
@@ -373,9 +397,15 @@ def install_worker_hooks() -> str | None:
     return _check_and_install("worker")
 
 
+def install_engine_hooks() -> str | None:
+    """Puts the hooks of how an engine core waits in place, or says in one line why they don't fit."""
+    return _check_and_install("engine")
+
+
 def worker_problem() -> str | None:
-    """Why the hooks of LoRA layers don't fit, in one line; for whom it is too early to put them in place."""
-    return _problem(tuple(hook for hook in hooks() if hook.when == "worker"))
+    """Why the hooks of workers and engine cores don't fit, in one line; for whom it is too early to put them in
+    place."""
+    return _problem(tuple(hook for hook in hooks() if hook.when in ("worker", "engine")))
 
 
 def _check_and_install(when: str) -> str | None:

@@ -11,12 +11,12 @@
 
 #define LSC_API extern "C" __attribute__((visibility("default")))
 
-constexpr int LSC_ABI = 2;
+constexpr int LSC_ABI = 3;
 
 enum lsc_dtype : int32_t { LSC_BF16 = 0, LSC_F16 = 1, LSC_F32 = 2 };
 
 struct lsc_layer {
-  const void* arena;          // what page numbers count from
+  const void* arena;          // what page numbers count from; they may be negative
   const int32_t* page_table;  // [slots, table_stride]
   const int32_t* ranks;       // [slices, ranks_stride], one column per slot
   const int64_t* slices;      // [slices, 4]: A offset, B offset (elements from the page), first column of y, columns
@@ -43,6 +43,11 @@ LSC_API int lsc_abi(void);
 // is not served.
 LSC_API int lsc_linear(const lsc_layer* layer, const lsc_batch* batch, const void* x, int64_t x_stride, void* y,
                        int64_t y_stride, int32_t add_inputs);
+// Who has changed page tables and then sees 1 here knows that nobody reads the pages they named before: no lsc_linear runs
+// at that moment, and later ones read the tables anew. enter and leave count a reader outside of this library as one.
+LSC_API int lsc_idle(void);
+LSC_API void lsc_enter(void);
+LSC_API void lsc_leave(void);
 // Partial results (x @ A^T of every grouped token, fp32) lie in scratch memory of the calling thread, which grows as needed
 // and is kept. Grows it to so many floats now and writes them, so that the process's size shows it; returns what it holds.
 LSC_API int64_t lsc_reserve(int64_t floats);

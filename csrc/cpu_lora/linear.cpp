@@ -159,6 +159,15 @@ const Kernels* best_kernels() {
 }
 
 std::atomic<const Kernels*> chosen{nullptr};
+std::atomic<int> readers{0};  // of page tables, now
+
+// The increment orders the reads of page tables behind it, as the fence of lsc_idle orders its caller's writes before the
+// look: either lsc_idle sees the reader, or the reader sees what was written.
+struct Reader {
+  Reader() { readers.fetch_add(1, std::memory_order_seq_cst); }
+  ~Reader() { readers.fetch_sub(1, std::memory_order_seq_cst); }
+};
+
 std::atomic<int> thread_limit{0};
 
 const Kernels* kernels() {
@@ -175,6 +184,7 @@ LSC_API int lsc_abi(void) { return LSC_ABI; }
 LSC_API int lsc_linear(const lsc_layer* layer, const lsc_batch* batch, const void* x, int64_t x_stride, void* y,
                        int64_t y_stride, int32_t add_inputs) {
   if (layer->dtype < LSC_BF16 || layer->dtype > LSC_F32) return -1;
+  const lsc::Reader reader;
   lsc::Job job;
   job.layer = layer;
   job.batch = batch;
@@ -195,6 +205,14 @@ LSC_API int lsc_linear(const lsc_layer* layer, const lsc_batch* batch, const voi
   lsc::run_on_threads(threads, lsc::work, &job);
   return 0;
 }
+
+LSC_API int lsc_idle(void) {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  return lsc::readers.load(std::memory_order_seq_cst) == 0 ? 1 : 0;
+}
+
+LSC_API void lsc_enter(void) { lsc::readers.fetch_add(1, std::memory_order_seq_cst); }
+LSC_API void lsc_leave(void) { lsc::readers.fetch_sub(1, std::memory_order_seq_cst); }
 
 LSC_API int64_t lsc_reserve(int64_t floats) {
   std::vector<float>& h = lsc::scratch_of_thread().h;

@@ -30,7 +30,9 @@ def bring(residents: ArenaResidents, lora_id: int, needed: tuple[int, int], gene
         torch.full((count, layout.groups[group].page_elements), float(lora_id)) if count else None
         for group, count in enumerate(needed)
     ]
-    return residents.bring_in(lora_id, needed, sources, generation)
+    pages = residents.reserve(lora_id, needed, generation)
+    residents.arena.write(pages, sources)
+    return pages
 
 
 def test_pages_come_in_and_go(residents: ArenaResidents) -> None:

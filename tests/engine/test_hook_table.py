@@ -25,6 +25,8 @@ NO_HOOKS = {
     *("output", "error", "is_3d_lora_weight"),
     # A thread's own socket, and the meter's generate and encode, by a variable.
     *("socket", "name"),
+    # Of an engine core's own queue; the row of its wait checks that requests come by it.
+    "put_nowait",
 }
 """What is set on objects that are not ours and replaces nothing of theirs, or is in the table under its name."""
 

@@ -102,13 +102,15 @@ def test_a_device_copies_behind_the_step_and_its_source_stays_until_then() -> No
         side_stream=None,
         copies=PendingCopies(event),
         host=SimpleNamespace(reading=read, targets=lambda entry: [None]),
-        residents=SimpleNamespace(is_staged=lambda *_: False, lock=RLock(), bring_in=lambda *_: [[0]]),
+        residents=SimpleNamespace(is_staged=lambda *_: False, lock=RLock(), reserve=lambda *_: [[0]]),
+        arena=SimpleNamespace(write=lambda *_: None, numbers=lambda pages: pages),
+        _numbers_in_place=lambda entry: None,
         _page_victims=lambda adapter: [],
         _make_room=lambda *_: None,
         _take_slot=lambda adapter: None,
     )
     for adapter in (1, 2):
-        assert PagedLoRAModelManager._bring_in(manager, adapter, SimpleNamespace()) == [[0]]  # type: ignore[arg-type]
+        assert PagedLoRAModelManager._bring_in(manager, adapter, SimpleNamespace()) == ([[0]], None)  # type: ignore[arg-type]
     assert reading == {1, 2}, "nobody waited, and both are being copied"
     events[0].done = True
     PagedLoRAModelManager._bring_in(manager, 3, SimpleNamespace())  # type: ignore[arg-type]
@@ -137,7 +139,8 @@ def test_a_copy_that_could_not_be_queued_holds_nothing() -> None:
 
     manager: Any = SimpleNamespace(
         copies=PendingCopies(Event),
-        host=SimpleNamespace(reading=read),
+        host=SimpleNamespace(reading=read, targets=lambda entry: [None]),
+        _numbers_in_place=lambda entry: None,
         residents=SimpleNamespace(is_staged=lambda *_: False, lock=RLock()),
         _page_victims=lambda adapter: [],
         _make_room=full,

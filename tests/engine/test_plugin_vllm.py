@@ -59,6 +59,7 @@ def test_every_hook_fits_the_installed_vllm() -> None:
     plugin.register()
     assert plugin.install_server_hooks() is None
     assert plugin.install_worker_hooks() is None
+    assert plugin.install_engine_hooks() is None
     assert plugin.refusal() is None
     assert {hook.name: hook.check() for hook in plugin.hooks()} == {hook.name: None for hook in plugin.hooks()}
     names = [hook.name for hook in plugin.hooks()]

@@ -126,16 +126,17 @@ def test_the_manager_copies_on_it_and_tells_when_pages_come_free() -> None:
         held.append(set(streams.current.done))
         return SimpleNamespace(query=lambda: True)
 
-    def bring_in(*_: Any) -> list[list[int]]:
+    def write(*_: Any) -> None:
         streams.give("copy")
-        return [[0]]
 
     manager: Any = SimpleNamespace(
         device=SimpleNamespace(type="cuda"),
         side_stream=SideStream(torch.device("cuda"), streams),
         copies=PendingCopies(event),
         host=SimpleNamespace(reading=read, targets=lambda entry: [None]),
-        residents=SimpleNamespace(is_staged=lambda *_: False, lock=RLock(), bring_in=bring_in),
+        residents=SimpleNamespace(is_staged=lambda *_: False, lock=RLock(), reserve=lambda *_: [[0]]),
+        arena=SimpleNamespace(write=write, numbers=lambda pages: pages),
+        _numbers_in_place=lambda entry: None,
         _page_victims=lambda adapter: [],
         _make_room=lambda *_: None,
         _take_slot=lambda adapter: None,

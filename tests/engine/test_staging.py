@@ -46,7 +46,8 @@ class Bench:
         generation = self.prepare(lora_id, pages)
         with self.host.reading(lora_id) as entry:
             assert entry is not None
-            self.residents.bring_in(lora_id, entry.pages, self.host.targets(entry), generation)
+            pages = self.residents.reserve(lora_id, entry.pages, generation)
+            self.residents.arena.write(pages, self.host.targets(entry))
 
     def free(self) -> int:
         return self.residents.arena.free_pages()[0]

@@ -14,8 +14,6 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
 
-import torch
-
 from vllm_loraserve.memory.arena import Arena
 from vllm_loraserve.memory.eviction import fits
 
@@ -93,14 +91,11 @@ class ArenaResidents:
             )
         return chosen
 
-    def bring_in(
-        self, lora_id: int, needed: Sequence[int], sources: Sequence[torch.Tensor | None], generation: int
-    ) -> list[list[int]]:
-        """Take `needed` free pages and copy the adapter's host pages into them (see `Arena.write`)."""
+    def reserve(self, lora_id: int, needed: Sequence[int], generation: int) -> list[list[int]]:
+        """Take `needed` free pages, which are to hold this generation of the adapter's host entry."""
         with self.lock:
             pages = self._take(lora_id, needed, generation)
         assert pages is not None, "room was made before"
-        self.arena.write(pages, sources)
         return pages
 
     def _take(self, lora_id: int, needed: Sequence[int], generation: int) -> list[list[int]] | None:

@@ -173,10 +173,15 @@ class SchedulerEnd:
         for peer in self._peers.values():
             self._socket.send_multipart([peer, payload])
 
-    def wait(self, timeout_s: float) -> None:
-        """Returns when a report has come, or after the time."""
-        if not self._pending:
-            self._socket.poll(int(timeout_s * 1000))
+    def wait(self, timeout_s: float, descriptor: int | None = None) -> None:
+        """Returns when a report has come, or `descriptor` can be read, or after the time."""
+        if self._pending:
+            return
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        if descriptor is not None:
+            poller.register(descriptor, zmq.POLLIN)
+        poller.poll(int(timeout_s * 1000))
 
     def reports(self) -> list[Report]:
         """Everything that has come since the last call."""
@@ -190,7 +195,8 @@ class SchedulerEnd:
             except zmq.Again:
                 return
             report: Report = _decode_report(payload)
-            self._peers[report.rank] = peer
+            if isinstance(report, Hello):
+                self._peers[report.rank] = peer  # where it hears orders; it reports by another connection
             yield report
 
     def close(self) -> None:
@@ -198,56 +204,56 @@ class SchedulerEnd:
 
 
 class WorkerEnd:
-    """A worker's end: one daemon thread that receives orders and sends what any thread reports."""
+    """A worker's end: one daemon thread that receives orders; any thread reports."""
 
     def __init__(self, address: str, hello: Hello, on_order: Callable[[Order], None]) -> None:
         self._address, self._on_order, self.rank = address, on_order, hello.rank
-        self._inside = f"inproc://loraserve-{os.getpid()}-{id(self)}"
-        self._local = threading.local()
-        self._wake: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
-        self._wake.bind(self._inside)
+        inside = f"inproc://loraserve-{os.getpid()}-{id(self)}"
+        self._wake: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self._wake.bind(inside)
+        self._stop: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self._stop.connect(inside)
+        # A connection of their own: a report that went through the thread would wait until that has the interpreter.
+        self._reports, self._reporting = self._connect(), threading.Lock()
         self._thread = threading.Thread(target=self._run, args=(hello,), name="loraserve-orders", daemon=True)
         self._thread.start()
 
+    def _connect(self) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.set_hwm(0)
+        socket.connect(self._address)
+        return socket
+
     def report(self, report: Report) -> None:
         """From any thread; returns at once."""
-        socket = getattr(self._local, "socket", None)
-        if socket is None:
-            socket = self._local.socket = zmq.Context.instance().socket(zmq.PUSH)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.set_hwm(0)
-            socket.connect(self._inside)
-        socket.send(_encode(report))
+        with self._reporting:
+            if not self._reports.closed:
+                self._reports.send(_encode(report))
 
     def _run(self, hello: Hello) -> None:
-        outside: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        outside.setsockopt(zmq.LINGER, 0)
-        outside.set_hwm(0)
-        outside.connect(self._address)
-        outside.send(_encode(hello))
+        orders = self._connect()
+        orders.send(_encode(hello))
         poller = zmq.Poller()
-        poller.register(outside, zmq.POLLIN)
+        poller.register(orders, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
         while True:
             for socket, _ in poller.poll():
                 message = socket.recv()
-                if socket is outside:
-                    try:
-                        self._on_order(_decode_order(message))
-                    except Exception:
-                        # The load that was ordered runs into its timeout; the next orders must still be heard.
-                        logger.exception("An order of the scheduler could not be carried out")
-                elif message == b"stop":
-                    outside.close()
+                if socket is self._wake:
+                    orders.close()
                     self._wake.close()
                     return
-                else:
-                    outside.send(message)
+                try:
+                    self._on_order(_decode_order(message))
+                except Exception:
+                    # The load that was ordered runs into its timeout; the next orders must still be heard.
+                    logger.exception("An order of the scheduler could not be carried out")
 
     def close(self) -> None:
         """Ends the thread."""
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
-        socket.connect(self._inside)
-        socket.send(b"stop")
+        self._stop.send(b"")
         self._thread.join(2)
-        socket.close()
+        self._stop.close()
+        with self._reporting:
+            self._reports.close()

@@ -3,13 +3,14 @@
 Takes the place of vLLM's LRUCacheLoRAModelManager. An adapter goes through four states: in the host tier (any
 thread), staged (its pages are in the arena already: `staging.py`, where there is time and room), registered (vLLM knows
 its id), active (in a slot, its pages in the arena: `activate_adapter`, the engine's thread, a copy of whole pages where
-they were not staged). Modules that pages do not cover stay on vLLM's path inside the same calls.
+they were not staged; on a CPU that copy is made later, `lent_pages.py`). Modules that pages do not cover stay on vLLM's
+path inside the same calls.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -23,15 +24,17 @@ from vllm_loraserve.engine.adapter_loader import ServedAdapter
 from vllm_loraserve.engine.arena_residents import ArenaFullError, ArenaResidents
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.kv_gain import log_kv_gain
+from vllm_loraserve.engine.lent_pages import LentPages
 from vllm_loraserve.engine.lora_memory import ScratchReserve, log_arena, scratch_bytes, worker_layout
 from vllm_loraserve.engine.paged_layers import SlotTables, attach, is_paged, stacked_bytes, without_stacked_weights
 from vllm_loraserve.engine.pending_copies import PendingCopies
 from vllm_loraserve.engine.side_stream import SideStream
 from vllm_loraserve.engine.staging import UNUSED_S, Staging
 from vllm_loraserve.engine.stock_layers import track_slots
+from vllm_loraserve.kernels import cpu_native
 from vllm_loraserve.memory.arena import Arena, arena_rank_rows
 from vllm_loraserve.memory.eviction import Candidate, Demand, eviction_order, load_seconds
-from vllm_loraserve.memory.host_tier import HostTier
+from vllm_loraserve.memory.host_tier import HostEntry, HostTier
 
 # From the host tier: memory bandwidth and the fixed cost of an activation. From a checkpoint: disk and
 # conversion. Eviction only needs their ratio.
@@ -73,11 +76,18 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             stock_bytes=self.stock_bytes,
             max_rank_seen=self.lora_config.max_lora_rank,
         )
-        self.arena = Arena(self.layout, rows, self.device)
+        kernels = cpu_native.load() if self.device.type == "cpu" else None
+        self.arena = Arena(self.layout, rows, self.device, finely=kernels is not None)
         self.residents = ArenaResidents(self.arena)
         self.side_stream = SideStream(self.device) if self.device.type == "cuda" else None
-        self.staging = Staging(self.residents, lambda: self.host, self.side_stream)
         self.tables = SlotTables(self.layout, self.lora_slots, self.options.max_rank, self.device)
+        self.lent = LentPages(self.arena, self.tables, kernels) if kernels is not None else None
+        self.staging = Staging(
+            self.residents,
+            lambda: self.host,
+            self.side_stream,
+            in_place=lambda entry: self._numbers_in_place(entry) is not None,
+        )
         self._attach_kernels()
         # On a CPU the wrapper has taken it by now.
         self.scratch = ScratchReserve(
@@ -136,15 +146,18 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             self._active_adapters.touch(lora_id)
             return False
         adapter = self._registered_adapters[lora_id]
+        lend: Callable[[int], None] | None = None
         if isinstance(adapter, ServedAdapter) and adapter.shared_pages:
             self._take_slot(lora_id)
-            pages = self.residents.zeros(adapter.pages)
+            numbers = self.arena.numbers(self.residents.zeros(adapter.pages))
         elif isinstance(adapter, ServedAdapter):
-            pages = self._bring_in(lora_id, adapter)
+            numbers, lend = self._bring_in(lora_id, adapter)
         else:
             raise TypeError(f"LoRA {lora_id} was not loaded by this manager")
         slot = self.lora_index_to_id.index(lora_id)
-        self.tables.set(slot, pages, adapter.ranks)
+        self.tables.set(slot, numbers, adapter.ranks)
+        if lend is not None:
+            lend(slot)
         self._slot_rank(slot, adapter.page_rank)
         if lora_id in self._registered_adapters.pinned_items:
             # It was pinned, and had to give way to running requests.
@@ -153,7 +166,12 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         self._last_mapping = None
         return True
 
-    def _bring_in(self, lora_id: int, adapter: ServedAdapter) -> list[list[int]]:
+    def _numbers_in_place(self, entry: HostEntry) -> list[list[int]] | None:
+        return self.lent.numbers(self.host, entry) if self.lent is not None else None
+
+    def _bring_in(self, lora_id: int, adapter: ServedAdapter) -> tuple[list[list[int]], Callable[[int], None] | None]:
+        """Page numbers for the slot's tables; and, where they name host pages, what is to be done once the tables of
+        the slot hold them."""
         self.copies.drain()
         with ExitStack() as reading:
             entry = reading.enter_context(self.host.reading(lora_id))
@@ -161,17 +179,24 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
                 raise LookupError(f"LoRA {lora_id} is not in the host tier; prepare it first")
             # A replacement may have reached the host tier since this adapter was registered.
             adapter.ranks, adapter.pages = entry.ranks, entry.pages
-            if self.residents.is_staged(lora_id, entry.generation):
+            sources, in_place = self.host.targets(entry), self._numbers_in_place(entry)
+            if staged := self.residents.is_staged(lora_id, entry.generation):
                 self._take_slot(lora_id)
-                return self.residents.take_staged(lora_id)
-            with self.residents.lock:
-                self._make_room(lora_id, adapter.pages, self._page_victims(lora_id))
-                self._take_slot(lora_id)
+                pages = self.residents.take_staged(lora_id)
+            else:
+                with self.residents.lock:
+                    self._make_room(lora_id, adapter.pages, self._page_victims(lora_id))
+                    self._take_slot(lora_id)
+                    pages = self.residents.reserve(lora_id, adapter.pages, entry.generation)
+            if in_place is not None and self.lent is not None:
+                lent, until = self.lent, reading.pop_all()
+                return in_place, lambda slot: lent.lend(lora_id, slot, pages, sources, until)
+            if not staged:
                 with self.side_stream.copying() if self.side_stream is not None else nullcontext():
-                    pages = self.residents.bring_in(lora_id, adapter.pages, self.host.targets(entry), entry.generation)
+                    self.arena.write(pages, sources)
                     if self.device.type != "cpu":
                         self.copies.hold(reading.pop_all())
-        return pages
+        return self.arena.numbers(pages), None
 
     def _make_room(self, lora_id: int, needed: Sequence[int], victims: Sequence[int]) -> None:
         """Sends so many of the victims away that the pages are free. Raises ArenaFullError; nobody has gone then."""
@@ -236,6 +261,8 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         super()._deactivate_adapter(lora_id)
         # Before: a side thread may take the pages at once.
         self._pages_freed()
+        if self.lent is not None:
+            self.lent.end(lora_id)
         self.residents.release(lora_id)
 
     def _pages_freed(self) -> None:

@@ -196,7 +196,8 @@ def plan_module(name: str, layer: Any, parts: Sequence[LoRATensors | None]) -> M
 class SlotTables:
     """Per-slot metadata on the device: which pages hold slot s's rank rows, and its rank in every slice.
 
-    page_tables[g]: int32 [slots, max_pages]. ranks: int32 [slices of the layout, slots].
+    page_tables[g]: int32 [slots, max_pages], in the numbers of `Arena.numbers`. ranks: int32 [slices of the layout,
+    slots].
     """
 
     def __init__(self, layout: Layout, slots: int, max_rank: int, device: torch.device) -> None:
@@ -204,12 +205,17 @@ class SlotTables:
         self.page_tables = [torch.zeros((slots, max_pages), dtype=torch.int32, device=device) for _ in layout.groups]
         self.ranks = torch.zeros((len(layout.slice_index), slots), dtype=torch.int32, device=device)
 
-    def set(self, slot: int, pages: Sequence[Sequence[int]], ranks: Sequence[int]) -> None:
-        """The adapter in `slot` has these pages in each group and these ranks. Queued on the current stream."""
-        for table, owned in zip(self.page_tables, pages, strict=True):
+    def set(self, slot: int, numbers: Sequence[Sequence[int]], ranks: Sequence[int]) -> None:
+        """The adapter in `slot` has the pages of these numbers in each group, and these ranks. Queued on the current
+        stream."""
+        self.set_pages(slot, numbers)
+        self.ranks[:, slot].copy_(torch.tensor(ranks, dtype=torch.int32), non_blocking=True)
+
+    def set_pages(self, slot: int, numbers: Sequence[Sequence[int]]) -> None:
+        """Its pages are elsewhere now, with the same content."""
+        for table, owned in zip(self.page_tables, numbers, strict=True):
             if owned:
                 table[slot, : len(owned)].copy_(torch.tensor(owned, dtype=torch.int32), non_blocking=True)
-        self.ranks[:, slot].copy_(torch.tensor(ranks, dtype=torch.int32), non_blocking=True)
 
     def clear(self, slot: int) -> None:
         """No adapter is in `slot`: rank 0 everywhere, so that no kernel reads its pages."""
@@ -230,7 +236,8 @@ def attach(layers: Mapping[str, Any], layout: Layout, arena: Arena, tables: Slot
                 arena=flat,
                 page_table=table,
                 ranks=tables.ranks[at : at + len(places)],
-                page_stride=group.page_elements,
+                page_stride=arena.stride(index),
+                page_elements=group.page_elements,
                 page_rows=layout.page_rows,
                 a_offsets=tuple(place.a_offset for place in places),
                 b_offsets=tuple(place.b_offset for place in places),

@@ -13,6 +13,7 @@ requests are served oldest first.
 
 from __future__ import annotations
 
+import queue
 import time
 from collections.abc import Iterable
 from http import HTTPStatus
@@ -28,7 +29,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_loraserve.config import LoRAServeConfig
-from vllm_loraserve.engine import channel
+from vllm_loraserve.engine import channel, engine_waits
 from vllm_loraserve.engine.admission import AdmissionQueue, Lane
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.fairness import Limits, Shares
@@ -46,7 +47,8 @@ WAITS_EVERY_S = 0.25
 LOADS_EVERY_S = 0.05
 """How often loads are looked at when nothing has changed: back-offs and timeouts run out."""
 LOADS_POLL_S = 0.005
-"""Longest pause between two steps while there is nothing to do but wait for loads: a new request waits that long."""
+"""Longest pause between two steps while there is nothing to do but wait for loads, where it can't be seen what else has
+come: a new request waits so long then."""
 
 _Base: Any = Scheduler if TYPE_CHECKING else object
 
@@ -59,6 +61,7 @@ class RankAwareMixin(_Base):
         config = config_of(vllm_config) or LoRAServeConfig()
         lora_config = vllm_config.lora_config
         self.loraserve = config
+        engine_waits.install(config)
         self._end: channel.SchedulerEnd | None = None
         self.room = ArenaRoom(slots=lora_config.max_loras if lora_config is not None else 1)
         prefetch, workers = config.prefetch, 0
@@ -113,6 +116,10 @@ class RankAwareMixin(_Base):
         """Adapters that are ready and waited for, and that the workers are not told to hold."""
         self._only_loads = False
         """The last step had nothing to run, since all that waits waits for its adapter."""
+        self._doorbell: engine_waits.Doorbell | None = None
+        """Rings when a request comes; None: nobody has offered the queue that it comes by."""
+        self._waited = False
+        """The engine core has let us wait before the coming step."""
 
     _host_rows: int | None = None
     """Rank rows that the workers' host tiers hold; None: not known."""
@@ -138,15 +145,30 @@ class RankAwareMixin(_Base):
 
     # ---- the step ----
 
+    def wait_for_loads(self, requests: queue.Queue[Any]) -> None:
+        """Called before a step by an engine core that gets its requests by this queue and has no batch in flight: where
+        the last step found nothing to do but wait for loads, returns when a worker has reported, a request has come, or
+        loads are due to be looked at."""
+        if self._end is None:
+            return
+        if self._doorbell is None:
+            self._doorbell = engine_waits.Doorbell(requests)
+        self._doorbell.answer()
+        self._waited = True
+        if self._only_loads and requests.empty():
+            # Nobody reports a grammar that is ready, or KV blocks that have come.
+            self._end.wait(LOADS_POLL_S if self.deferred_waiting else LOADS_EVERY_S, self._doorbell.fd)
+
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step's work, as vLLM decides it over the requests that can run."""
         begin = time.monotonic()
         self.waiting.begin_step()
         if self._end is not None:
-            if self._only_loads:
+            if self._only_loads and not self._waited:
                 # Else the engine would run empty steps as fast as it can, on cores that the loads need.
                 self._end.wait(LOADS_POLL_S)
                 begin = time.monotonic()
+            self._waited = False
             for report in self._end.reports():
                 if isinstance(report, channel.Transfers):
                     self._transfers[report.rank] = report.families

@@ -40,22 +40,25 @@ class _Want:
 
 
 class Staging:
-    """Stages adapters of `host` in the arena of `residents`. `side_stream`: of the arena's GPU; None: host memory."""
+    """Stages adapters of `host` in the arena of `residents`. `side_stream`: of the arena's GPU; None: host memory.
+    in_place: whether an adapter can run before its pages are copied (`lent_pages.py`): then they are only taken."""
 
     def __init__(
         self,
         residents: ArenaResidents,
         host: Callable[[], HostTier],
         side_stream: SideStream | None = None,
+        in_place: Callable[[HostEntry], bool] = lambda entry: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._residents, self._host, self._side_stream, self._clock = residents, host, side_stream, clock
+        self._in_place = in_place
         self._last_step = float("-inf")
         self._lock = threading.Lock()
         self._wants: deque[_Want] = deque()
 
     def stage(self, lora_id: int) -> bool:
-        """Copies the adapter's host pages into the arena; False: it is active, not in the host tier, or finds no room.
+        """Brings the adapter's host pages into the arena; False: it is active, not in the host tier, or finds no room.
         For side threads; takes GRANT_S at most besides the copy."""
         with self._host().reading(lora_id) as entry:
             if entry is None:
@@ -64,7 +67,8 @@ class Staging:
             if staged is None:
                 return False
             try:
-                self._fill(staged.pages, self._host().targets(entry))
+                if not self._in_place(entry):
+                    self._fill(staged.pages, self._host().targets(entry))
                 staged.intact = True
             finally:
                 staged.filled.set()

@@ -8,6 +8,8 @@ warning says so, and `cpu_paged.py` does the same work in torch.
 import ctypes
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from vllm_loraserve.kernels.paged import PagedLinear
 
 logger = logging.getLogger(__name__)
 
-ABI = 2
+ABI = 3
 LIBRARY = "loraserve_cpu_lora.so"
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _MAX_PAGES = 512
@@ -107,7 +109,7 @@ class NativeLibrary:
         lib.lsc_reserve.argtypes = (i64,)
         lib.lsc_reserve.restype = i64
         lib.lsc_set_threads.argtypes = (i32,)
-        lib.lsc_set_threads.restype = None
+        lib.lsc_set_threads.restype = lib.lsc_enter.restype = lib.lsc_leave.restype = None
         if lib.lsc_abi() != ABI:
             raise OSError(f"{path} has ABI {lib.lsc_abi()}, this package needs {ABI}; build it again")
         self._linear = lib.lsc_linear
@@ -136,6 +138,21 @@ class NativeLibrary:
 
         A call of `linear` needs tokens x rank x slices of them."""
         return int(self._lib.lsc_reserve(floats))
+
+    @property
+    def idle(self) -> bool:
+        """True when no `linear` and no `reading` runs: whoever has changed page tables before asking may then give up
+        the pages that they named before."""
+        return bool(self._lib.lsc_idle())
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around other code that reads pages by page tables."""
+        self._lib.lsc_enter()
+        try:
+            yield
+        finally:
+            self._lib.lsc_leave()
 
     @property
     def isa(self) -> str:

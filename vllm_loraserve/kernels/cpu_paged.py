@@ -4,6 +4,8 @@ For each adapter of the batch its rank rows are gathered from the pages once, an
 tokens. The native library (`cpu_native.py`) needs no gather; this one needs nothing.
 """
 
+import ctypes
+
 import torch
 
 from vllm_loraserve.kernels.grouping import TokenGroups
@@ -42,6 +44,8 @@ def linear(
 
 def _rank_rows(layer: PagedLinear, pages: torch.Tensor, offset: int, width: int, rank: int) -> torch.Tensor:
     """[rank, width], gathered from the pages."""
+    if layer.page_stride != layer.page_elements:
+        return torch.cat([_rows_at(layer, page, offset, width) for page in pages.tolist()])[:rank]
     n_pages = layer.arena.numel() // layer.page_stride
     every = layer.arena.as_strided(
         (n_pages, layer.page_rows, width),
@@ -49,3 +53,11 @@ def _rank_rows(layer: PagedLinear, pages: torch.Tensor, offset: int, width: int,
         layer.arena.storage_offset() + offset,
     )
     return every[pages].view(-1, width)[:rank]
+
+
+def _rows_at(layer: PagedLinear, page: int, offset: int, width: int) -> torch.Tensor:
+    """[page_rows, width] of a page that may lie outside of the arena."""
+    item = layer.arena.element_size()
+    address = layer.arena.data_ptr() + (page * layer.page_stride + offset) * item
+    raw = (ctypes.c_char * (layer.page_rows * width * item)).from_address(address)
+    return torch.frombuffer(raw, dtype=layer.arena.dtype).view(layer.page_rows, width)

@@ -37,7 +37,8 @@ class PagedLinear:
     arena: 1-D tensor of the adapters' dtype; the base that page numbers count from.
     page_table: int32 [slots, max_pages]; entries that no rank row needs may hold anything.
     ranks: int32 [slices, slots]; this layer's true rank for each slot, 0 where the adapter lacks the module.
-    page_stride: elements between consecutive page numbers.
+    page_stride: elements between consecutive page numbers. page_elements: those of a page, 0: as many. Where a page
+    takes several numbers they count in finer steps, so that they can name pages anywhere, also outside of `arena`.
     """
 
     arena: torch.Tensor
@@ -50,6 +51,7 @@ class PagedLinear:
     in_size: int
     out_sizes: tuple[int, ...]
     name: str = ""
+    page_elements: int = 0
     handle: torch.Tensor = field(init=False)
     """int64 [slices, 4] on the device: per slice A offset, B offset, first output column, output columns. The
     kernels read it, and its address names the layer inside the custom op (no per-layer constant reaches
@@ -61,6 +63,7 @@ class PagedLinear:
     vectorised."""
 
     def __post_init__(self) -> None:
+        self.page_elements = self.page_elements or self.page_stride
         self._validate()
         device = self.arena.device
         starts = [sum(self.out_sizes[:s]) for s in range(self.n_slices)]
@@ -121,8 +124,8 @@ class PagedLinear:
                 self.a_offsets[s] + self.page_rows * self.in_size,
                 self.b_offsets[s] + self.page_rows * self.out_sizes[s],
             )
-            if min(self.a_offsets[s], self.b_offsets[s]) < 0 or max(ends) > self.page_stride:
-                raise ValueError(f"{where}: slice {s} ends at element {max(ends)} of a page of {self.page_stride}")
+            if min(self.a_offsets[s], self.b_offsets[s]) < 0 or max(ends) > self.page_elements:
+                raise ValueError(f"{where}: slice {s} ends at element {max(ends)} of a page of {self.page_elements}")
 
 
 def reference_linear(

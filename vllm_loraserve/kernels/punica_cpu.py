@@ -44,7 +44,7 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
             native = cpu_native.NativeLayer(linear)
             # The largest step that there can be, so that its memory is taken before vLLM looks what is left for the KV
             # cache. This thread is the one that runs the steps.
-            rank = min(self._max_rank, linear.arena.numel() // linear.page_stride * linear.page_rows)
+            rank = min(self._max_rank, linear.arena.numel() // linear.page_elements * linear.page_rows)
             self._native.reserve(self._token_lora_indices.shape[0] * rank * linear.n_slices)
         self._layers[linear.handle.data_ptr()] = (linear, native)
 
@@ -147,6 +147,9 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
                 self._batch = cpu_native.NativeBatch(self.token_groups)
             if self._native.linear(y, x, native, self._batch, add_inputs):
                 return
+            with self._native.reading():
+                cpu_paged.linear(y, x, linear, self.token_groups, add_inputs=add_inputs)
+            return
         cpu_paged.linear(y, x, linear, self.token_groups, add_inputs=add_inputs)
 
     def add_lora_logits(

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from vllm_loraserve.adapters.layout import Layout
+from vllm_loraserve.adapters.layout import ALIGN_BYTES, Layout
 from vllm_loraserve.memory import extension
 from vllm_loraserve.memory.allocator import PageAllocator
 from vllm_loraserve.memory.slab import DeviceSlab, HostSlab, Slab
@@ -26,11 +26,14 @@ class ArenaError(ValueError):
 class Arena:
     """Pages for `rank_rows` rank rows in every module group of `layout`, on `device`.
 
+    finely: page tables count in steps of ALIGN_BYTES, so that they can name pages outside of the arena, too
+    (`numbers_at`); for host memory.
+
     `slab` is the memory for `transfer/` (None when torch's allocator holds it). Group g's pages begin at byte
     `group_offset(g)` of it; page p lies p * `layout.page_bytes(g)` further.
     """
 
-    def __init__(self, layout: Layout, rank_rows: int, device: torch.device) -> None:
+    def __init__(self, layout: Layout, rank_rows: int, device: torch.device, *, finely: bool = False) -> None:
         self.layout, self.device = layout, device
         self.pages_per_group = rank_rows // layout.page_rows
         if self.pages_per_group < 1:
@@ -48,6 +51,10 @@ class Arena:
         for group in range(len(layout.groups)):
             self._offsets.append(at)
             at += self.pages_per_group * layout.page_bytes(group)
+        step = ALIGN_BYTES // layout.item_bytes
+        pages = [group.page_elements for group in layout.groups]
+        self.fine = finely and device.type == "cpu"
+        self._strides = [step] * len(pages) if self.fine else pages
         self.allocators = [PageAllocator(self.pages_per_group) for _ in layout.groups]
 
     @property
@@ -67,6 +74,32 @@ class Arena:
     def group_pages(self, group: int) -> torch.Tensor:
         """The group's pages, [pages, page_elements]."""
         return self.group_flat(group).view(self.pages_per_group, self.layout.groups[group].page_elements)
+
+    def stride(self, group: int) -> int:
+        """Elements between two numbers of the group's page tables."""
+        return self._strides[group]
+
+    def numbers(self, pages: Sequence[Sequence[int]]) -> list[list[int]]:
+        """What page tables hold for these pages of each group."""
+        return [
+            [page * (group.page_elements // stride) for page in owned]
+            for owned, group, stride in zip(pages, self.layout.groups, self._strides, strict=True)
+        ]
+
+    def numbers_at(self, address: int, counts: Sequence[int]) -> list[list[int]] | None:
+        """What page tables hold for pages that lie one after another from an address of host memory on, `counts[g]` of
+        each group g; None where tables cannot name them."""
+        if not self.fine:
+            return None
+        found: list[list[int]] = []
+        for group, count in enumerate(counts):
+            first, odd = divmod(address - (self.flat.data_ptr() + self._offsets[group]), ALIGN_BYTES)
+            step = self.layout.page_bytes(group) // ALIGN_BYTES
+            if odd or max(abs(first), abs(first + count * step)) >= 2**31:
+                return None
+            found.append([first + page * step for page in range(count)])
+            address += count * self.layout.page_bytes(group)
+        return found
 
     def free_pages(self) -> tuple[int, ...]:
         return tuple(allocator.free_pages for allocator in self.allocators)

@@ -332,7 +332,6 @@ class Peer:
             if held:
                 self.release(lease)
         self.landed(lease)
-        rung.tend()
         return lease.pages
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ class Rung(Protocol):
         """Before a lease is asked for: whatever the peer must know first. Raises RungFailedError."""
 
     def tend(self) -> None:
-        """Now and then while the peer is connected, and after each read. Returns at once."""
+        """Now and then while the peer is connected. Returns at once."""
 
     def read(self, link: Link, lease: wire.Leased, destination: Destination, flight: Flight) -> list[int] | None:
         """Brings the lease's page stream into the destination and returns when all of it has arrived.
