@@ -3,11 +3,11 @@
 An engine core that has nothing to do but wait for adapters would run empty steps until one is ready, each of them a
 message to every worker and back. It waits for the next request, or for the workers' next report, instead.
 
-vLLM's engine core looks for its workers' next message in shared memory without a pause, for a second after the last one,
-on a whole core. On a GPU machine that is a core to spare. On a CPU it is one of the step's own. There it looks for
-`cpu_poll_s`, then sleeps until it is notified, or for `RECHECK_S`: vLLM's notifications may be lost when they follow one
-another closely, and it looks again every 5 s. A worker looks as vLLM's does: nobody else computes then, and what looks
-begins at once.
+vLLM's engine core looks for its workers' next message in shared memory without a pause, for a second after the last
+one, on a whole core. On a GPU machine that is a core to spare. On a CPU it is one of the step's own. There it looks for
+`cpu_poll_s`, then sleeps until it is notified, or for `RECHECK_S`: vLLM's notifications may be lost when they follow
+one another closely, and it looks again every 5 s. A worker looks as vLLM's does: nobody else computes then, and what
+looks begins at once.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _poll_s: float | None = None
 
 
 def install(config: LoRAServeConfig) -> None:
-    """Makes this process, an engine core's, wait as the module's text says. Raises RuntimeError where the hooks do not fit
-    the installed vLLM."""
+    """Makes this process, an engine core's, wait as the module's text says. Raises RuntimeError where the hooks do not
+    fit the installed vLLM."""
     from vllm.platforms import current_platform
 
     from vllm_loraserve import plugin
