@@ -39,7 +39,7 @@ from vllm_loraserve.launcher.processes import Server, healthy
 
 FLAGS = ("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8", "--dtype", "bfloat16")
 FLAGS += ("--kv-cache-memory-bytes", str(256 << 20), "--no-enable-prefix-caching")
-SLOTS, WARM = 4, 2
+SLOTS, WARM = 4, 6
 PROMPT = [1, 504, 3575, 282, 4649, 314]
 
 
@@ -185,7 +185,7 @@ def merge(path: Path, figures: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there, beside those of benchmarks/transfer.py")
-    parser.add_argument("--adapters", type=int, default=8, help="adapters of each kind; two more warm up")
+    parser.add_argument("--adapters", type=int, default=8, help=f"adapters of each kind; {WARM} more warm up")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of a step, on every server")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--keep", type=Path, help="a folder for the logs")

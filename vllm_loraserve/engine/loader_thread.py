@@ -1,4 +1,5 @@
-"""How a thread that loads keeps out of the step's way: lower priority, and other cores than the step's.
+"""How a thread that loads keeps out of the step's way: lower priority, other cores than the step's, and the
+interpreter for no longer than it must.
 
 On a CPU vLLM binds each worker's OpenMP threads to cores of their own and leaves some to everybody else. The worker's
 first thread is bound too, to one of those cores, and every thread started from it inherits that: a loader would run on
@@ -12,9 +13,13 @@ import contextlib
 import multiprocessing
 import os
 import re
+import sys
 import threading
 from collections.abc import Mapping
 
+SWITCH_S = 0.0005
+"""Longest that a thread holds the interpreter while another one waits for it; Python's own: ten times as long, which
+would come on top of a step for each time that a loader has the interpreter when the step wants it."""
 NICENESS = 10
 """Added to a loader thread's niceness: where it must share a core, the step goes first."""
 
@@ -38,6 +43,7 @@ def side_cores(allowed: set[int], step: set[int]) -> set[int]:
 
 def step_aside() -> None:
     """Makes the calling thread one that loads; what the system refuses stays as it is."""
+    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
     thread = threading.get_native_id()
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, thread, NICENESS)

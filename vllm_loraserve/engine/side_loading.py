@@ -29,6 +29,9 @@ from vllm_loraserve.memory.host_tier import HostTierFullError
 
 logger = init_logger("vllm.loraserve.side_loading")
 
+TRANSFERS_AFTER_S = 0.1
+"""From the end of a load to the report of what was transferred."""
+
 
 def side_loading(cls: type) -> type:
     """A subclass of a worker LoRA manager class that loads aside."""
@@ -106,6 +109,7 @@ class SideLoadingMixin:
         """Adapter that stays in host memory until it is activated -> the attempt that brings it, 0: it was there."""
         self.load_errors: dict[int, str] = {}
         """Adapter -> why it could not be loaded, until it is loaded or removed."""
+        self._figures_are_due = False
         self._vllm_config = vllm_config
         self._channel: channel.WorkerEnd | None = None
         options = config_of(vllm_config) or LoRAServeConfig()
@@ -227,8 +231,8 @@ class SideLoadingMixin:
             self._report(channel.Ready(rank, adapter, attempt, lora_rank, seconds, request.lora_path))
         except Exception as error:
             self._fail(request, self._ended(request, load), error)
-        self._report_transfers()
         self._sweep()
+        self._report_transfers_soon()
 
     def _fail(self, request: LoRARequest, attempt: int, error: Exception) -> None:
         """Tells why a load did not end well; of one that nobody wants now only a scheduler that ordered it hears."""
@@ -253,7 +257,19 @@ class SideLoadingMixin:
             )
         )
 
+    def _report_transfers_soon(self) -> None:
+        """Not now: what was loaded is about to run, and to collect the figures takes the interpreter from the step."""
+        with self._orders:
+            if self._figures_are_due or not hasattr(self, "peers"):
+                return
+            timer = threading.Timer(TRANSFERS_AFTER_S, self._report_transfers)
+            timer.daemon = True
+            with contextlib.suppress(RuntimeError):  # no thread to be had: the next load reports
+                timer.start()
+                self._figures_are_due = True
+
     def _report_transfers(self) -> None:
+        self._figures_are_due = False
         if (peers := getattr(self, "peers", None)) is not None:
             self._report(channel.Transfers(self._vllm_config.parallel_config.rank, peers.metrics()))
 
@@ -316,7 +332,7 @@ class SideLoadingMixin:
         if reads:
             rank = self._vllm_config.parallel_config.rank
             self._report(channel.Stalled(rank, adapter, time.monotonic() - begin))
-            self._report_transfers()
+            self._report_transfers_soon()
         self._paths[adapter] = lora_request.lora_path
         self._release(adapter)
         self._sweep()
