@@ -23,8 +23,8 @@ NO_HOOKS = {
     *("paged_linear", "occupied_slots"),
     # Fields of one request's output and of one adapter.
     *("output", "error", "is_3d_lora_weight"),
-    # A thread's own socket, and the meter's generate and encode, by a variable.
-    *("socket", "name"),
+    # A thread's own socket and flag, and the meter's generate and encode, by a variable.
+    *("socket", "daemon", "name"),
     # Of an engine core's own queue; the row of its wait checks that requests come by it.
     "put_nowait",
 }
