@@ -418,6 +418,26 @@ def test_the_last_copy_stays_until_a_move_is_confirmed(worker, tmp_path):
     assert not theirs.may_evict(5)
 
 
+def test_who_has_to_evict_looks_at_the_checkpoints_first(worker, tmp_path):
+    probe = tier()
+    before = probe.free_bytes
+    fill(probe, 1, "x", seed=1)
+    theirs = tier(budget=2 * (before - probe.free_bytes))  # room for two adapters
+    holder = worker("one", theirs)
+    checkpoint = tmp_path / "adapter_config.json"
+    checkpoint.write_text("{}")
+    fill(theirs, 5, "sha-a", seed=1)
+    holder.served(LoRARequest("a", 5, str(tmp_path)))
+    holder.look_at_checkpoints()
+    checkpoint.unlink()
+    holder._looked_at = -peer_sources.CHECKPOINTS_EVERY_S
+    fill(theirs, 6, "sha-b", seed=2)
+    assert theirs.may_evict(5), "there was room, so nobody looked"
+    entry = theirs.create(7, "sha-c", (16, 8))
+    theirs.discard(entry)
+    assert (5 in theirs, 6 in theirs) == (True, False), "5 is the last copy: its checkpoint is gone"
+
+
 def test_a_copy_whose_checkpoint_can_be_read_may_go(worker, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     theirs = tier()

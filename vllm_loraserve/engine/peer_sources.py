@@ -39,7 +39,7 @@ logger = init_logger("vllm.loraserve.peer_sources")
 CHECKPOINTS_EVERY_S = 5.0
 """How old the knowledge may be whether the checkpoints of the adapters held here can be read."""
 LOOK_S = 1.0
-"""Longest that a load waits for that knowledge."""
+"""Longest that a load which has to evict waits for that knowledge."""
 
 
 class PeerSources:
@@ -91,6 +91,7 @@ class PeerSources:
             landing_key=lambda name, digest: self._landings.get((name, digest)),
         )
         tier.may_evict = self._may_evict
+        tier.before_evicting = lambda: self.look_at_checkpoints(every_s=CHECKPOINTS_EVERY_S, patience_s=LOOK_S)
         self._server = TransferServer(
             [self._store],
             key,
@@ -239,7 +240,10 @@ class PeerSources:
             looker = self._looker = threading.Thread(
                 target=self._look, args=(dict(self._paths),), name="loraserve-look", daemon=True
             )
-            looker.start()
+            try:
+                looker.start()
+            except RuntimeError:  # can't start new thread: what was known stands
+                return
         looker.join(patience_s)
 
     def _look(self, paths: dict[str, str]) -> None:
@@ -259,7 +263,13 @@ class PeerSources:
 
         Raises AdapterUnavailableError where neither a peer nor its checkpoint has it, else what reading that raised.
         """
-        self.look_at_checkpoints(every_s=CHECKPOINTS_EVERY_S, patience_s=LOOK_S)
+        try:
+            return self._bring(request)
+        finally:
+            # Here nobody waits for it any more; a load that has to evict looks for itself.
+            self.look_at_checkpoints(every_s=CHECKPOINTS_EVERY_S, patience_s=0)
+
+    def _bring(self, request: LoRARequest) -> ServedAdapter | None:
         name = request.lora_name
         with self._lock:
             digest, locations = self._located.get((name, request.lora_path), ("", ()))

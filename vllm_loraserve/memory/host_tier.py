@@ -94,6 +94,8 @@ class HostTier:
         self.lock = threading.RLock()
         self.may_evict: Callable[[Hashable], bool] = lambda key: True
         """Asked before an entry is evicted (a cluster keeps the last copy of an adapter)."""
+        self.before_evicting: Callable[[], None] = lambda: None
+        """Called, without the lock, by who is about to ask `may_evict`: what that goes by may be brought up to date."""
 
     def warm(self, ahead: int) -> None:
         """From now on `ahead` bytes beyond those ever used have their memory before they are needed."""
@@ -148,6 +150,8 @@ class HostTier:
                 f"The adapter takes {size} bytes and the whole host tier has {self._extents.size}; raise "
                 "--loraserve-config.host_gib.",
             )
+        if self._would_evict(size):
+            self.before_evicting()
         with self.lock:
             offset = self._extents.allocate(size)
             if offset is None:
@@ -264,6 +268,11 @@ class HostTier:
             ends = sorted((entry.offset, entry.offset + entry.size) for entry in held)
             for (_, end), (start, _) in itertools.pairwise(ends):
                 assert end <= start, "two adapters overlap"
+
+    def _would_evict(self, size: int) -> bool:
+        with self.lock:
+            crowded = self.max_adapters is not None and len(self._entries) >= self.max_adapters
+            return crowded or all(length < self._extents.rounded(size) for _, length in self._extents.gaps())
 
     def _candidates(self, besides: Hashable) -> list[Candidate[Hashable]]:
         """What may be evicted for the good of `besides`."""
