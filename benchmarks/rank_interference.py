@@ -108,7 +108,7 @@ def figures(seen: dict[tuple[str, str], Seen], rate: float) -> dict[str, Any]:
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
-    """Bars: alone and shared, for each side."""
+    """Bars with their values: alone and shared, for each side; logarithmic, since stock is far from the others."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,7 +118,10 @@ def plot(result: dict[str, Any], file: Path) -> None:
     for axis, name in zip(axes, ("ttft", "tpot"), strict=True):
         for offset, kind in ((-0.2, "alone"), (0.2, "shared")):
             values = [result["rows"][f"{side}_{kind}"][f"{name}_p95_ms"] for side in SIDES]
-            axis.bar([i + offset for i in range(len(SIDES))], values, 0.4, label=kind)
+            bars = axis.bar([i + offset for i in range(len(SIDES))], values, 0.4, label=kind)
+            axis.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+        axis.set_yscale("log")
+        axis.margins(y=0.1)
         axis.set_xticks(range(len(SIDES)), list(SIDES))
         axis.set_title(f"P95 {name.upper()} of rank-8 requests, ms")
     axes[0].legend()

@@ -232,7 +232,7 @@ def summary(server: Server, runs: list[dict[str, Any]]) -> dict[str, Any]:
     ttft = sorted(request["ttft"] for run in runs for request in run["requests"])
     tpot = [request["tpot"] for run in runs for request in run["requests"]]
     return {
-        "arguments": server.arguments,
+        "arguments": [argument.replace(f"{server.log.parent}/", "") for argument in server.arguments],
         "output_tokens_per_s": statistics.median(run["tokens"] / run["seconds"] for run in runs),
         "ttft_p50_s": ttft[len(ttft) // 2],
         "ttft_p95_s": ttft[min(int(len(ttft) * 0.95), len(ttft) - 1)],

@@ -216,7 +216,7 @@ def stamp() -> dict[str, str]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": f"{platform.machine()}, {os.cpu_count()} cores, no accelerator",
         "vllm": vllm.__version__,
-        "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 
