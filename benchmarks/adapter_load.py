@@ -2,8 +2,8 @@
 
 Two in-process engines of the same dummy Llama on a CPU; in each, rank-64 adapters are registered (their weights are in
 host memory) and made active by turns in one slot. Timed is `activate_adapter`, after which a step can compute with the
-adapter (`activate_ratio`): stock zeroes and fills the slot module by module, ours writes page tables that name the pages
-in host memory, since a CPU's kernels read those alike; a side thread copies the pages into the arena later, and
+adapter (`activate_ratio`): stock zeroes and fills the slot module by module, ours writes page tables that name pages in
+host memory, since a CPU's kernels read those alike; a side thread copies the pages into the arena later, and
 `ours_in_arena` is the time until they are there. Where the pages were copied before the step, as for a request that
 waited for its load, what is left to it is `ours_staged` (`activate_staged_ratio`). Also timed: from its checkpoint into
 host memory and a slot, of adapters that are read for the first time, with their files in the page cache (warm) and
