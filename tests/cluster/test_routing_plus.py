@@ -64,6 +64,10 @@ def test_spills_to_a_non_holder_only_when_faster_fetch_included() -> None:
     holder, other = {"queued_tokens": 30_000.0}, {"phi": 0.0, "ready_s": 0.05}
     assert choose(view("holder"), view("other", **other)) == "holder"
     assert choose(view("holder", queued_tokens=300_000.0), view("other", **other)) == "other"
+    # A short queue is waited for, and how long it may be grows with what the request decodes.
+    short, near = {"queued_tokens": 1_500.0}, {"phi": 0.0, "ready_s": 0.0}
+    assert choose(view("holder", **short), view("near", **near)) == "holder"
+    assert choose_finish_time([view("holder", **short), view("near", **near)], COST, 1000.0, 5.0, 16, 16) == "near"
     slow_fetch = {"phi": 0.0, "ready_s": 30.0}
     assert choose(view("holder", **holder), view("other", **slow_fetch)) == "holder"
 

@@ -12,6 +12,7 @@ from vllm_loraserve.cluster.operating_points import StepCost
 from vllm_loraserve.cluster.placement import Placement
 from vllm_loraserve.simulator.machine import Kernels, Machine
 from vllm_loraserve.simulator.results import Result
+from vllm_loraserve.simulator.server import MAX_SKIP_S
 from vllm_loraserve.simulator.simulation import simulate
 from vllm_loraserve.simulator.systems import SYSTEMS
 from vllm_loraserve.simulator.workload import Workload
@@ -115,6 +116,23 @@ def test_arena_limit_serialises_adapters_that_do_not_fit_together() -> None:
     roomy = run([(0.0, 0, 20, 50), (0.0, 1, 20, 50)])
     tight = run([(0.0, 0, 20, 50), (0.0, 1, 20, 50)], machine=machine)
     assert tight.ttft[1] >= tight.finish[0] > roomy.ttft[1]
+
+
+def test_room_is_made_by_the_fewest_requests_and_the_other_adapters_go_on() -> None:
+    """Two rank-128 adapters fill the arena and never end by themselves; a third waits for `MAX_SKIP_S`, then the one
+    with fewer requests gets no new ones until it has its room."""
+    hot = [(t / 10, 0, 1, 20) for t in range(80)]
+    warm = [(0.05 + t / 5, 1, 1, 20) for t in range(40)]
+    waits = [(0.5, 2, 1, 1)]
+    requests = sorted([*hot, *warm, *waits])
+    ttft = run(requests, ranks=(128, 128, 128)).ttft
+    of = [[float(ttft[i]) for i, r in enumerate(requests) if r[1] == adapter] for adapter in range(3)]
+    decode_s = 20 * (0.010 + 256e-5 + 20e-3)  # at most: the two streams never have 20 requests running
+    assert MAX_SKIP_S < of[2][0] < MAX_SKIP_S + decode_s
+    assert max(of[0]) < 0.05, "requests of the adapter that stays went on"
+    assert max(of[1]) > 0.15, "those of the adapter that makes room waited"
+    last = [float(ttft[i]) for i, r in enumerate(requests) if r[1] == 1 and r[0] > 7.0]
+    assert max(last) < 0.05, "and ran again afterwards"
 
 
 def test_load_blocks_only_its_own_request_except_with_padded_kernels() -> None:

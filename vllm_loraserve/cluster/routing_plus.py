@@ -117,7 +117,9 @@ EXTERNALITY = 40.0
 CROWDING = 4.0
 """How steeply the wait for room in an arena grows with the share of it that is asked for too much."""
 SPILL_MARGIN_S = 0.02
-"""A non-holder must be predicted this much faster, relative to which copying an adapter is not worth it."""
+SPILL_SHARE = 0.05
+"""A non-holder must be predicted this much faster, and by this share of the time that the request decodes there: for
+less, copying an adapter is not worth it."""
 
 
 def choose_finish_time(
@@ -136,7 +138,7 @@ def choose_finish_time(
 
     Bringing an adapter into a batch that does not run it adds its rank rows and its share of launch cost to
     every step until it leaves, so requests of one adapter attract each other; a queue pushes them apart. A
-    server without phi is taken only when it is faster by `SPILL_MARGIN_S`, fetch included. `own`: the
+    server without phi is taken only when it is faster by the spill margins, fetch included. `own`: the
     session's server, favoured by `affinity_gain_s` (the prefill time its prefix cache saves).
     """
     best, best_score = "", math.inf
@@ -150,7 +152,7 @@ def choose_finish_time(
             short = v.rows_demanded + rank_rows - v.arena_rows
             score += output * step * (1.0 + CROWDING * short / v.arena_rows)
         if v.phi <= 0.0:
-            score += SPILL_MARGIN_S + v.ready_s
+            score += SPILL_MARGIN_S + SPILL_SHARE * output * step + v.ready_s
         if v.name == own:
             score -= affinity_gain_s
         if score < best_score or (score == best_score and v.name < best):

@@ -25,8 +25,10 @@ from vllm_loraserve.simulator.machine import Kernels, Machine
 
 SCAN = 32
 """How deep into the queue a step looks for requests whose adapter is ready, and prefetches for the others."""
-AGEING_S = 5.0
-"""A request that waited longer than this for room in the arena stops admissions behind it."""
+SKIP_WINDOW = 64
+"""Requests admitted since an adapter was first seen to find no room in the arena, before room is made for it."""
+MAX_SKIP_S = 2.0
+"""The same in seconds, whichever comes first. Both are the defaults of the engine's scheduler."""
 
 
 class Request:
@@ -110,6 +112,8 @@ class Server:
         self.refs: dict[int, int] = {}
         self.demanded: dict[int, int] = {}  # adapter -> requests here, waiting or running
         self.rows_demanded = 0
+        self.admitted = 0
+        self.blocked: dict[int, tuple[float, int]] = {}  # adapter without room -> (since, `admitted` then)
         self.rank_refs: dict[int, int] = {}
         self.decode_ranks: dict[int, int] = {}  # rank -> requests that decode
         self.rows_in_use = 0
@@ -299,6 +303,7 @@ class Server:
 
     def _enter(self, r: Request) -> None:
         self.running += 1
+        self.admitted += 1
         self.kv_used += r.prompt + r.output
         self.queued_kv -= r.prompt + r.output
         self.prefilling.append(r)
@@ -323,11 +328,15 @@ class Server:
         stall = 0.0
         skipped: list[Request] = []
         wanted: set[int] = set()
+        drained: set[int] | None = None
         while waiting and budget > 0 and self.running < m.max_seqs and len(skipped) < SCAN:
             r = waiting[0]
             if self.kv_used + r.prompt + r.output > m.kv_tokens or r.arrival > self.known_until:
                 break
             a = r.adapter
+            if a >= 0 and drained is not None and (a not in self.refs or a in drained):
+                skipped.append(waiting.popleft())
+                continue
             if a >= 0 and a not in self.arena:
                 if self.kernels is Kernels.PADDED and self._make_room(a, wanted):
                     stall += self._bring(a, now + stall) - (now + stall)
@@ -337,8 +346,8 @@ class Server:
                     if a not in self.loading:
                         if self._make_room(a, wanted):
                             self._start_load(a, now)
-                        elif now - r.arrival > AGEING_S and self.running:
-                            break  # let running adapters leave: those behind must not keep the arena for ever
+                        elif self._aged(a, now):
+                            drained = self._to_drain(a)
                     skipped.append(waiting.popleft())
                     continue
             waiting.popleft()
@@ -348,7 +357,7 @@ class Server:
         if skipped:
             # Prefetch in queue order for those that could not be looked at for lack of budget.
             waiting.extendleft(reversed(skipped))
-        if waiting and self.kernels is not Kernels.PADDED:
+        if waiting and self.kernels is not Kernels.PADDED and drained is None:
             for r in islice(waiting, len(skipped), SCAN):
                 self.prefetch(r.adapter, now, wanted)
         return admitted, stall
@@ -364,7 +373,25 @@ class Server:
                 keep.add(a)
                 self._start_load(a, now)
 
+    def _aged(self, a: int, now: float) -> bool:
+        """`a`, for which there is no room, was overtaken for long enough."""
+        since, admitted = self.blocked.setdefault(a, (now, self.admitted))
+        return now - since > MAX_SKIP_S or self.admitted - admitted > SKIP_WINDOW
+
+    def _to_drain(self, a: int) -> set[int]:
+        """The running adapters that get no new requests until `a` has its room: the fewest requests for the rows they
+        give back, as in the engine's scheduler (`engine/rank_budget.py`)."""
+        lacking = self.rows_in_use + self.rows_of[a] - self.machine.arena_rows
+        drained: set[int] = set()
+        for v in sorted(self.refs, key=lambda v: (self.refs[v] / self.rows_of[v], v)):
+            if lacking <= 0:
+                break
+            drained.add(v)
+            lacking -= self.rows_of[v]
+        return drained
+
     def _start_load(self, a: int, now: float) -> None:
+        self.blocked.pop(a, None)
         done = self._bring(a, now)
         self.loading[a] = done
         self.arena_used += self.rows_of[a]  # reserved from now on
