@@ -8,10 +8,10 @@ from coordinator_bench import FakeInstance, record
 
 from vllm_loraserve.cluster.operating_points import OperatingPoints, StepCost, shipped_defaults
 from vllm_loraserve.cluster.placement import make_policy
-from vllm_loraserve.coordinator.control import ControlOptions, fitting
+from vllm_loraserve.coordinator.control import ControlOptions
 from vllm_loraserve.coordinator.insight import explain
 from vllm_loraserve.coordinator.membership import Refused
-from vllm_loraserve.coordinator.messages import Capacity, PageGroup, Prediction, Residency
+from vllm_loraserve.coordinator.messages import PageGroup, Prediction, Residency
 from vllm_loraserve.coordinator.registry import RegistryError
 
 
@@ -361,30 +361,15 @@ def test_the_location_table_names_who_can_be_read_from_least_busy_first(bench):
     assert "two" not in [x.instance for x in b.controller.locations(record_a)]
 
 
-def test_what_is_fetched_ahead_fits_the_host_tier_or_else_the_arena():
-    records = [record(f"a{i}", rank=16) for i in range(10)]
-    arena = Capacity(slots=8, rank_rows=64)
-    assert len(list(fitting(records, arena))) == 4
-    assert len(list(fitting(records, Capacity(slots=2, rank_rows=640)))) == 2
-    host = Capacity(slots=1, rank_rows=64, host_adapters=7, host_bytes=10 * 16000)
-    assert len(list(fitting(records, host))) == 7, "slots bound what runs together, not what is held"
-    assert len(list(fitting(records, Capacity(slots=8, rank_rows=64, host_bytes=3 * 16000)))) == 3
-    paged = Capacity(
-        slots=8, rank_rows=640, host_bytes=3 * 16000, page_groups=(QKV, PageGroup(modules=("o",), row_bytes=9))
-    )
-    assert len(list(fitting(records, paged))) == 1, "pages: 16 rows of q, k and v, twice the checkpoint"
-
-
-QKV = PageGroup(modules=("q_proj", "k_proj", "v_proj"), row_bytes=2000)
-
-
 def test_placement_counts_pages_and_not_checkpoints(bench):
     """Two adapters whose checkpoints would fit one instance together, and whose pages do not."""
     b = bench()
     for name in ("one", "two"):
         b.join(name, host_bytes=40_000)
         b.instances[name].capacity = msgspec.structs.replace(
-            b.instances[name].capacity, page_rows=16, page_groups=(QKV,)
+            b.instances[name].capacity,
+            page_rows=16,
+            page_groups=(PageGroup(modules=("q_proj", "k_proj", "v_proj"), row_bytes=2000),),
         )
         b.controller.register(b.instances[name].hello(), b.now)
     add(b, "a", "b", "c", rank=9)

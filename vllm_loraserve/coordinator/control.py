@@ -16,7 +16,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import msgspec
 
@@ -29,13 +29,11 @@ from vllm_loraserve.cluster.placement import (
     normalise,
 )
 from vllm_loraserve.coordinator.commands import CommandBook
-from vllm_loraserve.coordinator.footprint import page_bytes, rank_rows
 from vllm_loraserve.coordinator.membership import Member, Membership, Refused
 from vllm_loraserve.coordinator.messages import (
     AdapterDemand,
     AdapterRecord,
     AdapterRoutes,
-    Capacity,
     Heartbeat,
     HeartbeatReply,
     InstanceEntry,
@@ -43,10 +41,10 @@ from vllm_loraserve.coordinator.messages import (
     Prediction,
     Register,
     Registered,
-    Residency,
     Route,
     RoutingTable,
 )
+from vllm_loraserve.coordinator.orders import Orders
 from vllm_loraserve.coordinator.placement_loop import PlacementLoop
 from vllm_loraserve.coordinator.rebalance import effective_routes
 from vllm_loraserve.coordinator.registry import Registry, RegistryError
@@ -55,8 +53,6 @@ logger = logging.getLogger(__name__)
 
 ModuleTable = dict[str, tuple[tuple[int, int], ...]]
 
-FETCH_PATIENCE_S = 10.0
-"""An instance that has not confirmed a prefetch by then is routed to all the same: the request itself brings it in."""
 COMMAND_S = 1.0
 """Time between two looks at what instances should fetch and release, where nothing else asks for one."""
 REFUSED_S = 30.0
@@ -115,6 +111,7 @@ class Controller:
         self.loop = PlacementLoop(policy, op, options.rebalance_s, now)
         self.members = Membership(options.expiry_s)
         self.commands = CommandBook()
+        self.orders = Orders(registry, self.members, self.commands, options.release_after_s)
         self.base_model = options.base_model or registry.get_meta("base_model") or ""
         self.dirty = asyncio.Event()
         self.modules = self._compared_with()
@@ -126,7 +123,6 @@ class Controller:
         self._awaited = registry.known_instances()
         self._settled_at = now + options.settle_s
         self._commanded_at = now
-        self._spare_since: dict[tuple[str, str], float] = {}
         self._refused: dict[str, tuple[float, str]] = {}
         """URL of an instance that was not taken -> when, why."""
         for record in registry.all():
@@ -385,46 +381,7 @@ class Controller:
         if not self.settled:
             return
         self._commanded_at = now
-        demand = self.members.demand()
-        wanted: dict[str, list[AdapterRecord]] = {m.name: [] for m in self.members.all()}
-        for name in self.placement.phi:
-            record = self.registry.get(name)
-            if record is not None and record.state == "active":
-                for instance in self.placement.holders(name):
-                    if instance in wanted:
-                        wanted[instance].append(record)
-        for member in self.members.all():
-            records = wanted[member.name]
-            # Copies that serve before spare ones: `fitting` cuts what comes last.
-            records.sort(
-                key=lambda r: (
-                    member.name not in self.placement.phi[r.name],
-                    -(d.tokens_per_s if (d := demand.get(r.name)) else 0.0),
-                    r.adapter_id,
-                )
-            )
-            for record in fitting(records, member.hello.capacity):
-                # Only what fits together is fetched ahead; the rest comes with its first request, by eviction.
-                if not member.holds(record.name, record.sha256):
-                    self.commands.tell(member.name, "prefetch", record, now)
-            self._release(member, {r.name: r for r in records}, now)
-
-    def _release(self, member: Member, wanted: dict[str, AdapterRecord], now: float) -> None:
-        for name, copy in member.resident.items():
-            key = (member.name, name)
-            record = self.registry.get(name)
-            if record is None or record.sha256 != copy.sha256:
-                self.commands.tell(member.name, "release", record_of(copy), now)
-                continue
-            elsewhere = self.members.holders(name, record.sha256) - {member.name}
-            placed = set(self.placement.phi.get(name, {}))
-            if name in wanted or record.state != "active" or not elsewhere & placed:
-                self._spare_since.pop(key, None)
-                continue
-            since = self._spare_since.setdefault(key, now)
-            running = member.demand[name].running if name in member.demand else 0
-            if running == 0 and now - since >= self.options.release_after_s:
-                self.commands.tell(member.name, "release", record, now)
+        self.orders.give(self.placement, now)
 
     # ---- time, table ----
 
@@ -448,23 +405,12 @@ class Controller:
             self._command(now)
             self.dirty.set()
 
-    def _not_ready(self, name: str, target: Iterable[str], now: float) -> set[str]:
-        out = set()
-        for instance in target:
-            since = self.commands.waiting_since(instance, name, "prefetch")
-            failure = self.commands.failure(instance, name)
-            if (since is not None and now - since < FETCH_PATIENCE_S) or (
-                failure is not None and now < failure.retry_at
-            ):
-                out.add(instance)
-        return out
-
     def _routes(self, record: AdapterRecord, live: set[str], now: float) -> tuple[Route, ...]:
         target = self.placement.phi.get(record.name, {})
         if record.state != "active" or not target:
             return ()
         holders = self.members.holders(record.name, record.sha256)
-        routes = effective_routes(target, live, self._not_ready(record.name, target, now), holders)
+        routes = effective_routes(target, live, self.orders.not_ready(record.name, target, now), holders)
         return tuple(Route(instance=s, phi=f) for s, f in routes.items())
 
     def table(self, now: float) -> RoutingTable:
@@ -530,29 +476,3 @@ class Controller:
         else:
             return []
         return [f"The operating points are those of '{of}', not of '{here}'; measure them by `vllm-loraserve profile`."]
-
-
-def fitting(records: Iterable[AdapterRecord], capacity: Capacity) -> Iterator[AdapterRecord]:
-    """The first of `records` that an instance can hold together: in its host tier where it has one, else its arena."""
-    count = capacity.adapters()
-    room = capacity.host_bytes or capacity.rank_rows
-    for record in records:
-        room -= page_bytes(record, capacity) if capacity.host_bytes else rank_rows(record, capacity)
-        count -= 1
-        if room < 0 or count < 0:
-            return
-        yield record
-
-
-def record_of(copy: Residency) -> AdapterRecord:
-    """As much of a record as a copy tells of one that the registry does not have: enough to release it."""
-    return AdapterRecord(
-        name=copy.name,
-        source="",
-        rank=0,
-        target_modules=(),
-        size_bytes=0,
-        sha256=copy.sha256,
-        base_model="",
-        added_at=0.0,
-    )

@@ -2,13 +2,8 @@
 
 `schedule()` stays vLLM's. Around it: the waiting queue shows only requests whose adapter is ready and finds room
 (admission.py), loads are started aside in the order of the queue (readiness.py, channel.py), prefill of adapters is cut
-to a work budget (rank_budget.py) and takes turns by rank (turns.py), shares and limits hold (fairness.py). With no
-request of an adapter every decision is vLLM's own.
-
-A request that finds no room is overtaken by younger ones whose adapters are in use, until more than `skip_window`
-requests were admitted since, or `max_skip_s` is over; then the cheapest set of adapters that makes room for it gets no
-new requests until it runs. Since the requests that run end, it waits for a bounded time after that; several such
-requests are served oldest first.
+to a work budget (rank_budget.py) and takes turns by rank (turns.py), room is made for who has waited long (ageing.py),
+shares and limits hold (fairness.py). With no request of an adapter every decision is vLLM's own.
 """
 
 from __future__ import annotations
@@ -31,6 +26,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine import channel, engine_waits
 from vllm_loraserve.engine.admission import AdmissionQueue, Lane
+from vllm_loraserve.engine.ageing import Ageing
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.fairness import Limits, Shares
 from vllm_loraserve.engine.metrics import Publisher, Totals, summed
@@ -95,14 +91,18 @@ class RankAwareMixin(_Base):
         """What each worker last said about its transfers."""
         self.waiting: AdmissionQueue = AdmissionQueue(self.policy, self)
         self.turns = Turns(self.readiness, self.room, self.waiting)
+        self.ageing = Ageing(
+            self.readiness,
+            self.room,
+            self.waiting,
+            self.counters,
+            max_skip_s=config.max_skip_s,
+            skip_window=config.skip_window,
+        )
         self._doomed: dict[str, tuple[HTTPStatus, str]] = {}
         """Requests to be ended with an error after this step."""
-        self._draining: set[int] = set()
-        self._drain_for: Lane | None = None
-        self._oldest_blocked: Any = None
-        """Key of the oldest waiting request whose adapter finds no room; None: there is none."""
         self._overtook: set[Request] = set()
-        """Requests that were admitted past it in this step."""
+        """Requests that were admitted in this step past the oldest one that finds no room."""
         self._loads_looked_at = self._waits_looked_at = self._limits_looked_at = 0.0
         self._now = 0.0
         """When this step began."""
@@ -110,8 +110,6 @@ class RankAwareMixin(_Base):
         """Somebody decodes in this step."""
         self._holders: list[Request] = []
         """Requests of adapters that wait and hold KV blocks: vLLM keeps them beside the waiting queue."""
-        self._held_up: dict[Request, tuple[float, int]] = {}
-        """Such a request whose adapter finds no room -> (time, requests admitted by then) since when."""
         self._unheld: list[int] = []
         """Adapters that are ready and waited for, and that the workers are not told to hold."""
         self._only_loads = False
@@ -186,8 +184,7 @@ class RankAwareMixin(_Base):
     def _survey(self, now: float) -> None:
         """What runs, what waits, what should be loaded, who has waited long enough."""
         lanes = self.waiting.lanes
-        self._draining, self._drain_for = set(), None
-        self._oldest_blocked = None
+        self.ageing.begin_step()
         self._overtook.clear()
         self._charged_now.clear()
         self._unheld.clear()
@@ -198,7 +195,9 @@ class RankAwareMixin(_Base):
             return
         self._start_loads(now)
         self._end_hopeless(now)
-        self._age(now)
+        ready = list(self.turns.ready_lanes())
+        self._unheld += (lane.adapter for lane in ready if not self.readiness.is_held(lane.adapter))
+        self.ageing.survey(ready, self._holders, now)
 
     def _count_running(self) -> tuple[int, bool]:
         """Room and limits as the running requests take them; (rank rows of those that decode, whether any does)."""
@@ -277,51 +276,6 @@ class RankAwareMixin(_Base):
         for request in requests:
             self._doomed.setdefault(request.request_id, (status, reason))
 
-    def _age(self, now: float) -> None:
-        """Finds the oldest request that was overtaken long enough, and the adapters to drain for it."""
-        aged: Lane | None = None
-        for lane in self.turns.ready_lanes():
-            if not self.readiness.is_held(lane.adapter):
-                self._unheld.append(lane.adapter)
-            if self.room.fits(lane.adapter, self.readiness.rank_of(lane.adapter)):
-                lane.blocked = None
-                continue
-            if lane.blocked is None:
-                lane.blocked = (now, self.counters.admitted)
-            key = self.waiting.head(lane)[0]
-            if self._oldest_blocked is None or key < self._oldest_blocked:
-                self._oldest_blocked = key
-            since, admitted = lane.blocked
-            if (
-                now - since > self.loraserve.max_skip_s
-                or self.counters.admitted - admitted > self.loraserve.skip_window
-            ) and (aged is None or key < self.waiting.head(aged)[0]):
-                aged = lane
-        if (held := self._aged_holder(now)) is not None:
-            self._draining = self.room.to_drain(held.lora_request.lora_int_id, self._rank(held))
-            self.counters.drains += 1
-        elif aged is not None:
-            self._drain_for = aged
-            self._draining = self.room.to_drain(aged.adapter, self.readiness.rank_of(aged.adapter))
-            self.counters.drains += 1
-
-    def _aged_holder(self, now: float) -> Request | None:
-        """The first request with KV blocks that was held up by room for long enough."""
-        held_up: dict[Request, tuple[float, int]] = {}
-        for request in self._holders:
-            lora = request.lora_request
-            ready = self.readiness.is_ready(lora.lora_int_id, lora.lora_path)
-            if ready and not self.room.fits(lora.lora_int_id, self._rank(request)):
-                held_up[request] = self._held_up.get(request, (now, self.counters.admitted))
-        self._held_up = held_up
-        for request, (since, admitted) in held_up.items():
-            if (
-                now - since > self.loraserve.max_skip_s
-                or self.counters.admitted - admitted > self.loraserve.skip_window
-            ):
-                return request
-        return None
-
     def _hold_and_release(self, end: channel.SchedulerEnd) -> None:
         """What is ready stays in host memory until it is activated, or nobody waits for it any more."""
         users, lanes = self.room.users, self.waiting.lanes
@@ -342,11 +296,10 @@ class RankAwareMixin(_Base):
     def open_lanes(self) -> Iterable[Lane]:
         """An adapter's requests are shown when it is ready, not held back for an aged one, and can join alone."""
         lanes = self.turns.ready_lanes()
-        if self._drain_for is not None or self._draining:
+        if self.ageing.making_room:
+            drain_for, draining, users = self.ageing.drain_for, self.ageing.draining, self.room.users
             return (
-                lane
-                for lane in lanes
-                if lane is self._drain_for or (lane.adapter in self.room.users and lane.adapter not in self._draining)
+                lane for lane in lanes if lane is drain_for or (lane.adapter in users and lane.adapter not in draining)
             )
         return self.turns.few_join(list(lanes)) if self._decoding else lanes
 
@@ -372,7 +325,8 @@ class RankAwareMixin(_Base):
     def taken(self, request: Request) -> None:
         """Counts as running until it is returned."""
         self.counters.admitted += 1
-        if self._oldest_blocked is not None and self.waiting.taken_key(request) > self._oldest_blocked:
+        oldest_blocked = self.ageing.oldest_blocked
+        if oldest_blocked is not None and self.waiting.taken_key(request) > oldest_blocked:
             self.counters.overtakes += 1
             self._overtook.add(request)
         lora = request.lora_request
@@ -430,7 +384,7 @@ class RankAwareMixin(_Base):
         if self._may_cut(request):
             allowed = self.work.allow(num_new_tokens, rank)
             if self.work.bounded:
-                others_may_begin = not self._draining and len(self.running) < self.max_num_running_reqs
+                others_may_begin = not self.ageing.draining and len(self.running) < self.max_num_running_reqs
                 allowed = self.turns.in_halves(request, rank, num_computed_tokens, allowed, others_may_begin)
         if allowed < num_new_tokens:
             self.counters.cut_chunks += 1
@@ -479,7 +433,7 @@ class RankAwareMixin(_Base):
                 lora_cost=round(self.work.spent, 2),
                 loading=self.readiness.loading,
                 waiting_adapters=len(self.waiting.lanes),
-                draining=sorted(self._draining),
+                draining=sorted(self.ageing.draining),
                 oldest_wait_s=round(counters.oldest_wait_s, 4),
                 schedule_us=round((time.monotonic() - begin) * 1e6),
             )
