@@ -198,19 +198,23 @@ def test_kill_takes_everything_of_one_part(plan: Plan) -> None:
 
 
 UP = """
-import functools, sys
+import functools, os, pathlib, sys
 from stubs import stub_programs
 from vllm_loraserve.cli import main
-from vllm_loraserve.launcher import up
+from vllm_loraserve.launcher import devices, up
+devices.visible_gpus = lambda *given: ()
+devices.CPU_INFO = pathlib.Path(os.environ["STUB_CPU_INFO"])
 up.Plan = functools.partial(up.Plan, programs=stub_programs())
 up.check_vllm = lambda: None
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def start_up(plan: Plan, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
-    """`vllm-loraserve up` with stubs, in a process of its own."""
-    env = {**os.environ, "STUB_PIDS": str(tmp_path / "pids"), "PYTHONUNBUFFERED": "1"}
+def start_up(plan: Plan, tmp_path: Path, *options: str, flags: str = "avx2 avx512f") -> subprocess.Popen[str]:
+    """`vllm-loraserve up` with stubs, in a process of its own, on a CPU with these flags."""
+    cpu_info = tmp_path / "cpuinfo"
+    cpu_info.write_text(f"flags\t\t: {flags}\n")
+    env = {**os.environ, "STUB_PIDS": str(tmp_path / "pids"), "STUB_CPU_INFO": str(cpu_info), "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(STUB).parent), env.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", UP, "up", plan.model, "--port", str(plan.port), "--state", str(plan.state)]
     return subprocess.Popen(
@@ -283,6 +287,25 @@ def test_up_lets_hub_ids_be_downloaded_when_told(allow: bool, plan: Plan, tmp_pa
     process = start_up(plan, tmp_path, *(["--allow-download"] if allow else []))
     read_until(process, "Ctrl-C stops everything")
     assert ("--allow-download" in (plan.state / "logs/coordinator.log").read_text()) is allow
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "says"),
+    [
+        ("avx2", (), True),
+        ("avx2 avx512f", (), False),
+        ("avx2", ("--", "--dtype", "float32"), False),
+        ("avx2", ("--", "--dtype=bfloat16"), False),
+    ],
+)
+def test_up_says_where_another_dtype_is_faster(
+    flags: str, options: tuple[str, ...], says: bool, plan: Plan, tmp_path: Path
+) -> None:
+    process = start_up(plan, tmp_path, *options, flags=flags)
+    seen = read_until(process, "Ctrl-C stops everything")
+    assert ("-- --dtype float32" in seen) is says
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE_S) == 0
 

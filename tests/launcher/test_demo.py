@@ -24,6 +24,7 @@ from vllm_loraserve.coordinator.messages import (
 from vllm_loraserve.launcher import demo
 from vllm_loraserve.launcher.assets import PROMPTS, AssetError, WordAdapter
 from vllm_loraserve.launcher.cluster import Plan, Programs
+from vllm_loraserve.launcher.devices import Machine, value_of
 from vllm_loraserve.launcher.errors import StartError
 from vllm_loraserve.launcher.traffic import Answer, Request
 
@@ -96,6 +97,23 @@ def test_the_whole_of_it_against_stubs(
     }
     assert ("wrong: forest: " in err) is bool(wrong)
     assert ("1 wrong answers; the logs are in" in err) is bool(wrong)
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype"),
+    [
+        (Machine(slow_bfloat16=True), "float32"),
+        (Machine(), None),
+        (Machine(gpu_ids=("0",)), None),
+    ],
+)
+def test_the_dtype_is_one_that_the_cpu_is_fast_in(
+    machine: Machine, dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "this_machine", lambda: machine)
+    words = [WordAdapter("apple", 4, "Apple", tmp_path / "apple")]
+    plan = demo.plan_for(tmp_path, words, tmp_path, instances=2, port=1)
+    assert value_of("--dtype", plan.vllm_options) == dtype
 
 
 def test_the_table_has_a_line_per_adapter_and_one_for_the_base() -> None:

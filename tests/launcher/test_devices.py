@@ -12,6 +12,7 @@ from vllm_loraserve.launcher.devices import (
     MAX_KV_BYTES,
     MIN_KV_BYTES,
     Machine,
+    lacks_bfloat16,
     share,
     this_machine,
     value_of,
@@ -49,6 +50,22 @@ def test_cores_are_divided(cores: int, instances: int, threads: str) -> None:
 def test_the_kv_cache_leaves_room(memory: int, expected: int) -> None:
     options = share(Machine(memory_bytes=memory), 2)[0].options
     assert value_of("--kv-cache-memory-bytes", options) == str(expected)
+
+
+@pytest.mark.parametrize(
+    ("cpu_info", "lacks"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx avx2 fma\n\nprocessor\t: 1\nflags\t\t: fpu avx avx2 fma\n", True),
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512bw\n", False),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", False),  # ARM
+        (None, False),
+    ],
+)
+def test_x86_without_avx512_lacks_bfloat16(tmp_path: Path, cpu_info: str | None, lacks: bool) -> None:
+    path = tmp_path / "cpuinfo"
+    if cpu_info is not None:
+        path.write_text(cpu_info)
+    assert lacks_bfloat16(path) is lacks
 
 
 def test_what_the_user_gives_is_not_overridden() -> None:

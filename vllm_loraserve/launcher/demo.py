@@ -73,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
 def plan_for(model: Path, words: Sequence[assets.WordAdapter], state: Path, instances: int, port: int | None) -> Plan:
     """A plan that fits the small model and the word adapters."""
     machine = this_machine()
+    options: tuple[str, ...] = SMALL if machine.gpu_ids else SMALL_CPU
+    if machine.slow_bfloat16:
+        options += ("--dtype", "float32")
     return Plan(
         model=str(model),
         state=state,
@@ -80,7 +83,7 @@ def plan_for(model: Path, words: Sequence[assets.WordAdapter], state: Path, inst
         port=port or free_ports(1, 18000)[0],
         max_rank=max(word.rank for word in words),
         adapter_roots=(str(words[0].path.parent),),
-        vllm_options=SMALL_CPU if not machine.gpu_ids else SMALL,
+        vllm_options=options,
         machine=machine,
     )
 

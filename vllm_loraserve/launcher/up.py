@@ -21,11 +21,16 @@ from vllm_loraserve.cluster.operating_points import load as load_points
 from vllm_loraserve.launcher.assets import AssetError
 from vllm_loraserve.launcher.checks import check_model, check_vllm
 from vllm_loraserve.launcher.cluster import Cluster, Plan
+from vllm_loraserve.launcher.devices import value_of
 from vllm_loraserve.launcher.errors import AdapterRefused, StartError
 from vllm_loraserve.launcher.progress import StartProgress
 
 TAKES_OPTIONS_AFTER_DASHES = True
 CONFLICT = 409
+SLOW_BFLOAT16 = (
+    "this CPU has no AVX-512: in bfloat16 prompts take several times as long as with `-- --dtype float32`, which needs "
+    "twice the memory"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
             vllm_options=tuple(args.after_dashes),
             coordinator_options=_coordinator_options(args),
         )
+        if plan.machine.slow_bfloat16 and value_of("--dtype", plan.vllm_options) is None:
+            console.print(SLOW_BFLOAT16, markup=False, highlight=False, soft_wrap=True)
         with StartProgress(console) as progress:
             cluster = Cluster(plan, progress.show)
             progress.watch(cluster)
