@@ -35,10 +35,10 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+from cluster_sim_conclusions import Bounds, Figures, conclusions
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
-from scipy import stats
 
 from vllm_loraserve.simulator import plots
 from vllm_loraserve.simulator.bound import simulate_bound
@@ -47,7 +47,7 @@ from vllm_loraserve.simulator.machine import MACHINES, Kernels, Machine
 from vllm_loraserve.simulator.results import Result, write_json
 from vllm_loraserve.simulator.search import fewest_servers, max_rate
 from vllm_loraserve.simulator.simulation import Abort, simulate
-from vllm_loraserve.simulator.systems import BASELINES, STATIC_SLORA, SYSTEMS
+from vllm_loraserve.simulator.systems import BASELINES, SYSTEMS
 from vllm_loraserve.simulator.traces import read_trace
 from vllm_loraserve.simulator.workload import Trace, synthetic_trace
 
@@ -73,12 +73,6 @@ TUNING_SEEDS = tuple(range(10))
 SEEDS = (101, 102, 103)
 DURATION_S = {"max-in-batch": 600.0, "rank-aware": 120.0, "rank-aware-24gb": 120.0, "s-lora": 600.0}
 """Seconds of arrivals. The paper replays hours, in which an overloaded server's queue has time to grow."""
-
-
-Figures = dict[str, dict[str, dict[str, Any]]]
-"""World -> workload -> system -> figures."""
-Bounds = dict[str, dict[str, list[float]]]
-"""World -> workload -> highest rate of the pooled machine, by seed."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -270,17 +264,6 @@ def count_servers(job: Job, load: float, rate: float) -> Count:
     return found
 
 
-def ratio_with_interval(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Geometric mean of the paired ratios and its 95 % confidence interval (t distribution over the
-    seeds)."""
-    logs = np.log(np.array(ours) / np.maximum(np.array(theirs), 1e-9))
-    mean = float(logs.mean())
-    half = 0.0
-    if len(logs) > 1:
-        half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
-    return {"ratio": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half)}
-
-
 def measure(
     args: argparse.Namespace, worlds: list[str], workloads: list[str], systems: list[str]
 ) -> tuple[Figures, Bounds]:
@@ -323,74 +306,6 @@ def _figures(done: Done, system: str) -> dict[str, Any]:
             for k in ("offered_rps", "p50_ttft_s", "p95_ttft_s", "p50_tbt_s", "bytes_moved")
         },
     }
-
-
-def conclusions(figures: Figures, bounds: Bounds) -> dict[str, Any]:
-    """The figures that the project promises, computed from the table."""
-
-    def by_seed(world: str, workload: str, system: str) -> list[float]:
-        return list(figures[world][workload][system]["max_rps_slo_by_seed"])
-
-    out: dict[str, Any] = {}
-    if "max-in-batch" in figures:
-        table = figures["max-in-batch"]
-        worst = {
-            w: ratio_with_interval(
-                by_seed("max-in-batch", w, "loraserve"),
-                np.min([by_seed("max-in-batch", w, s) for s in STATIC_SLORA], axis=0).tolist(),
-            )
-            for w in table
-        }
-        toppings = {
-            w: ratio_with_interval(by_seed("max-in-batch", w, "loraserve"), by_seed("max-in-batch", w, "toppings"))
-            for w in table
-        }
-
-        def saved(versus: tuple[str, ...]) -> float:
-            """Largest share of servers that loraserve saves against the worst of `versus`."""
-            return max(
-                1.0 - r["loraserve"]["gpus_for_load"] / max(r[s]["gpus_for_load"] or MOST_SERVERS + 1 for s in versus)
-                for r in table.values()
-                if r["loraserve"]["gpus_for_load"]
-            )
-
-        out["paper"] = {
-            "loraserve_over_worse_static": worst,
-            "loraserve_over_toppings": toppings,
-            "loraserve_over_toppings_mean": math.exp(float(np.mean([math.log(v["ratio"]) for v in toppings.values()]))),
-            "gpus_saved_over_static_up_to": saved(STATIC_SLORA),
-            "gpus_saved_over_toppings_up_to": saved(("toppings",)),
-            **{
-                f"{key}_ratio_to_toppings_up_to": max(
-                    (r["toppings"][key] / r["loraserve"][key] for r in table.values() if r["loraserve"][key]),
-                    default=0.0,
-                )
-                for key in ("adapters_per_server", "placed_per_server", "placed_per_server_at_load")
-            },
-            "p95_ttft_ratio_to_worse_static_up_to": max(
-                max(r[s]["p95_ttft_s"] for s in STATIC_SLORA) / max(r["loraserve"]["p95_ttft_s"], 1e-3)
-                for r in table.values()
-            ),
-        }
-    for world in figures:
-        if world == "max-in-batch":
-            continue
-        rows = {}
-        for workload, by_system in figures[world].items():
-            others = [s for s in by_system if s != "loraserve+"]
-            best = max(others, key=lambda s: by_system[s]["max_rps_slo"])
-            rows[workload] = {
-                "best_other": best,
-                **ratio_with_interval(by_seed(world, workload, "loraserve+"), by_seed(world, workload, best)),
-                "bound_over_best_other": ratio_with_interval(bounds[world][workload], by_seed(world, workload, best))[
-                    "ratio"
-                ],
-                "share_of_bound": ratio_with_interval(by_seed(world, workload, "loraserve+"), bounds[world][workload])[
-                    "ratio"
-                ],
-            }
-        out[world] = {"loraserve+_over_best_other": rows}
-    return out
 
 
 def show(figures: Figures, bounds: Bounds, found: dict[str, Any]) -> None:
@@ -492,7 +407,7 @@ def main() -> int:
         systems.insert(0, "toppings")
     start = time.monotonic()
     figures, bounds = measure(args, args.world or list(DEFAULT_WORLDS), workloads, systems)
-    found = conclusions(figures, bounds) if set(SYSTEM_NAMES) <= set(systems) else {}
+    found = conclusions(figures, bounds, MOST_SERVERS) if set(SYSTEM_NAMES) <= set(systems) else {}
     show(figures, bounds, found)
     if args.plots:
         draw(args, figures)
