@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,30 @@ def test_trace_has_a_line_for_each_step(build: Any, tmp_path: Path) -> None:
     assert {line["engine"] for line in lines} == {0}
     assert {line["rank_rows"] for line in lines} >= {16}
     assert all(line["schedule_us"] > 0 for line in lines)
+    sums = {key: sum(line[key] for line in lines) for key in lines[0] if key.startswith(("prefill", "decode"))}
+    assert sums == {
+        "prefill_tokens": 40,
+        "prefill_token_ranks": 20 * 16,
+        "decode_tokens": 6,
+        "decode_token_ranks": 3 * 16,
+    }
+    assert sum(line["context_tokens"] for line in lines) == 2 * (21 + 22 + 23)
+    assert [line["after_idle"] for line in lines] == [True] + [False] * (len(lines) - 1)
+    assert {line["pid"] for line in lines} == {os.getpid()}
+    assert {line["adapters"] for line in lines} == {0, 1}, "before the adapter is loaded, and then"
+
+
+def test_the_first_step_after_a_pause_is_marked(build: Any, tmp_path: Path) -> None:
+    from scheduler_harness import checker, finished, make_request, run_until
+
+    file = tmp_path / "trace.jsonl"
+    scheduler, _ = build(options={"trace_schedule": str(file)})
+    for name in "ab":
+        scheduler.add_request(make_request(name, 20, 3))
+        run_until(scheduler, finished(scheduler), checker(scheduler))
+    scheduler.trace.close()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["after_idle"] for line in lines] == [True, False, False] * 2
 
 
 def test_trace_that_cannot_be_written_costs_no_step(build: Any, tmp_path: Path) -> None:

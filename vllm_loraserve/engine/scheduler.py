@@ -8,6 +8,7 @@ shares and limits hold (fairness.py). With no request of an adapter every decisi
 
 from __future__ import annotations
 
+import os
 import queue
 import time
 from collections.abc import Iterable
@@ -33,7 +34,7 @@ from vllm_loraserve.engine.metrics import Publisher, Totals, summed
 from vllm_loraserve.engine.rank_budget import MIN_CHUNK, ArenaRoom, WorkBudget, rank_cost
 from vllm_loraserve.engine.readiness import Readiness
 from vllm_loraserve.engine.request_errors import stop_reason
-from vllm_loraserve.engine.trace import StepCounters, StepTrace
+from vllm_loraserve.engine.trace import StepCounters, StepTrace, work_of
 from vllm_loraserve.engine.turns import Turns
 
 logger = init_logger("vllm.loraserve.scheduler")
@@ -82,7 +83,9 @@ class RankAwareMixin(_Base):
         """Those that were charged in this step."""
         self.counters = StepCounters()
         engine = vllm_config.parallel_config.data_parallel_index
-        self.trace = StepTrace(config.trace_schedule, engine=engine) if config.trace_schedule else None
+        self.trace = StepTrace(config.trace_schedule, pid=os.getpid(), engine=engine) if config.trace_schedule else None
+        self._after_idle = True
+        """There were no requests since the last step that was traced."""
         stats = channel.address_of(vllm_config, "stats") if self.log_stats else None
         self._publisher = Publisher(stats) if stats is not None and self._end is not None else None
         self._busy = False
@@ -417,18 +420,14 @@ class RankAwareMixin(_Base):
             counters.observe(self.room.used_rows, self.work.spent / total)
         self._publish(begin)
         if self.trace is not None and total:
-            tokens: dict[int, int] = {}
-            for request_id, count in output.num_scheduled_tokens.items():
-                lora = self.requests[request_id].lora_request
-                if lora is not None:
-                    tokens[lora.lora_int_id] = tokens.get(lora.lora_int_id, 0) + count
             self.trace.write(
                 t=round(time.time(), 4),
                 step=self.current_step,
                 running=len(self.running),
                 waiting=len(self.waiting),
-                tokens=total,
-                lora_tokens=tokens,
+                after_idle=self._after_idle,
+                **work_of(output.num_scheduled_tokens, self.requests, self._rank),
+                adapters=len(self.room.users),
                 rank_rows=self.room.used_rows,
                 lora_cost=round(self.work.spent, 2),
                 loading=self.readiness.loading,
@@ -437,6 +436,7 @@ class RankAwareMixin(_Base):
                 oldest_wait_s=round(counters.oldest_wait_s, 4),
                 schedule_us=round((time.monotonic() - begin) * 1e6),
             )
+            self._after_idle = False
 
     def _publish(self, now: float) -> None:
         """Once a second, and once more when no request is left: no step follows then that could say so."""
@@ -464,6 +464,7 @@ class RankAwareMixin(_Base):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self._doomed:
             self._end_doomed(outputs)
+        self._after_idle |= not self.requests
         return outputs
 
     def _end_doomed(self, outputs: dict[int, EngineCoreOutputs]) -> None:

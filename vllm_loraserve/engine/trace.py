@@ -6,9 +6,12 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,30 @@ class StepCounters:
         self.rank_rows_sum += rows
         self.cost_share[sum(share > bound for bound in SHARE_BUCKETS)] += 1
         self.cost_share_sum += share
+
+
+def work_of(
+    scheduled: Mapping[str, int], requests: Mapping[str, Request], rank_of: Callable[[Request], int]
+) -> dict[str, Any]:
+    """What a step computes: its tokens, and the terms of the step cost (`cluster.operating_points.StepCost`) that its
+    tokens make. `scheduled`: request -> tokens of it in the step."""
+    by_adapter: dict[int, int] = {}
+    totals = dict.fromkeys(
+        ("prefill_tokens", "prefill_token_ranks", "decode_tokens", "decode_token_ranks", "context_tokens"), 0
+    )
+    for request_id, count in scheduled.items():
+        request = requests[request_id]
+        rank = rank_of(request)
+        if request.lora_request is not None:
+            adapter = request.lora_request.lora_int_id
+            by_adapter[adapter] = by_adapter.get(adapter, 0) + count
+        # What is scheduled counts as computed already.
+        decode = request.num_computed_tokens - count >= request.num_prompt_tokens
+        kind = "decode" if decode else "prefill"
+        totals[f"{kind}_tokens"] += count
+        totals[f"{kind}_token_ranks"] += count * rank
+        totals["context_tokens"] += request.num_computed_tokens if decode else 0
+    return {"tokens": sum(scheduled.values()), "lora_tokens": by_adapter, **totals}
 
 
 class StepTrace:

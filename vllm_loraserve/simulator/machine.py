@@ -45,6 +45,9 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     max_batched_tokens: int = 2048
     max_seqs: int = 256
     kv_tokens: int = 300_000
+    kv_block: int = 0
+    """Tokens of a KV block (vLLM: 16 on most GPUs, 128 on a CPU): a request takes blocks as it grows, and the last one
+    that was admitted gives way when none is left. 0: a request holds its prompt and output from admission on."""
     arena_rows: int = 2048
     slots: int = 0
     """Most distinct adapters resident in the arena; 0: as many as fit."""

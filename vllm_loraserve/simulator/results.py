@@ -52,7 +52,7 @@ class Result(msgspec.Struct, kw_only=True):
         first = np.array([r.first_token for r in requests])
         finish = np.array([r.finish for r in requests])
         arrival = np.array([r.arrival for r in requests])
-        output = np.array([r.output for r in requests])
+        output = np.array([r.output + r.generated for r in requests])
         ttft = np.where(first >= 0.0, first - arrival, np.inf)
         done = (finish >= 0.0) & (output > 1)
         tokens = sum(r.prompt + r.output for r in requests if r.finish >= 0.0)

@@ -6,7 +6,8 @@ token budget with prompt chunks, oldest first. When there is nothing to prefill,
 decode steps are taken as one **leap** (its length is exact: it ends at the next finish, or at the step
 boundary after whatever interrupts it).
 
-KV: a request holds its prompt and output tokens from admission on (no preemption is modelled). Adapters:
+KV (`kv_cache.py`): a request holds its prompt and output tokens from admission on, or takes blocks as it
+grows; when there is none left, the one that was admitted last gives way and is computed again. Adapters:
 resident in the arena (least recently used out first, never one in use), else brought from the host tier,
 else fetched from a peer or the checkpoint; a request whose adapter is on its way waits without blocking
 those behind it, except with padded kernels, where the load happens inside the step and everybody waits.
@@ -21,7 +22,9 @@ from collections.abc import Callable
 from itertools import islice
 
 from vllm_loraserve.cluster.placement import AdapterSpec
+from vllm_loraserve.simulator.kv_cache import KVCache
 from vllm_loraserve.simulator.machine import Kernels, Machine
+from vllm_loraserve.simulator.request import Request
 
 SCAN = 32
 """How deep into the queue a step looks for requests whose adapter is ready, and prefetches for the others."""
@@ -29,39 +32,6 @@ SKIP_WINDOW = 64
 """Requests admitted since an adapter was first seen to find no room in the arena, before room is made for it."""
 MAX_SKIP_S = 2.0
 """The same in seconds, whichever comes first. Both are the defaults of the engine's scheduler."""
-
-
-class Request:
-    """One request: what it asks for and what happened to it. Times in seconds, -1.0: not yet."""
-
-    __slots__ = (
-        "adapter",
-        "arrival",
-        "finish",
-        "first_token",
-        "index",
-        "output",
-        "prefilled",
-        "prompt",
-        "rank",
-        "retries",
-        "server",
-        "session",
-    )
-
-    def __init__(self, index: int, arrival: float, adapter: int, rank: int, prompt: int, output: int) -> None:
-        self.index = index
-        self.arrival = arrival
-        self.adapter = adapter
-        self.rank = rank
-        self.prompt = prompt
-        self.output = output
-        self.session = -1
-        self.prefilled = 0
-        self.first_token = -1.0
-        self.finish = -1.0
-        self.server = -1
-        self.retries = 0
 
 
 class Server:
@@ -105,6 +75,8 @@ class Server:
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []
         self.decoding: list[tuple[int, int, Request]] = []
+        self.batch: dict[int, Request] = {}
+        """Running requests by index, in the order of their admission."""
         self.plan: list[tuple[Request, int]] = []
         self.arena: OrderedDict[int, None] = OrderedDict()
         self.arena_used = 0
@@ -122,7 +94,8 @@ class Server:
         self.running = 0
         self.decode_rank_sum = 0
         self.context = 0
-        self.kv_used = 0
+        self.kv = KVCache(self.machine.kv_tokens, self.machine.kv_block)
+        self.preemptions = 0
         self.queued_tokens = 0
         self.queued_token_ranks = 0
         self.queued_kv = 0
@@ -138,10 +111,14 @@ class Server:
     # -- the work of a step
     # ------------------------------------------------------------------------------------
 
-    def enqueue(self, r: Request) -> None:
-        """A request arrives in the queue."""
+    def enqueue(self, r: Request, front: bool = False) -> None:
+        """A request arrives in the queue; at its front: one that was preempted."""
         r.server = self.index
-        self.waiting.append(r)
+        r.kv, r.grow_at = 0, -1
+        if front:
+            self.waiting.appendleft(r)
+        else:
+            self.waiting.append(r)
         self.queued_tokens += r.prompt
         self.queued_token_ranks += r.prompt * r.rank
         self.queued_kv += r.prompt + r.output
@@ -154,6 +131,9 @@ class Server:
     def start(self, now: float) -> bool:
         """Starts a step or a leap; sets `step_end` (idle: -1.0) and returns whether there is one."""
         m = self.machine
+        preempted = self.preemptions
+        while not self.kv.grow(self.steps):
+            self._preempt(next(reversed(self.batch.values())))
         n_decode = len(self.decoding)
         # What was fixed while the step before ran knows only requests that had come before that one began.
         seen = m.schedules_ahead and self.step_end == now and (n_decode or self.prefilling)
@@ -170,7 +150,7 @@ class Server:
             tokens += chunk
             token_ranks += chunk * r.rank
         stall = 0.0
-        if self.waiting and budget > 0 and self.running < m.max_seqs:
+        if self.waiting and budget > 0 and self.running < m.max_seqs and preempted == self.preemptions:
             admitted, stall = self._admit(now, budget)
             for r in admitted:
                 chunk = min(r.prompt, budget)
@@ -221,7 +201,7 @@ class Server:
         else:
             # A neighbour may come and go within a leap, which would change its pace.
             held = m.beside is not None or (m.schedules_ahead and self.waiting)
-            self.leap = k = 1 if held else self.decoding[0][0] - self.steps
+            self.leap = k = 1 if held else int(min(self.decoding[0][0] - self.steps, self.kv.steps_left(self.steps)))
             # The context grows by one token per request and step: charge the mean.
             dt += c.context_token * n_decode * (k - 1) * 0.5 / m.speed
         self.leap_start = now
@@ -251,11 +231,7 @@ class Server:
         while decoding and decoding[0][0] <= self.steps:
             r = heapq.heappop(decoding)[2]
             r.finish = now
-            self.decode_rank_sum -= r.rank
-            self.decode_ranks[r.rank] -= 1
-            if not self.decode_ranks[r.rank]:
-                del self.decode_ranks[r.rank]
-            self.context -= r.prompt + r.output
+            self._stop_decoding(r, r.prompt + r.output)
             self._leave(r)
             finished.append(r)
         for r, chunk in self.plan:
@@ -272,15 +248,43 @@ class Server:
                     finished.append(r)
                 else:
                     heapq.heappush(decoding, (self.steps + r.output - 1, r.index, r))
+                    self.kv.decodes(r, self.steps)
                     self.decode_rank_sum += r.rank
                     self.decode_ranks[r.rank] = self.decode_ranks.get(r.rank, 0) + 1
                     self.context += r.prompt + 1
         self.plan = []
         return finished
 
+    def _stop_decoding(self, r: Request, context: int) -> None:
+        self.decode_rank_sum -= r.rank
+        self.decode_ranks[r.rank] -= 1
+        if not self.decode_ranks[r.rank]:
+            del self.decode_ranks[r.rank]
+        self.context -= context
+
+    def _preempt(self, r: Request) -> None:
+        """`r` gives its KV blocks back and waits at the front; what it has generated is computed again."""
+        self.preemptions += 1
+        if r.prefilled < r.prompt:
+            self.prefilling.remove(r)
+            left = r.prompt - r.prefilled
+            self.queued_tokens -= left
+            self.queued_token_ranks -= left * r.rank
+        else:
+            last = next(step for step, _, other in self.decoding if other is r)
+            self.decoding = [entry for entry in self.decoding if entry[2] is not r]
+            heapq.heapify(self.decoding)
+            generated = r.output - (last - self.steps)
+            r.prompt, r.output, r.generated = r.prompt + generated, r.output - generated, r.generated + generated
+            self._stop_decoding(r, r.prompt)
+        self._leave(r)
+        r.prefilled = 0
+        self.enqueue(r, front=True)
+
     def _leave(self, r: Request) -> None:
         self.running -= 1
-        self.kv_used -= r.prompt + r.output
+        del self.batch[r.index]
+        self.kv.leave(r)
         a = r.adapter
         if a < 0:
             return
@@ -304,7 +308,8 @@ class Server:
     def _enter(self, r: Request) -> None:
         self.running += 1
         self.admitted += 1
-        self.kv_used += r.prompt + r.output
+        self.batch[r.index] = r
+        self.kv.enter(r)
         self.queued_kv -= r.prompt + r.output
         self.prefilling.append(r)
         a = r.adapter
@@ -331,7 +336,7 @@ class Server:
         drained: set[int] | None = None
         while waiting and budget > 0 and self.running < m.max_seqs and len(skipped) < SCAN:
             r = waiting[0]
-            if self.kv_used + r.prompt + r.output > m.kv_tokens or r.arrival > self.known_until:
+            if not self.kv.fits(r) or r.arrival > self.known_until:
                 break
             a = r.adapter
             if a >= 0 and drained is not None and (a not in self.refs or a in drained):

@@ -24,8 +24,9 @@ from vllm_loraserve.cluster.routing_plus import (
     choose_least_added_cost,
 )
 from vllm_loraserve.simulator.machine import Kernels, Machine
+from vllm_loraserve.simulator.request import Request
 from vllm_loraserve.simulator.results import Result
-from vllm_loraserve.simulator.server import Request, Server
+from vllm_loraserve.simulator.server import Server
 from vllm_loraserve.simulator.systems import RoutingMode, System
 from vllm_loraserve.simulator.workload import Workload
 
@@ -227,7 +228,7 @@ class Simulation:
     def _account(self, finished: list[Request], now: float, server: Server) -> None:
         for r in finished:
             self.finished += 1
-            self.mean_output += 0.01 * (r.output - self.mean_output)
+            self.mean_output += 0.01 * (r.output + r.generated - self.mean_output)
             if self.abort is not None and r.first_token - r.arrival > self.abort.ttft_s:
                 self.bad += 1
         if self.abort is not None:
@@ -299,7 +300,7 @@ class Simulation:
         v.distinct = len(s.refs)
         v.distinct_rows = s.rows_in_use
         v.max_rank = s.max_rank
-        v.kv_free = m.kv_tokens - s.kv_used
+        v.kv_free = m.kv_tokens - s.kv.used
         v.kv_queued = s.queued_kv
         v.seats_free = m.max_seqs - s.running
         v.step_left_s = max(min(s.step_end - now, s.last_dt), 0.0) if s.step_end >= 0.0 else 0.0
@@ -457,7 +458,7 @@ class Simulation:
             self._dispatch(r, now)
 
     def _sample(self, now: float) -> None:
-        loads = [(s.kv_used + s.queued_kv) / s.machine.kv_tokens for s in self.servers]
+        loads = [(s.kv.used + s.queued_kv) / s.machine.kv_tokens for s in self.servers]
         self.load_samples.append((now, loads))
 
 
@@ -485,7 +486,8 @@ def simulate(
     are read from their checkpoints when asked for; one that is larger than every arena raises ValueError.
     """
     if len(workload.arrival):
-        longest, kv = int((workload.prompt + workload.output).max()), min(m.kv_tokens for m in machines)
+        longest = int((workload.prompt + workload.output).max())
+        kv = min(m.kv_tokens - m.kv_tokens % max(m.kv_block, 1) for m in machines)
         if longest > kv:
             raise ValueError(
                 f"simulation: a request of {longest} tokens does not fit the KV cache of {kv} tokens; "
