@@ -1,13 +1,14 @@
 """Is the simulator right? The same trace on two real instances and in the simulator, side by side.
 
-Starts a whole cluster (coordinator, router, two vLLM instances with the plugin) on this machine, measures the step cost
-of one instance while the other is idle, and of both at once (they share the machine's cores: the simulator is told by
-how much a busy neighbour slows a step), replays a trace with adapters of several ranks through the router at given
-loads, and runs the simulator with these measurements on the very same requests. Reported of both: throughput, P50 and
-P95 time to first token; and the relative errors. The placement is the real coordinator's, read before each replay and
-left alone during it: what is compared is the model of the instances and of routing. A load below 1 is the share of time
-that the simulated instances are busy, one above 1 a multiple of the rate at which they finish requests that are all
-there at once.
+Starts a whole cluster (coordinator, router, two vLLM instances with the plugin) on this machine and replays pieces of a
+trace with adapters of several ranks through the router. The first pieces calibrate: all requests at once, a replay at
+half the rate at which those finished, and all at once again. The instances' schedule traces of these give the step cost
+while the other instance is idle, and while it computes (they share the machine's cores). Then other pieces are replayed
+at given loads, and the simulator runs with these measurements on the very same requests. Reported of both: throughput,
+P50 and P95 time to first token; and the relative errors. The placement is the real coordinator's, read before each
+replay and left alone during it: what is compared is the model of the instances and of routing. A load below 1 is the
+share of time that the simulated instances are busy, one above 1 a multiple of the rate at which they finish requests
+that are all there at once.
 
 Each instance runs its worker inside the engine core's process (`--executor uni`). With `mp`, vLLM's default on a CPU,
 an instance's two processes wait for one another by polling, so that two instances want four cores where each of them
@@ -31,6 +32,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -43,8 +45,9 @@ from typing import Any
 import aiohttp
 import msgspec
 import numpy as np
+from traced_steps import alone_and_beside, fit_without_outliers, read_steps
 
-from vllm_loraserve.cluster.fit import Fit, StepSample, fit_step_cost
+from vllm_loraserve.cluster.fit import Fit, predict_step
 from vllm_loraserve.cluster.operating_points import OperatingPoints, points_from_step_cost
 from vllm_loraserve.cluster.placement import Placement
 from vllm_loraserve.coordinator.client import CoordinatorClient
@@ -63,13 +66,12 @@ from vllm_loraserve.simulator.traces import read_trace
 from vllm_loraserve.simulator.workload import Trace, Workload, synthetic_trace
 
 RANKS = (8, 16, 32, 64, 128)
-PROFILED = (8, 32, 128)
 PER_RANK = 2
 MAX_BATCHED_TOKENS = 512
 MAX_SEQS = 32
 MAX_MODEL_LEN = 1024
 VOCABULARY = (1000, 20000)
-WARM_UP_LOAD = 0.5
+CALIBRATION_LOAD = 0.5
 
 
 class Busy:
@@ -135,57 +137,68 @@ def make_workload(trace: Trace, machine: Machine, count: int, start: int, seed: 
 class Calibration(msgspec.Struct):
     """What is measured of the instances before the replays; seconds."""
 
-    fit: Fit
+    alone: Fit
     beside: Fit
-    """The step cost while the other instance is busy."""
+    """The step cost while the other instance computes."""
     outside: float
     """Of a request's time to first token, what is spent outside of the engine, the router included."""
     slower: float
-    """How many times as long the same step takes beside a busy neighbour (median)."""
-    samples: dict[str, list[StepSample]]
+    """How many times as long a step takes beside a busy neighbour as the step cost alone says (median)."""
+    left_out: int
+    """Steps that were not used, since something else held them up."""
 
 
-async def calibrate(urls: list[str], router: str, base: str, by_rank: dict[int, list[str]]) -> Calibration:
-    """Step cost of an instance alone, the slowdown when both are busy, and the time spent outside of the engines."""
-    shape = ProfileWorkload(prompt_lengths=(16, 96, 384), group_sizes=(1, 4, 16), vocabulary=VOCABULARY)
+def calibration(trace: Path, short: list[float], short_until: float, since: float) -> Calibration:
+    """From the schedule trace: steps from `since` on give the step cost. `short`: times to first token of single short
+    prompts, which ran before `short_until` (both Unix times)."""
+    steps = read_steps(trace)
+    prompts = [s.sample.seconds for s in steps if s.start < short_until and s.sample.prefill_tokens]
+    alone, beside = alone_and_beside(s for s in steps if s.start >= since)
+    fit, left_alone = fit_without_outliers(alone)
+    fit_beside, left_beside = fit_without_outliers(beside)
+    return Calibration(
+        fit,
+        fit_beside,
+        outside=max(0.0, statistics.median(short) - statistics.median(prompts)),
+        slower=statistics.median(s.seconds / predict_step(fit.cost, s) for s in beside),
+        left_out=left_alone + left_beside,
+    )
+
+
+def calibrate(router: str, trace: Path, pieces: list[Workload], model: str, seed: int) -> Calibration:
+    """Replays three pieces and reads what they leave in the schedule trace; see the module's text."""
+    short = asyncio.run(short_requests(router, model))
+    short_until = time.time()
+    names = [a.name for a in pieces[0].adapters]
+    _say(f"all of {len(pieces[0].arrival)} requests at once, to warm up")
+    drained = asyncio.run(replay(router, pieces[0].scaled(1e6), names, seed))
+    since = time.time()
+    rate = CALIBRATION_LOAD * len(pieces[0].arrival) / drained.duration_s
+    _say(f"measuring step costs at {rate:.2f} requests/s")
+    asyncio.run(replay(router, pieces[1].scaled(rate), names, seed))
+    _say("and all at once again")
+    asyncio.run(replay(router, pieces[2].scaled(1e6), names, seed))
+    return calibration(trace, short, short_until, since)
+
+
+async def short_requests(router: str, model: str) -> list[float]:
+    """Times to first token of short prompts, one after the other."""
+    shape = ProfileWorkload(vocabulary=VOCABULARY)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector()) as session:
-        profilers = [Profiler(session, url, shape, seed) for seed, url in enumerate(urls)]
-        for profiler in profilers:  # warms up
-            for length in shape.prompt_lengths:
-                await profiler.first_token_s(base, length)
-        _say("measuring the step cost of one instance alone")
-        alone = await profilers[0].step_samples(by_rank, base, repeats=3)
-        _say("measuring both at once")
-        groups = await asyncio.gather(*(p.step_samples(by_rank, base, repeats=3) for p in profilers))
-        both = [s for group in groups for s in group]
-        through = Profiler(session, router, shape, len(urls))
-        hops: list[list[float]] = [[], []]
-        model = next(iter(by_rank.values()))[0]
-        for _ in range(15):
-            for times, profiler in zip(hops, (profilers[0], through), strict=True):
-                times.append(await profiler.first_token_s(model, 8))
-    hop = max(0.0, statistics.median(hops[1]) - statistics.median(hops[0]))
-    # A first token's time has HTTP, tokenising and one handover between processes in it; a gap between two tokens of
-    # a stream has not. The difference of the two at one token of work is what a request pays once.
-    floor = fit_step_cost([s for s in alone if not s.prefill_tokens]).cost
-    prefill = [s for s in alone if s.prefill_tokens and not s.adapters]
-    x = np.array([s.prefill_tokens for s in prefill])
-    y = np.array([s.seconds for s in prefill])
-    _, intercept = np.polyfit(x, y, 1, w=1.0 / y)
-    outside = max(0.0, float(intercept) - floor.base - floor.decode_token)
-    fit = fit_step_cost([_inside(s, outside) for s in alone])
-    steps = [_inside(s, outside) for s in both]
-    # The same steps were measured alone and, on each instance, beside the other.
-    slower = statistics.median(b.seconds / a.seconds for a, b in zip([*alone, *alone], both, strict=True))
-    return Calibration(fit, fit_step_cost(steps), outside + hop, slower, {"alone": alone, "both": both})
+        profiler = Profiler(session, router, shape)
+        # A second token, so that another step follows the prompt's, whose length is then known.
+        return [await profiler.first_token_s(model, 8, 2) for _ in range(15)]
 
 
-def _inside(sample: StepSample, outside: float) -> StepSample:
-    """The sample less what was spent outside of the engine (first tokens only)."""
-    if not sample.prefill_tokens:
-        return sample
-    return msgspec.structs.replace(sample, seconds=max(sample.seconds - outside, 1e-4))
+async def block_tokens(url: str) -> int:
+    """Tokens of a KV block of the instance, from its `/metrics`."""
+    async with aiohttp.ClientSession() as session, session.get(url + "/metrics") as answer:
+        text = await answer.text()
+    found = re.search(r'cache_config_info\{[^}]*block_size="(\d+)"', text)
+    if found is None:
+        raise RuntimeError(f"{url}/metrics names no block_size")
+    return int(found[1])
 
 
 async def replay(url: str, workload: Workload, names: list[str], seed: int) -> Replay:
@@ -303,6 +316,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     plan_options += ["--loraserve-config.host_gib", "2"]  # room for all adapters on both: no fetch while measuring
     # The simulator does not model the bound on prefill of large ranks beside decodes.
     plan_options += ["--loraserve-config.lora_share", "null"]
+    steps = scratch / "steps.jsonl"
+    plan_options += ["--loraserve-config.trace_schedule", str(steps)]
     if options.executor == "uni":
         plan_options += ["--distributed-executor-backend", "uni"]
     plan = dataclasses.replace(
@@ -323,48 +338,45 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         for group in names.values():
             for name in group:
                 cluster.add_adapter(name, made / name)
-        urls = [cluster.instance_url(i) for i in range(2)]
         pids = [pid for server in cluster.servers for pid in server.pids()]
-        others = Busy(pids)
         router = cluster.url
-        found = asyncio.run(calibrate(urls, router, plan.model_name, {r: names[r] for r in PROFILED}))
-        fit = found.fit
-        others_profiling = others.share()
-        _say(
-            f"mean error of the fit {fit.relative_error:.1%}, beside a neighbour {found.beside.relative_error:.1%}; "
-            f"steps take {found.slower:.2f} times as long there; {found.outside * 1e3:.1f} ms outside the engine"
-        )
-        if options.profile is not None:
-            write_profile(cluster.coordinator_endpoint, words[0].path, made, options.profile)
         asyncio.run(touch(router, [name for group in names.values() for name in group]))
         table = asyncio.run(routing_table(cluster.coordinator_endpoint))
         capacity = table.instances[0].capacity
+        block = asyncio.run(block_tokens(cluster.instance_url(0)))
         machine = Machine(
             name="measured",
-            step_cost=fit.cost,
             max_batched_tokens=MAX_BATCHED_TOKENS,
             max_seqs=MAX_SEQS,
-            kv_tokens=capacity.kv_tokens,
+            kv_tokens=capacity.kv_tokens - block,  # vLLM keeps one block for itself
+            kv_block=block,
             arena_rows=capacity.rank_rows,
             max_rank=max(RANKS),
             row_bytes=max(1, table.adapters[0].adapter.size_bytes // table.adapters[0].adapter.rank),
-            beside=found.beside.cost,
             schedules_ahead=False,  # vLLM turns asynchronous scheduling off on a CPU
         )
+        trace = make_trace(options)
+        pieces = [make_workload(trace, machine, options.requests, i * options.requests, options.seed) for i in range(3)]
+        others = Busy(pids)
+        found = calibrate(router, steps, pieces, names[RANKS[0]][0], options.seed)
+        others_calibrating = others.share()
+        fit = found.alone
+        machine = msgspec.structs.replace(machine, step_cost=fit.cost, beside=found.beside.cost)
+        _say(
+            f"mean error of the fit {fit.relative_error:.1%} ({fit.samples} steps), beside a neighbour "
+            f"{found.beside.relative_error:.1%} ({found.beside.samples}), {found.left_out} left out; steps take "
+            f"{found.slower:.2f} times as long there; {found.outside * 1e3:.1f} ms outside the engine"
+        )
+        if options.profile is not None:
+            write_profile(cluster.coordinator_endpoint, words[0].path, made, options.profile)
         points = OperatingPoints(points=points_from_step_cost(fit.cost), step_cost=fit.cost, measured=True)
         # What the real router does where no operating points are given.
         system = System(name=options.policy, policy=options.policy, routing=RoutingMode.PHI_LIVE, period_s=0.0)
-        trace = make_trace(options)
         runs = []
-        # The first replay only warms up: matrix shapes and batches that no calibration has had.
-        for number, load in enumerate((WARM_UP_LOAD, *options.loads)):
+        for number, load in enumerate(options.loads, len(pieces)):
             base = make_workload(trace, machine, options.requests, number * options.requests, options.seed)
             placement = placement_of(asyncio.run(routing_table(cluster.coordinator_endpoint)))
             workload = at_load(base, machine, system, points, load, placement)
-            if not number:
-                _say(f"warming up with {workload.rate:.2f} requests/s")
-                asyncio.run(replay(cluster.url, workload, [a.name for a in workload.adapters], options.seed))
-                continue
             _say(f"load {load:g}: {workload.rate:.2f} requests/s, {workload.arrival[-1]:.0f} s")
             others = Busy(pids)
             real = asyncio.run(replay(cluster.url, workload, [a.name for a in workload.adapters], options.seed))
@@ -381,12 +393,16 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "executor": options.executor,
         "step_cost": msgspec.structs.asdict(fit.cost),
         "step_cost_fit_error": fit.relative_error,
+        "step_cost_samples": fit.samples,
         "step_cost_beside": msgspec.structs.asdict(found.beside.cost),
         "step_cost_beside_fit_error": found.beside.relative_error,
+        "step_cost_beside_samples": found.beside.samples,
+        "steps_left_out": found.left_out,
         "times_as_long_beside": found.slower,
-        "step_samples": msgspec.to_builtins(found.samples) if options.requests_too else {},
+        "kv_tokens": machine.kv_tokens,
+        "kv_block": machine.kv_block,
         "outside_engine_s": found.outside,
-        "cpu_of_others_while_profiling": others_profiling,
+        "cpu_of_others_while_calibrating": others_calibrating,
         "trace": Path(options.trace).name if options.trace else "synthetic",
         "shrink": options.shrink,
         "runs": runs,

@@ -107,9 +107,9 @@ class Profiler:
             raise ProfilingError(f"The instance sent no token for '{model}'.")
         return _Stream(chunks[0] - started, chunks, output_tokens)
 
-    async def first_token_s(self, model: str, prompt_tokens: int) -> float:
+    async def first_token_s(self, model: str, prompt_tokens: int, output_tokens: int = 1) -> float:
         """Seconds to the first token of one request with a random prompt."""
-        return (await self._stream(model, prompt_tokens, 1)).ttft
+        return (await self._stream(model, prompt_tokens, output_tokens)).ttft
 
     # ---- steps ----
 
