@@ -45,11 +45,11 @@ from typing import Any
 import aiohttp
 import msgspec
 import numpy as np
-from traced_steps import alone_and_beside, fit_without_outliers, read_steps
 
 from vllm_loraserve.cluster.fit import Fit, predict_step
 from vllm_loraserve.cluster.operating_points import OperatingPoints, points_from_step_cost
 from vllm_loraserve.cluster.placement import Placement
+from vllm_loraserve.cluster.traced_steps import alone_and_beside, fit_without_outliers, read_steps
 from vllm_loraserve.coordinator.client import CoordinatorClient
 from vllm_loraserve.coordinator.messages import GetTable, RoutingTable
 from vllm_loraserve.coordinator.profile import make_like
@@ -151,7 +151,7 @@ class Calibration(msgspec.Struct):
 def calibration(trace: Path, short: list[float], short_until: float, since: float) -> Calibration:
     """From the schedule trace: steps from `since` on give the step cost. `short`: times to first token of single short
     prompts, which ran before `short_until` (both Unix times)."""
-    steps = read_steps(trace)
+    steps = read_steps(trace.read_text().splitlines())
     prompts = [s.sample.seconds for s in steps if s.start < short_until and s.sample.prefill_tokens]
     alone, beside = alone_and_beside(s for s in steps if s.start >= since)
     fit, left_alone = fit_without_outliers(alone)

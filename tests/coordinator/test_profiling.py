@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import selectors
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file
 from vllm_loraserve.adapters.checkpoint import inspect_checkpoint
 from vllm_loraserve.cluster import operating_points
 from vllm_loraserve.cluster.fit import fit_step_cost
+from vllm_loraserve.cluster.operating_points import StepCost
 from vllm_loraserve.coordinator import profile, profiling
 from vllm_loraserve.coordinator.messages import AddAdapter
 from vllm_loraserve.coordinator.profiling import Profiler, ProfilingError, Workload, connector
@@ -186,7 +188,25 @@ def test_made_adapters_have_the_modules_and_the_rank(tmp_path):
     assert all(np.abs(w).max() < 1e-4 for k, w in weights.items() if "lora_B" in k)
 
 
-async def test_the_command_writes_a_file_the_coordinator_reads_and_cleans_up(engine, running, tmp_path):
+def schedule_trace(path, start):
+    """Steps of 10 ms and 1 ms a decode, and before `start` such that take ten times as long."""
+    lines = []
+    for begin, slow in ((start - 1000.0, 10.0), (start + 1.0, 1.0)):
+        at = begin
+        for i in range(100):
+            decodes, prompt, rank, context = 1 + i % 5, 16 * (i % 4), 8 * (i % 3), 100 * (i % 7)
+            lines.append(
+                {"pid": 1, "t": at, "after_idle": i == 0,
+                 "prefill_tokens": prompt, "prefill_token_ranks": prompt * rank,
+                 "decode_tokens": decodes, "decode_token_ranks": decodes * rank, "rank_rows": rank,
+                 "adapters": int(rank > 0), "context_tokens": context}
+            )  # fmt: skip
+            at += slow * (0.010 + 0.001 * decodes)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+async def test_the_command_writes_a_file_the_coordinator_reads_and_cleans_up(engine, running, tmp_path, traced):
     fake, url = engine
     server, client = running
     write_adapter(tmp_path / "adapters" / "a")
@@ -197,11 +217,14 @@ async def test_the_command_writes_a_file_the_coordinator_reads_and_cleans_up(eng
     await client.request(AddAdapter(name="a", source="a"))
     parser = profile.argparse.ArgumentParser()
     profile.add_arguments(parser)
-    out = tmp_path / "op.json"
+    out, options = tmp_path / "op.json", []
+    if traced:
+        schedule_trace(tmp_path / "steps.jsonl", time.time())
+        options = ["--steps", str(tmp_path / "steps.jsonl")]
     args = parser.parse_args(
         ["--coordinator", server.options.bind, "--ranks", "8,64", "--trial", "0.3", "--prompt-tokens", "32",
          "--output-tokens", "4", "--slo-ttft", "60", "--concurrency", "4",
-         "--timeout", str(PATIENCE_S), "--out", str(out)]
+         "--timeout", str(PATIENCE_S), "--out", str(out), *options]
     )  # fmt: skip
 
     async def live():
@@ -217,10 +240,23 @@ async def test_the_command_writes_a_file_the_coordinator_reads_and_cleans_up(eng
     assert points.dtype == "bfloat16"
     assert points.kernels.startswith("rank-aware cpu (vllm-loraserve ")
     assert sorted(points.points) == [8, 64]
+    assert points.step_cost is not None
+    seconds = StepCost(base=0.010, decode_token=0.001).seconds(decode_tokens=3)
+    assert (points.step_cost.seconds(decode_tokens=3) == pytest.approx(seconds, rel=0.01)) is traced
     assert "P95 TTFT 60 s" in points.slo
     assert [r.name for r in server.controller.registry.all()] == ["a"]
     assert [p.name for p in (tmp_path / "adapters").iterdir()] == ["a"]
     assert {m for m in fake.models if m != "toy"} == {m for m in fake.models if m.startswith("profile-")}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "has no step of this run"), ("{}\n", "is no schedule trace"), ("x\n", "is no schedule trace")],
+)
+def test_a_trace_that_says_nothing_is_named(tmp_path, text, said):
+    (tmp_path / "steps.jsonl").write_text(text)
+    with pytest.raises(ProfilingError, match=f"steps.jsonl {said}"):
+        profile._fit_of_steps(tmp_path / "steps.jsonl", time.time())
 
 
 async def test_idle_connections_are_given_up_before_the_server_closes_them():

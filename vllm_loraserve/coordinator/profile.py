@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from safetensors.numpy import save_file
 from vllm_loraserve import __version__
 from vllm_loraserve.cluster.fit import Fit, fit_step_cost
 from vllm_loraserve.cluster.operating_points import OperatingPoints, OperatingPointsError, save
+from vllm_loraserve.cluster.traced_steps import fit_without_outliers, read_steps
 from vllm_loraserve.coordinator.asking import add_coordinator_arguments
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
 from vllm_loraserve.coordinator.curve import KeysError, load_member_keys
@@ -56,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-tokens", type=int, default=w.output_tokens, metavar="N", help="(default %(default)s)")
     add("--concurrency", type=int, default=w.concurrency, metavar="N", help="at most at once (default %(default)s)")
     add("--trial", type=float, default=w.trial_s, metavar="S", help="seconds of each run (default %(default)s)")
+    add(
+        "--steps",
+        type=Path,
+        metavar="FILE",
+        help="the instance's --loraserve-config.trace_schedule: the step cost is fitted to the steps that these runs "
+        "leave there, of prompts and decodes mixed, in place of single requests timed from outside",
+    )
     add("--out", type=Path, default=Path("operating_points.json"), metavar="FILE", help="(default %(default)s)")
     add("--force", action="store_true", help="measure though the instance has traffic")
 
@@ -110,6 +119,7 @@ async def _profile(args: argparse.Namespace, console: Console) -> tuple[Operatin
     async with CoordinatorClient(args.coordinator, timeout_s=args.timeout, keys=keys) as client:
         status = await client.ask(GetStatus(), Status)
         instance = _choose(status, args.instance, args.force)
+        began = time.time()
         like = args.like or _registered(status)
         base = status.table.base_model
         timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
@@ -124,6 +134,8 @@ async def _profile(args: argparse.Namespace, console: Console) -> tuple[Operatin
             for rank, names in by_rank.items():
                 with console.status(f"rank {rank}"):
                     points[rank], trials[rank] = await profiler.operating_point(names)
+            if args.steps is not None:
+                fit = _fit_of_steps(args.steps, began)
     shape = f"{workload.prompt_tokens} prompt and {workload.output_tokens} output tokens"
     slo = f"P95 TTFT {workload.slo_ttft_s:g} s, {shape}"
     measured = OperatingPoints(
@@ -139,6 +151,20 @@ async def _profile(args: argparse.Namespace, console: Console) -> tuple[Operatin
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     return measured, fit, trials
+
+
+def _fit_of_steps(trace: Path, began: float) -> Fit:
+    """The step cost of the steps since `began` (Unix time) in a schedule trace."""
+    try:
+        steps = [step for step in read_steps(trace.read_text().splitlines()) if step.start >= began]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProfilingError(f"{trace} is no schedule trace of this version: {error!r}.") from None
+    if not steps:
+        raise ProfilingError(
+            f"{trace} has no step of this run; start the instance with --loraserve-config.trace_schedule {trace}, on "
+            "this machine or on a file system that both see."
+        )
+    return fit_without_outliers([step.sample for step in steps])[0]
 
 
 def _ranks(text: str) -> list[int]:

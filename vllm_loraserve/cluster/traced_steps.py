@@ -1,4 +1,7 @@
-"""Steps of running instances, from the file of `--loraserve-config.trace_schedule`, as samples of the step cost."""
+"""Steps of running instances, from the lines of `--loraserve-config.trace_schedule`, as samples of the step cost.
+
+Unlike single prompts and groups of streams they mix prompts and decodes, as traffic does.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import bisect
 import itertools
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import msgspec
 
@@ -25,10 +27,10 @@ class Step(msgspec.Struct, frozen=True):
     sample: StepSample
 
 
-def read_steps(path: Path) -> list[Step]:
+def read_steps(lines: Iterable[str]) -> list[Step]:
     """The steps whose length is known: another one of the same engine followed at once."""
     by_engine: dict[int, list[dict[str, float]]] = {}
-    for line in path.read_text().splitlines():
+    for line in lines:
         step = json.loads(line)
         by_engine.setdefault(step["pid"], []).append(step)
     return [
