@@ -1,5 +1,6 @@
 """Two workers' host tiers over real connections: an adapter of one is brought to the other, or left to its file."""
 
+import os
 import threading
 import time
 
@@ -416,6 +417,32 @@ def test_the_last_copy_stays_until_a_move_is_confirmed(worker, tmp_path):
     assert holder.bring(LoRARequest("a", 5, str(tmp_path / "a"))) is not None
     until(lambda: ours.may_evict(9))
     assert not theirs.may_evict(5)
+
+
+def test_a_look_at_checkpoints_that_is_under_way_is_waited_for(worker, tmp_path, monkeypatch):
+    ours = tier()
+    holder = worker("one", ours)
+    fill(ours, 5, "sha-a", seed=1)
+    holder.served(LoRARequest("a", 5, str(tmp_path / "gone")))
+    exists, asked = os.path.exists, threading.Event()
+
+    def slow(path):
+        asked.set()
+        time.sleep(0.2)
+        return exists(path)
+
+    monkeypatch.setattr(os.path, "exists", slow)
+    holder.look_at_checkpoints(patience_s=0)
+    assert asked.wait(10)
+    assert ours.may_evict(5), "nothing is known yet"
+    holder.look_at_checkpoints(every_s=60, patience_s=60)
+    assert not ours.may_evict(5)
+    # And one that began before this call is not enough where only a look from now on is.
+    holder.look_at_checkpoints(patience_s=0)
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "adapter_config.json").write_text("{}")
+    holder.look_at_checkpoints()
+    assert ours.may_evict(5)
 
 
 def test_who_has_to_evict_looks_at_the_checkpoints_first(worker, tmp_path):

@@ -229,22 +229,30 @@ class PeerSources:
     def look_at_checkpoints(self, *, every_s: float = 0.0, patience_s: float | None = None) -> None:
         """Learns whether the checkpoints of the adapters held here can be read, unless that is known since `every_s`.
 
-        Their file systems may not answer, and are not those of the adapter that a caller loads: it waits `patience_s`
-        at most (None: for ever), and goes on with what was known.
+        Their file systems may not answer, and are not those of the adapter that a caller loads: it waits until a look
+        is `patience_s` old at most (None: for ever), and goes on with what was known. One that is under way counts if
+        it began within `every_s`.
         """
-        with self._lock:
-            busy = self._looker is not None and self._looker.is_alive()
-            if busy or time.monotonic() - self._looked_at < every_s:
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                looker = self._looker if self._looker is not None and self._looker.is_alive() else None
+                counts = now - self._looked_at < every_s
+                if looker is None:
+                    if counts:
+                        return
+                    counts, self._looked_at = True, now
+                    looker = self._looker = threading.Thread(
+                        target=self._look, args=(dict(self._paths),), name="loraserve-look", daemon=True
+                    )
+                    try:
+                        looker.start()
+                    except RuntimeError:  # can't start new thread: what was known stands
+                        return
+                began = self._looked_at
+            looker.join(None if patience_s is None else max(began + patience_s - now, 0.0))
+            if counts or looker.is_alive():
                 return
-            self._looked_at = time.monotonic()
-            looker = self._looker = threading.Thread(
-                target=self._look, args=(dict(self._paths),), name="loraserve-look", daemon=True
-            )
-            try:
-                looker.start()
-            except RuntimeError:  # can't start new thread: what was known stands
-                return
-        looker.join(patience_s)
 
     def _look(self, paths: dict[str, str]) -> None:
         # What is no local path is a name in a hub's cache, and stays there.
