@@ -14,6 +14,8 @@ import msgspec
 
 from vllm_loraserve.cluster.fit import Fit, StepSample, fit_step_cost, predict_step
 
+TOTALS = tuple(name for name in StepSample.__struct_fields__ if name != "seconds")
+"""Fields of a line that are those of a sample."""
 OUTLIER = 2.0
 """A step that takes so many times what the others predict was held up by something else, and is left out."""
 
@@ -34,24 +36,11 @@ def read_steps(lines: Iterable[str]) -> list[Step]:
         step = json.loads(line)
         by_engine.setdefault(step["pid"], []).append(step)
     return [
-        Step(pid, step["t"], _sample(step, after["t"] - step["t"]))
+        Step(pid, step["t"], StepSample(seconds=after["t"] - step["t"], **{total: step[total] for total in TOTALS}))
         for pid, steps in by_engine.items()
         for step, after in itertools.pairwise(steps)
         if not after["after_idle"]
     ]
-
-
-def _sample(step: dict[str, float], seconds: float) -> StepSample:
-    terms = (
-        "prefill_tokens",
-        "prefill_token_ranks",
-        "decode_tokens",
-        "decode_token_ranks",
-        "rank_rows",
-        "adapters",
-        "context_tokens",
-    )
-    return StepSample(seconds=seconds, **{term: step[term] for term in terms})
 
 
 def alone_and_beside(steps: Iterable[Step]) -> tuple[list[StepSample], list[StepSample]]:

@@ -426,6 +426,7 @@ class RankAwareMixin(_Base):
                 running=len(self.running),
                 waiting=len(self.waiting),
                 after_idle=self._after_idle,
+                tokens=total,
                 **work_of(output.num_scheduled_tokens, self.requests, self._rank),
                 adapters=len(self.room.users),
                 rank_rows=self.room.used_rows,

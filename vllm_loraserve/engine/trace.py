@@ -57,7 +57,7 @@ class StepCounters:
 def work_of(
     scheduled: Mapping[str, int], requests: Mapping[str, Request], rank_of: Callable[[Request], int]
 ) -> dict[str, Any]:
-    """What a step computes: its tokens, and the terms of the step cost (`cluster.operating_points.StepCost`) that its
+    """What a step computes: its tokens by adapter, and the totals of the step cost (`cluster.fit.StepSample`) that
     tokens make. `scheduled`: request -> tokens of it in the step."""
     by_adapter: dict[int, int] = {}
     totals = dict.fromkeys(
@@ -75,7 +75,7 @@ def work_of(
         totals[f"{kind}_tokens"] += count
         totals[f"{kind}_token_ranks"] += count * rank
         totals["context_tokens"] += request.num_computed_tokens if decode else 0
-    return {"tokens": sum(scheduled.values()), "lora_tokens": by_adapter, **totals}
+    return {"lora_tokens": by_adapter, **totals}
 
 
 class StepTrace:

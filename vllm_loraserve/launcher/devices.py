@@ -15,6 +15,7 @@ from vllm_loraserve.launcher.errors import StartError
 
 MIN_KV_BYTES, MAX_KV_BYTES = 256 << 20, 8 << 30
 CPU_MAX_LORAS, GPU_MAX_LORAS = 8, 32
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,6 @@ def this_machine() -> Machine:
         cgroup.available_memory(),
         slow_bfloat16=not gpus and lacks_bfloat16(CPU_INFO),
     )
-
-
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 def lacks_bfloat16(cpu_info: Path) -> bool:

@@ -95,7 +95,6 @@ class Server:
         self.decode_rank_sum = 0
         self.context = 0
         self.kv = KVCache(self.machine.kv_tokens, self.machine.kv_block)
-        self.preemptions = 0
         self.queued_tokens = 0
         self.queued_token_ranks = 0
         self.queued_kv = 0
@@ -131,9 +130,10 @@ class Server:
     def start(self, now: float) -> bool:
         """Starts a step or a leap; sets `step_end` (idle: -1.0) and returns whether there is one."""
         m = self.machine
-        preempted = self.preemptions
+        preempted = False
         while not self.kv.grow(self.steps):
             self._preempt(next(reversed(self.batch.values())))
+            preempted = True
         n_decode = len(self.decoding)
         # What was fixed while the step before ran knows only requests that had come before that one began.
         seen = m.schedules_ahead and self.step_end == now and (n_decode or self.prefilling)
@@ -150,7 +150,7 @@ class Server:
             tokens += chunk
             token_ranks += chunk * r.rank
         stall = 0.0
-        if self.waiting and budget > 0 and self.running < m.max_seqs and preempted == self.preemptions:
+        if self.waiting and budget > 0 and self.running < m.max_seqs and not preempted:
             admitted, stall = self._admit(now, budget)
             for r in admitted:
                 chunk = min(r.prompt, budget)
@@ -264,7 +264,6 @@ class Server:
 
     def _preempt(self, r: Request) -> None:
         """`r` gives its KV blocks back and waits at the front; what it has generated is computed again."""
-        self.preemptions += 1
         if r.prefilled < r.prompt:
             self.prefilling.remove(r)
             left = r.prompt - r.prefilled
