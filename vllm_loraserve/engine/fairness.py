@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 _PRUNE_ABOVE = 1024
 """Labels, beyond twice those that are ahead of the present, before the others are forgotten."""
@@ -30,6 +31,11 @@ def label_of(name: str, options: Mapping[str, object]) -> str | None:
 def value_of(label: str, options: Mapping[str, float]) -> float:
     """The option of a label that `label_of` gave."""
     return options[label] if label in options else options["*"]
+
+
+def reach(request: Any) -> int:
+    """Tokens that a request of vLLM's may reach: its prompt and all that it may generate."""
+    return int(request.num_prompt_tokens + request.max_tokens)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,8 @@
 `schedule()` stays vLLM's. Around it: the waiting queue shows only requests whose adapter is ready and finds room
 (admission.py), loads are started aside in the order of the queue (readiness.py, channel.py), prefill of adapters is cut
 to a work budget (rank_budget.py) and takes turns by rank (turns.py), room is made for who has waited long (ageing.py),
-shares and limits hold (fairness.py). With no request of an adapter every decision is vLLM's own.
+shares and limits hold (fairness.py), and who can't be served is told so (hopeless.py). With no request of an adapter
+every decision is vLLM's own.
 """
 
 from __future__ import annotations
@@ -12,28 +13,25 @@ import os
 import queue
 import time
 from collections.abc import Iterable
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine import channel, engine_waits
 from vllm_loraserve.engine.admission import AdmissionQueue, Lane
 from vllm_loraserve.engine.ageing import Ageing
 from vllm_loraserve.engine.engine_config import config_of
-from vllm_loraserve.engine.fairness import Limits, Shares
+from vllm_loraserve.engine.fairness import Limits, Shares, reach
+from vllm_loraserve.engine.hopeless import Hopeless
 from vllm_loraserve.engine.metrics import Publisher, Totals, summed
 from vllm_loraserve.engine.rank_budget import MIN_CHUNK, ArenaRoom, WorkBudget, rank_cost
 from vllm_loraserve.engine.readiness import Readiness
-from vllm_loraserve.engine.request_errors import stop_reason
 from vllm_loraserve.engine.trace import StepCounters, StepTrace, work_of
 from vllm_loraserve.engine.turns import Turns
 
@@ -102,11 +100,12 @@ class RankAwareMixin(_Base):
             max_skip_s=config.max_skip_s,
             skip_window=config.skip_window,
         )
-        self._doomed: dict[str, tuple[HTTPStatus, str]] = {}
-        """Requests to be ended with an error after this step."""
+        self.hopeless = Hopeless(
+            self.readiness, self.waiting, self.limits, self.counters, limit_wait_s=config.limit_wait_s
+        )
         self._overtook: set[Request] = set()
         """Requests that were admitted in this step past the oldest one that finds no room."""
-        self._loads_looked_at = self._waits_looked_at = self._limits_looked_at = 0.0
+        self._loads_looked_at = self._waits_looked_at = 0.0
         self._now = 0.0
         """When this step began."""
         self._decoding = False
@@ -197,7 +196,7 @@ class RankAwareMixin(_Base):
         if not lanes and not self._holders:
             return
         self._start_loads(now)
-        self._end_hopeless(now)
+        self.hopeless.survey(self._holders, now)
         ready = list(self.turns.ready_lanes())
         self._unheld += (lane.adapter for lane in ready if not self.readiness.is_held(lane.adapter))
         self.ageing.survey(ready, self._holders, now)
@@ -223,7 +222,7 @@ class RankAwareMixin(_Base):
             self.limits.clear()
             for request in (*self.running, *self.kv_holding_waiting):
                 if (lora := request.lora_request) is not None:
-                    self.limits.take(lora.lora_name, _reach(request))
+                    self.limits.take(lora.lora_name, reach(request))
         return sum(rank_of(adapter) * count for adapter, count in decodes.items()), others_decode
 
     def _start_loads(self, now: float) -> None:
@@ -244,40 +243,6 @@ class RankAwareMixin(_Base):
         for adapter, attempt in self.readiness.next_loads(wanted, running, now):
             if self._end is not None:
                 self._end.send(channel.Prepare(adapter, attempt, msgspec.msgpack.encode(requests[adapter])))
-
-    def _end_hopeless(self, now: float) -> None:
-        """Requests whose adapter can't be had, and those that waited too long over their limit."""
-        for adapter, path, status, reason in self.readiness.failed():
-            lane = self.waiting.lanes.get((adapter, path))
-            if lane is not None:
-                self._doom(self.waiting.live_in(lane), HTTPStatus(status), reason)
-            held = [
-                r for r in self._holders if (r.lora_request.lora_int_id, r.lora_request.lora_path) == (adapter, path)
-            ]
-            self._doom(held, HTTPStatus(status), reason)
-            self.readiness.forget_failure(adapter)
-        if not self.limits.most or now - self._limits_looked_at < WAITS_EVERY_S:
-            return
-        self._limits_looked_at = now
-        for lane in self.waiting.lanes.values():
-            if self.limits.allows(lane.name, _reach(self.waiting.head(lane)[1])):
-                lane.over_since = None
-            if lane.over_since is None:
-                continue
-            # Who has run is served to the end.
-            late = [
-                request
-                for request in self.waiting.live_in(lane)
-                if now - max(self.waiting.queued_at(request), lane.over_since) > self.loraserve.limit_wait_s
-                and not request.num_preemptions
-                and not request.num_output_tokens
-            ]
-            reason = f"Too many tokens of LoRA adapter '{lane.name}' are in flight; try again later"
-            self._doom(late, HTTPStatus.TOO_MANY_REQUESTS, reason)
-
-    def _doom(self, requests: Iterable[Request], status: HTTPStatus, reason: str) -> None:
-        for request in requests:
-            self._doomed.setdefault(request.request_id, (status, reason))
 
     def _hold_and_release(self, end: channel.SchedulerEnd) -> None:
         """What is ready stays in host memory until it is activated, or nobody waits for it any more."""
@@ -309,9 +274,9 @@ class RankAwareMixin(_Base):
     def admits(self, lane: Lane, request: Request) -> bool:
         """Room in the arena, under its limit, and work left for at least a small chunk."""
         rank = self.readiness.rank_of(lane.adapter)
-        if request.request_id in self._doomed or not self.room.fits(lane.adapter, rank):
+        if request in self.hopeless or not self.room.fits(lane.adapter, rank):
             return False
-        if not self.limits.allows(lane.name, _reach(request)):
+        if not self.limits.allows(lane.name, reach(request)):
             if lane.over_since is None:
                 lane.over_since = self._now
             return False
@@ -336,12 +301,12 @@ class RankAwareMixin(_Base):
         name = lora.lora_name if lora is not None else ""
         if self.shares.weights and request not in self._charged:
             # Once, however often it is preempted.
-            self._charged[request] = _reach(request)
+            self._charged[request] = reach(request)
             self._charged_now.add(request)
-            self.shares.admit(name, _reach(request))
+            self.shares.admit(name, reach(request))
         if lora is not None:
             self.room.take(lora.lora_int_id, self.readiness.rank_of(lora.lora_int_id))
-            self.limits.take(name, _reach(request))
+            self.limits.take(name, reach(request))
 
     def returned(self, request: Request) -> None:
         """Takes back what `taken` counted."""
@@ -356,7 +321,7 @@ class RankAwareMixin(_Base):
             self.shares.refund(name, self._charged.pop(request))
         if lora is not None:
             self.room.release(lora.lora_int_id)
-            self.limits.release(name, _reach(request))
+            self.limits.release(name, reach(request))
 
     # ---- places where vLLM's schedule() asks ----
 
@@ -463,32 +428,10 @@ class RankAwareMixin(_Base):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         """As vLLM; then ends the requests that can't be served, each with its reason."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self._doomed:
-            self._end_doomed(outputs)
+        if self.hopeless:
+            self.hopeless.end(self.finish_requests, outputs)
         self._after_idle |= not self.requests
         return outputs
-
-    def _end_doomed(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        doomed, self._doomed = self._doomed, {}
-        for request in self.finish_requests(doomed, RequestStatus.FINISHED_ERROR):
-            status, reason = doomed[request.request_id]
-            if status == HTTPStatus.TOO_MANY_REQUESTS:
-                self.counters.limited_requests += 1
-            else:
-                self.counters.failed_requests += 1
-            logger.warning("Request %s ends with %d: %s", request.request_id, status, reason)
-            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(
-                EngineCoreOutput(
-                    request_id=request.request_id,
-                    new_token_ids=[],
-                    finish_reason=request.get_finished_reason(),
-                    stop_reason=stop_reason(status, reason),
-                    # vLLM's front end takes an output without one for that of a generating request.
-                    pooling_output=torch.empty(0) if request.pooling_params is not None else None,
-                    events=request.take_events(),
-                    trace_headers=request.trace_headers,
-                )
-            )
 
     def shutdown(self) -> None:
         """Closes the trace and the channel besides what vLLM closes."""
@@ -499,11 +442,6 @@ class RankAwareMixin(_Base):
         if self._end is not None:
             self._end.close()
         super().shutdown()
-
-
-def _reach(request: Request) -> int:
-    """Tokens that the request may reach: its prompt and all that it may generate."""
-    return int(request.num_prompt_tokens + request.max_tokens)
 
 
 class RankAwareScheduler(RankAwareMixin, Scheduler):
