@@ -77,6 +77,8 @@ def loader() -> Any:
         parts={name: [name]},
         stock_names=frozenset(),
         expected_suffixes=frozenset({"q_proj", "lm_head"}),
+        module_names=frozenset({"", "model", "model.layers", "model.layers.0", name.rpartition(".")[0]}),
+        elsewhere=frozenset(),
         weights_mapper=None,
         skip_prefixes=(),
         strip_model_prefix=False,
@@ -117,10 +119,39 @@ def test_what_another_pipeline_stage_holds_is_not_read(loader: Any, tmp_path: Pa
     from vllm.lora.request import LoRARequest
 
     elsewhere = Q_PROJ.replace("0", "1")
+    loader.facts.elsewhere = frozenset({"model.layers.1"})
     here = loader.prepare(LoRARequest("here", 1, str(write(tmp_path / "a", 1, {Q_PROJ: 8, elsewhere: 8}))))
     assert (here.ranks, here.loras) == ((8,), {}), "though its rank is above --max-lora-rank"
     other = loader.prepare(LoRARequest("other", 2, str(write(tmp_path / "b", 1, {elsewhere: 8}))))
     assert (other.ranks, other.pages, other.loras) == ((0,), (0,), {})
+
+
+@pytest.mark.parametrize("name", [Q_PROJ.replace("0", "7"), Q_PROJ.replace("model", "model.language_model")])
+@pytest.mark.parametrize("beside", [True, False])
+def test_modules_that_the_model_has_not_are_refused(loader: Any, tmp_path: Path, name: str, beside: bool) -> None:
+    """The name ends as the model's do and the sizes fit: served without it, the adapter would be another one."""
+    from vllm.lora.request import LoRARequest
+
+    from vllm_loraserve.adapters.checkpoint import AdapterError
+
+    folder = write(tmp_path / "deeper", 1, {name: 8} | ({Q_PROJ: 8} if beside else {}))
+    with pytest.raises(AdapterError, match=rf"targets '{name}', and this model has no '{name.rpartition('.')[0]}'"):
+        loader.prepare(LoRARequest("deeper", 1, str(folder)))
+    assert 1 not in loader.tier
+    loader.tier.check_integrity()
+
+
+def test_layers_without_lora_are_left_out_but_not_all_of_an_adapter(loader: Any, tmp_path: Path) -> None:
+    """As of a vision tower, or what --lora-target-modules leaves out."""
+    from vllm.lora.request import LoRARequest
+
+    from vllm_loraserve.adapters.checkpoint import AdapterError
+
+    tower = "visual.blocks.0.attn.q_proj"
+    loader.facts.module_names |= {"visual.blocks.0.attn"}
+    assert loader.prepare(LoRARequest("a", 1, str(write(tmp_path / "a", 1, {Q_PROJ: 8, tower: 8})))).ranks == (8,)
+    with pytest.raises(AdapterError, match=r"would answer as the base model.*targets q_proj"):
+        loader.prepare(LoRARequest("b", 2, str(write(tmp_path / "b", 1, {tower: 8}))))
 
 
 def test_modules_outside_the_pages_are_checked_too(loader: Any, tmp_path: Path) -> None:

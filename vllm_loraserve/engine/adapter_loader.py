@@ -88,6 +88,8 @@ class ModelFacts:
         parts: Mapping[str, Sequence[str]],
         stock_names: frozenset[str],
         expected_suffixes: frozenset[str],
+        module_names: frozenset[str],
+        elsewhere: frozenset[str],
         weights_mapper: Any,
         skip_prefixes: Sequence[str],
         strip_model_prefix: bool,
@@ -100,6 +102,8 @@ class ModelFacts:
     ) -> None:
         self.layout, self.layers, self.parts = layout, layers, parts
         self.stock_names, self.expected_suffixes = stock_names, expected_suffixes
+        self.module_names, self.elsewhere = module_names, elsewhere
+        """All modules of this worker's model, those that hold others too; those that another pipeline stage has."""
         self.weights_mapper, self.skip_prefixes = weights_mapper, list(skip_prefixes)
         self.strip_model_prefix, self.allow_modules_to_save = strip_model_prefix, allow_modules_to_save
         self.max_rank, self.stock_max_rank = max_rank, stock_max_rank
@@ -253,8 +257,10 @@ class AdapterLoader:
     def _plan(self, checkpoint: Checkpoint) -> tuple[list[ModulePlan], list[LoRATensors]]:
         """Plans for the paged modules, and the checkpoint modules for this worker's layers outside the pages.
 
-        What is for neither (layers of other pipeline stages, modules that --lora-target-modules leaves out) is not
-        read, as vLLM does not use it.
+        What is for neither is not read, as vLLM does not use it: layers of other pipeline stages, and layers that get
+        no LoRA here (--lora-target-modules, vision towers). Modules that the model has not are no such layers, and
+        raise AdapterError `mismatch`: without them the answers would be those of another model, of the base model
+        where nothing is left.
         """
         facts = self.facts
         found: dict[str, LoRATensors] = {}
@@ -271,15 +277,44 @@ class AdapterLoader:
                 parts = [self._take(found, runtime)]
             if any(parts):
                 plans.append(plan_module(runtime, facts.layers[runtime], parts))
-        for name in found:
-            suffix = name.rsplit(".", 1)[-1]
-            if ".experts" not in name and suffix not in facts.expected_suffixes:
-                raise AdapterError(
-                    "mismatch",
-                    f"'{checkpoint.directory}' targets '{name}', which this model has not; its modules are "
-                    f"{', '.join(sorted(facts.expected_suffixes))}.",
-                )
-        return plans, [module for name, module in found.items() if self._is_stock(name)]
+        rest = [module for name, module in found.items() if self._is_stock(name)]
+        unserved = [name for name in found if not self._is_stock(name)]
+        for name in unserved:
+            self._check_unserved(name, checkpoint)
+        served = plans or rest or checkpoint.full_tensors or any(map(self._is_elsewhere, unserved))
+        if not served:
+            raise AdapterError(
+                "mismatch",
+                f"Nothing that '{checkpoint.directory}' changes gets LoRA here; it would answer as the base model. It "
+                f"targets {', '.join(sorted({module.suffix for module in checkpoint.modules})) or 'no module'}: see "
+                "--lora-target-modules.",
+            )
+        return plans, rest
+
+    def _check_unserved(self, name: str, checkpoint: Checkpoint) -> None:
+        suffix = name.rsplit(".", 1)[-1]
+        if suffix not in self.facts.expected_suffixes:
+            raise AdapterError(
+                "mismatch",
+                f"'{checkpoint.directory}' targets '{name}', which this model has not; its modules are "
+                f"{', '.join(sorted(self.facts.expected_suffixes))}.",
+            )
+        if not self._is_elsewhere(name) and not any(
+            spelling.rpartition(".")[0] in self.facts.module_names for spelling in self._spellings(name)
+        ):
+            raise AdapterError(
+                "mismatch",
+                f"'{checkpoint.directory}' targets '{name}', and this model has no '{name.rpartition('.')[0]}'; train "
+                "the adapter on this base model.",
+            )
+
+    def _is_elsewhere(self, name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[:count]) in self.facts.elsewhere for count in range(1, len(parts) + 1))
+
+    def _spellings(self, name: str) -> tuple[str, ...]:
+        """The name as checkpoints and as this model may have it."""
+        return (name, name.removeprefix("model.")) if self.facts.strip_model_prefix else (name,)
 
     def _is_stock(self, name: str) -> bool:
         names = self.facts.stock_names

@@ -17,6 +17,7 @@ from vllm.lora.model_manager import create_lora_manager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -116,6 +117,8 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
                 name for module in manager.modules for name in (module, *manager.packed_modules.get(module, ()))
             ),
             expected_suffixes=frozenset(expected),
+            module_names=frozenset(name for name, _ in model.named_modules()),
+            elsewhere=frozenset(name for name, part in model.named_modules() if isinstance(part, PPMissingLayer)),
             weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
             skip_prefixes=getattr(model, "lora_skip_prefixes", None) or (),
             strip_model_prefix=manager.is_pooling_model,
