@@ -36,6 +36,7 @@ class Engine:
         self.new: list[tuple[asyncio.Queue, int, int, int]] = []
         self.running: list[list] = []
         self.models: set[str] = set()
+        self.key: str | None = None
         self.work = asyncio.Event()
 
     @staticmethod
@@ -77,6 +78,8 @@ class Engine:
         yield b"data: [DONE]\n\n"
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
+        if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
         body = await request.json()
         if body["model"] == "missing":
             return web.json_response({"error": {"message": "no such model"}}, status=404)
@@ -179,6 +182,26 @@ async def test_an_slo_out_of_reach_and_a_failing_instance_are_named(engine):
             await hopeless.operating_point(["missing"])
 
 
+@pytest.mark.parametrize(
+    ("environment", "sent"),
+    [
+        ({}, {}),
+        ({"VLLM_API_KEY": "a"}, {"Authorization": "Bearer a"}),
+        ({"VLLM_API_KEY": "a", "LORASERVE_UPSTREAM_API_KEY": " b , c"}, {"Authorization": "Bearer b"}),
+    ],
+)
+def test_the_instances_key_is_the_routers_or_vllms(environment, sent):
+    assert profile._authorization(environment) == sent
+
+
+async def test_an_instance_that_asks_for_a_key_is_named(engine):
+    fake, url = engine
+    fake.key = "of-the-instance"
+    async with aiohttp.ClientSession(headers={"Authorization": "Bearer another"}) as session:
+        with pytest.raises(ProfilingError, match="asks for an API key; set LORASERVE_UPSTREAM_API_KEY"):
+            await Profiler(session, url, WORKLOAD).first_token_s("p-r8-0", 8)
+
+
 def test_made_adapters_have_the_modules_and_the_rank(tmp_path):
     like = write_adapter(tmp_path / "like", rank=4)
     made = profile.make_like(like, tmp_path / "made", 32)
@@ -206,9 +229,13 @@ def schedule_trace(path, start):
 
 
 @pytest.mark.parametrize("traced", [False, True])
-async def test_the_command_writes_a_file_the_coordinator_reads_and_cleans_up(engine, running, tmp_path, traced):
+async def test_the_command_writes_a_file_the_coordinator_reads_and_cleans_up(
+    engine, running, tmp_path, monkeypatch, traced
+):
     fake, url = engine
     server, client = running
+    fake.key = "of-the-instance"
+    monkeypatch.setenv("LORASERVE_UPSTREAM_API_KEY", fake.key)
     write_adapter(tmp_path / "adapters" / "a")
     instance = FakeInstance("one")
     instance.url = url

@@ -11,11 +11,12 @@ import asyncio
 import contextlib
 import datetime
 import json
+import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -41,6 +42,9 @@ from vllm_loraserve.coordinator.messages import (
     Status,
 )
 from vllm_loraserve.coordinator.profiling import Profiler, ProfilingError, Trial, Workload, connector
+
+INSTANCE_KEYS = "LORASERVE_UPSTREAM_API_KEY", "VLLM_API_KEY"
+"""Environment variables whose first key is sent to the instance: the router's for this, and vLLM's own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,9 +127,10 @@ async def _profile(args: argparse.Namespace, console: Console) -> tuple[Operatin
         like = args.like or _registered(status)
         base = status.table.base_model
         timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
+        headers = _authorization(os.environ)
         async with (
             _adapters(client, like, args.scratch or like.parent, ranks, args.adapters) as by_rank,
-            aiohttp.ClientSession(timeout=timeout, connector=connector()) as session,
+            aiohttp.ClientSession(timeout=timeout, connector=connector(), headers=headers) as session,
         ):
             profiler = Profiler(session, instance.url, workload)
             with console.status("step samples"):
@@ -151,6 +156,14 @@ async def _profile(args: argparse.Namespace, console: Console) -> tuple[Operatin
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     return measured, fit, trials
+
+
+def _authorization(environment: Mapping[str, str]) -> dict[str, str]:
+    """The header with the instance's key; empty where no key is known."""
+    for variable in INSTANCE_KEYS:
+        if key := environment.get(variable, "").partition(",")[0].strip():
+            return {"Authorization": f"Bearer {key}"}
+    return {}
 
 
 def _fit_of_steps(trace: Path, began: float) -> Fit:

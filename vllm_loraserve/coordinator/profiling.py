@@ -93,6 +93,10 @@ class Profiler:
         started = time.monotonic()
         chunks: list[float] = []
         async with self._session.post(self._url, json=body) as answer:
+            if answer.status == 401:
+                raise ProfilingError(
+                    "The instance asks for an API key; set LORASERVE_UPSTREAM_API_KEY to one of its keys."
+                )
             if answer.status != 200:
                 text = (await answer.text())[:300]
                 raise ProfilingError(f"The instance answered {answer.status} for '{model}': {text}")
