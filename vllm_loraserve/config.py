@@ -19,6 +19,12 @@ ADDITIONAL_CONFIG_KEY = "loraserve"
 """Where vLLM's `additional_config` carries the options; its presence is what turns the plugin on."""
 
 
+CPU_SLOTS, GPU_SLOTS = 8, 32
+"""Adapters that a batch may mix where `vllm serve` is given no --max-loras."""
+ARENA_RANK_ROWS = 512
+"""Rank rows of the arena beside those slots: 32 adapters of rank 16, say, or 2 of rank 256."""
+
+
 class ConfigError(ValueError):
     """An option that can't be used; the message is one line naming key, value and limit."""
 
@@ -34,7 +40,8 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     arena_gib: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         Meta(
-            description="Device memory for adapters, in GiB a worker; unset: what stock vLLM takes for the same flags."
+            description="Device memory for adapters, in GiB a worker; unset: what stock vLLM takes for --max-loras of "
+            f"--max-lora-rank, and without --max-loras {ARENA_RANK_ROWS} rank rows."
         ),
     ] = None
     arena_rank_rows: Annotated[

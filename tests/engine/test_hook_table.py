@@ -18,7 +18,7 @@ STACKED = {"lora_a_stacked", "lora_b_stacked", "lora_a_stacked_2d"}
 """Attributes of a LoRA layer, which the rows on storage and slots stand for."""
 NO_HOOKS = {
     # Options, as a command line or a user sets them.
-    *("enable_lora", "max_cpu_loras", "additional_config", "self.dest", "__class__"),
+    *("enable_lora", "max_loras", "max_cpu_loras", "additional_config", "self.dest", "default", "__class__"),
     # What a LoRA layer or its kernels have not without us.
     *("paged_linear", "occupied_slots"),
     # Fields of one request's output and of one adapter.

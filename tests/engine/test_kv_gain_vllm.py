@@ -56,6 +56,7 @@ BYTES_PER_TOKEN = {
 def config() -> Any:
     made: Any = VllmConfig()
     made.model_config = SimpleNamespace(max_model_len=LENGTH, original_max_model_len=LENGTH)
+    made.lora_config = SimpleNamespace(max_loras=6, max_lora_rank=48)
     made.scheduler_config.max_num_batched_tokens = 2048
     made.cache_config.kv_cache_layout = "BLHNC"
     return made
@@ -87,7 +88,8 @@ def test_the_log_names_the_gain(config: Any, said: list[str]) -> None:
     log_kv_gain(config, cache, arena_bytes=1 << 30, stock_bytes=4 << 30)
     log_kv_gain(config, cache, arena_bytes=4 << 30, stock_bytes=1 << 30)
     assert [line.split()[0] for line in said] == ["+24576", "-24576"]
-    assert all("KV cache tokens against stock vLLM" in line for line in said)
+    stock = "KV cache tokens against stock vLLM with --max-loras 6 --max-lora-rank 48: "
+    assert all(stock in line for line in said)
     assert said[0].endswith("LoRA takes 3.000 GiB less")
     assert said[1].endswith("LoRA takes 3.000 GiB more")
 

@@ -69,7 +69,7 @@ def test_x86_without_avx512_lacks_bfloat16(tmp_path: Path, cpu_info: str | None,
 
 
 def test_what_the_user_gives_is_not_overridden() -> None:
-    given = ["--kv-cache-memory-bytes=1", "--max-loras", "2"]
+    given = ["--kv-cache-memory-bytes=1"]
     assert share(Machine(), 1, given)[0].options == ()
 
 

@@ -131,8 +131,9 @@ def open_checkpoint(path: str | Path, *, max_rank: int = 256, allow_modules_to_s
         if module.rank > max_rank:
             raise AdapterError(
                 "too_large",
-                f"'{directory}' has rank {module.rank} in '{module.name}', over the limit of {max_rank}; "
-                "raise max_rank or train a smaller rank.",
+                f"'{directory}' has rank {module.rank} in '{module.name}', over the limit of {max_rank}, the smaller "
+                "of --loraserve-config.max_rank and what the arena holds (.arena_rank_rows, .arena_gib); raise it or "
+                "train a smaller rank.",
             )
     return Checkpoint(directory, config, modules, full, entries)
 

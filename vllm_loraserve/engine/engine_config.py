@@ -1,7 +1,7 @@
 """What the flag changes in vLLM's configuration, before and after vLLM makes it.
 
 `--enable-loraserve` implies LoRA; the scheduler is ours. `--max-lora-rank` keeps its value: it only sizes what pages do
-not cover, and the default arena. Nothing here runs without the flag.
+not cover, and the arena where `--max-loras` is given and the arena is not. Nothing here runs without the flag.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import msgspec
 from vllm.logger import init_logger
 
 from vllm_loraserve.config import ADDITIONAL_CONFIG_KEY, ConfigError, LoRAServeConfig, parse_config
+from vllm_loraserve.engine.default_memory import NotGiven, fill_in, is_given
 
 logger = init_logger("vllm.loraserve.engine_config")
 
@@ -42,7 +43,7 @@ def prepare_engine_args(args: Any) -> LoRAServeConfig | None:
     args.enable_lora = True
     if not args.max_cpu_loras:
         # Adapters are brought in ahead of their turn, and must not push out those that run.
-        args.max_cpu_loras = args.max_loras + config.prefetch
+        args.max_cpu_loras = NotGiven(args.max_loras + config.prefetch)
     args.additional_config = {**args.additional_config, ADDITIONAL_CONFIG_KEY: msgspec.to_builtins(config)}
     return config
 
@@ -150,6 +151,8 @@ def wrap_create_engine_config(original: Callable[..., Any], refusal: Callable[[]
             raise
         vllm_config = original(self, usage_context, *args, **kwargs)
         if config is not None:
+            if not is_given(self.max_loras):
+                config = fill_in(vllm_config, config, cpu_loras_given=is_given(self.max_cpu_loras))
             adapt_vllm_config(vllm_config)
             if _is_server(usage_context):
                 from vllm_loraserve.engine.api_server import register_resolver

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from msgspec import NODEFAULT, Meta, structs
 
 from vllm_loraserve.config import ADDITIONAL_CONFIG_KEY, ConfigError, LoRAServeConfig, parse_config
+from vllm_loraserve.engine.default_memory import mark_defaults
 
 GROUP = "LoRAServe"
 _DESCRIPTION = "Rank-aware serving of many LoRA adapters (vllm-loraserve)."
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser, refusal: str | None = None) -
         "--loraserve-config.KEY VALUE. Keys:\n\n" + options_help().replace("%", "%%"),
     )
     _guard_additional_config(parser, refusal)
+    mark_defaults(parser)
 
 
 def _fail(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -24,7 +24,7 @@ def kv_cache_tokens(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, nby
 
 
 def log_kv_gain(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, arena_bytes: int, stock_bytes: int) -> None:
-    """Says how many tokens of the KV cache stock vLLM would not have for the same flags."""
+    """Says how many tokens of the KV cache stock vLLM would not have for the same slots of the same rank."""
     saved = stock_bytes - arena_bytes
     taken = f"LoRA takes {abs(saved) / 2**30:.3f} GiB {'less' if saved >= 0 else 'more'}"
     fixed = _fixed_by(vllm_config.cache_config)
@@ -32,8 +32,10 @@ def log_kv_gain(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, arena_b
         logger.info("The KV cache has the size that %s gives it, as in stock vLLM; %s than there", fixed, taken)
         return
     logger.info(
-        "%+d KV cache tokens against stock vLLM for the same flags: %s",
+        "%+d KV cache tokens against stock vLLM with --max-loras %d --max-lora-rank %d: %s",
         kv_cache_tokens(vllm_config, kv_cache_config, saved),
+        vllm_config.lora_config.max_loras,
+        vllm_config.lora_config.max_lora_rank,
         taken,
     )
 

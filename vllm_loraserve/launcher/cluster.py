@@ -19,14 +19,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllm_loraserve.config import ARENA_RANK_ROWS
 from vllm_loraserve.coordinator.client import ANSWER_S, INSPECTION_S
 from vllm_loraserve.launcher.devices import Machine, share, this_machine, value_of, values_of
 from vllm_loraserve.launcher.errors import AdapterRefused, StartError
 from vllm_loraserve.launcher.processes import Server, free_ports, healthy, listen_error, stop_all
 
 COORDINATOR_PORT = 5700
-ARENA_RANK_ROWS = 512
-"""Rank rows of each instance's arena, unless the user says: 32 adapters of rank 16, say, or 2 of rank 256."""
 POLL_S = 0.2
 JOIN_S = 60.0
 """Longest time between the health of all instances and their presence in the routing table."""

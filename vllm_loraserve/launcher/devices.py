@@ -14,7 +14,6 @@ from vllm_loraserve import cgroup
 from vllm_loraserve.launcher.errors import StartError
 
 MIN_KV_BYTES, MAX_KV_BYTES = 256 << 20, 8 << 30
-CPU_MAX_LORAS, GPU_MAX_LORAS = 8, 32
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -117,7 +116,6 @@ def share(machine: Machine, instances: int, given: Sequence[str] = ()) -> list[S
         # Two instances that bind to the same cores halve each other.
         env = {"OMP_NUM_THREADS": str(cores), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_TARGET_DEVICE": "cpu"}
         options = unless_given("--kv-cache-memory-bytes", str(kv_bytes))
-        options += unless_given("--max-loras", str(CPU_MAX_LORAS))
         return [Share(env, options)] * instances
     gpus = len(machine.gpu_ids)
     parallel = _size("--tensor-parallel-size", "-tp", given) * _size("--pipeline-parallel-size", "-pp", given)
@@ -127,9 +125,7 @@ def share(machine: Machine, instances: int, given: Sequence[str] = ()) -> list[S
     per_gpu = -(-instances * parallel // gpus)
     for index in range(instances):
         devices = [machine.gpu_ids[(index * parallel + i) % gpus] for i in range(parallel)]
-        options = unless_given("--max-loras", str(GPU_MAX_LORAS))
-        if per_gpu > 1:
-            options += unless_given("--gpu-memory-utilization", f"{0.9 / per_gpu:.2f}")
+        options = unless_given("--gpu-memory-utilization", f"{0.9 / per_gpu:.2f}") if per_gpu > 1 else ()
         shares.append(Share({"CUDA_VISIBLE_DEVICES": ",".join(devices)}, options))
     return shares
 

@@ -1,0 +1,54 @@
+"""Slots and arena of a server that is given neither: stock vLLM's defaults hold one adapter of rank 16.
+
+A slot of ours costs a few bytes, so there is no reason to serve one adapter at a time until somebody finds
+`--max-loras`. Not where a slot does cost memory: experts and fully sharded layers stay in vLLM's padded stacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import msgspec
+
+from vllm_loraserve.config import ADDITIONAL_CONFIG_KEY, ARENA_RANK_ROWS, CPU_SLOTS, GPU_SLOTS, LoRAServeConfig
+
+
+class NotGiven(int):
+    """vLLM's own default of a number that the command line does not have; counts as that number everywhere else."""
+
+
+def mark_defaults(parser: argparse.ArgumentParser) -> None:
+    """Lets `is_given` tell vLLM's default of --max-loras from the same number given by the user."""
+    for action in parser._actions:
+        if "--max-loras" in action.option_strings and isinstance(action.default, int):
+            action.default = NotGiven(action.default)
+
+
+def is_given(value: int) -> bool:
+    """Whether a user chose `value`; from Python, where that can't be seen, always."""
+    return not isinstance(value, NotGiven)
+
+
+def fill_in(vllm_config: Any, config: LoRAServeConfig, *, cpu_loras_given: bool) -> LoRAServeConfig:
+    """Gives a finished VllmConfig, whose --max-loras was not given, slots for a batch of adapters and an arena for
+    them; the options as they are then. `cpu_loras_given`: --max-cpu-loras has a value of the user's.
+
+    Models with experts, fully sharded layers, and engines over several machines (each adapter there has its own part of
+    the arena), keep vLLM's default.
+    """
+    lora = vllm_config.lora_config
+    in_stacks = vllm_config.model_config.is_moe or lora.fully_sharded_loras
+    if in_stacks or getattr(vllm_config.parallel_config, "nnodes", 1) > 1:
+        return config
+    slots = CPU_SLOTS if vllm_config.device_config.device_type == "cpu" else GPU_SLOTS
+    if cpu_loras_given:
+        # No adapter is in a slot that is not in the host tier.
+        slots = min(slots, lora.max_cpu_loras)
+    lora.max_loras = slots
+    lora.max_cpu_loras = lora.max_cpu_loras if cpu_loras_given else slots + config.prefetch
+    if config.arena_gib is None and config.arena_rank_rows is None:
+        rows = max(ARENA_RANK_ROWS, config.max_rank, lora.max_lora_rank)
+        config = msgspec.structs.replace(config, arena_rank_rows=rows)
+        vllm_config.additional_config[ADDITIONAL_CONFIG_KEY] = msgspec.to_builtins(config)
+    return config
