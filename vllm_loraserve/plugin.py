@@ -203,6 +203,19 @@ def hooks() -> tuple[Hook, ...]:
             patch="0008-request-error-reasons.patch",
         ),
         Hook(
+            name="an engine client's end",
+            target="vllm.v1.engine.async_llm:AsyncLLM.shutdown",
+            kind="hook",
+            wrap=_ours("stopping", "wrap_shutdown"),
+            parameters=("self", "timeout"),
+            used_by=(
+                "vllm.entrypoints.launchers.launcher:serve_http",
+                "None, partial(engine_client.shutdown, timeout=timeout)",
+            ),
+            when="server",
+            patch="0013-before-engine-shutdown.patch",
+        ),
+        Hook(
             name="worker extension",
             target="vllm.config:ParallelConfig.worker_extension_cls",
             kind="official",

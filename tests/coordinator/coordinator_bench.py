@@ -88,6 +88,7 @@ class FakeInstance:
         self.done: list[tuple[str, str]] = []
         self.broken: set[str] = set()
         self.waiting = 0
+        self.draining = False
         self.transfer = ""
         self.told: list[Command] = []
         self.beat_s = 0.5
@@ -111,7 +112,7 @@ class FakeInstance:
                     tokens=round(self.rates.get(n, 0.0) * self.beat_s))
                 for n in names
             ),
-            resident=tuple(self.resident.values()), results=results,
+            resident=tuple(self.resident.values()), results=results, draining=self.draining,
         )  # fmt: skip
 
     def obey(self, commands) -> None:

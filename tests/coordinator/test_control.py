@@ -95,6 +95,37 @@ def test_a_dead_instance_loses_its_routes_and_comes_back(bench):
     assert [i.name for i in b.controller.table(b.now).instances] == ["one", "two"]
 
 
+def test_an_instance_that_is_about_to_stop_gets_nothing_new_and_hands_on_what_it_has(bench):
+    b = bench()
+    b.join("one")
+    b.join("two")
+    b.instances["two"].transfer = "127.0.0.1:7001"
+    b.controller.register(b.instances["two"].hello(), b.now)
+    add(b, *"abcd")
+    b.run(2)
+    had = set(b.instances["two"].resident)
+    assert had
+    told = len(b.instances["two"].told)
+    b.instances["two"].draining, b.instances["two"].running = True, {min(had): 1}
+    b.beat("two")
+    assert all(set(routes) == {"one"} for routes in b.routes().values()), "at once"
+    entries = {entry.name: entry for entry in b.controller.table(b.now).instances}
+    assert (entries["one"].draining, entries["two"].draining) == (False, True)
+    add(b, "e")
+    b.run(2)
+    assert set(b.instances["one"].resident) == set("abcde")
+    fetched = {c.adapter.name: [x.instance for x in c.locations] for c in b.instances["one"].told}
+    assert all(fetched[name] == ["two"] for name in had), "its memory can still be read"
+    assert len(b.instances["two"].told) == told
+    b.instances["one"].draining = True
+    b.run(2)
+    assert all(routes == {} for routes in b.routes().values())
+    b.controller.leave("two", "1", b.now)
+    b.join("two", incarnation="2")
+    b.run(2)
+    assert all(set(routes) == {"two"} for routes in b.routes().values())
+
+
 def test_restart_waits_for_the_instances_and_keeps_every_place(bench):
     b = bench()
     b.join("one")

@@ -39,6 +39,7 @@ def shown(width: int, prediction: Prediction | None = None) -> list[str]:
             capacity=Capacity(slots=8, rank_rows=512, device="[GPU]"),
             resident=resident,
             last_seen=time.time() + 3600.0,  # another clock; never negative
+            draining=name == "two",
         )
         for name, resident in held.items()
     )
@@ -75,6 +76,7 @@ def test_the_whole_picture() -> None:
     predicted = shown(160, Prediction(step_cost=StepCost()))
     assert predicted[0] == f"{start}; requests by predicted finish time (step cost shipped, not measured)"
     assert "one 2 1 50% 9.0 2 64/512 0.0 s ago http://one:8000 [GPU]" in lines  # the copy in host memory takes no rows
+    assert "two 2 1 50% 9.0 1 64/512 stopping http://two:8000 [GPU]" in lines
     assert "a 64 62.5 KiB active 3 12.5 one 75%, two 25% (not loaded)" in lines  # two holds other content
     assert "b 64 62.5 KiB active 0 0.0 two 100% (not loaded), one (spare copy)" in lines
     assert "none 64 62.5 KiB active 0 0.0 -" in lines

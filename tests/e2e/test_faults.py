@@ -25,8 +25,8 @@ BACK_S = 5.0
 """From the start of a coordinator until it has everything again, by its own clock: loading Python is no part of it."""
 PATIENCE_S = 120.0
 """For what is certain to come, on any machine: only a defect uses it up."""
-BROKEN = "failed; the answer is incomplete|EngineCore|Internal"
-"""What the router says of an instance that vanishes; one whose engine has died may still say so itself."""
+BROKEN = "failed; the answer is incomplete|EngineCore|Internal|shutting down"
+"""What the router says of an instance that vanishes; one that stops, or whose engine has died, may say so itself."""
 
 
 def quick(world: World, count: int, streamed: bool = False) -> list[Request]:
@@ -141,3 +141,56 @@ def test_kill_9_of_an_instance_under_load_fails_no_request(world: World, part: s
     assert victim.process is not None
     victim.process.wait(300)
     cluster.wait_for_instances(1, 300.0)
+
+
+STOPS = {"api server": [], "every process": [], "api server, with time to finish": ["--shutdown-timeout", "120"]}
+"""Who gets the signal (a container's first process; all of a systemd unit), and options of the instance."""
+
+
+@pytest.mark.parametrize("who", STOPS)
+def test_sigterm_of_an_instance_under_load_loses_no_request(world: World, who: str) -> None:
+    """As where an instance is restarted or its node drained. A begun stream goes on where it is given the time, and
+    else ends with an error instead of looking complete."""
+    cluster = world.cluster
+    victim = cluster.instances[1]
+    if STOPS[who]:
+        victim.command.extend(STOPS[who])
+        victim.kill()
+        cluster.wait_for_instances(1, 300.0)
+        victim.start()
+        cluster.wait_for_instances(2, 600.0)
+
+    log_begins = victim.log.stat().st_size
+
+    async def run() -> list[traffic.Answer]:
+        answered = 0
+
+        def count(_: traffic.Answer) -> None:
+            nonlocal answered
+            answered += 1
+            if answered == 20:
+                assert victim.status is None
+                for pid in victim.pids()[1 : None if who == "every process" else 2]:
+                    os.kill(pid, signal.SIGTERM)
+
+        async with traffic.client_for(cluster.url) as client:
+            stream = await stream_on(world, client, 1)
+            answers = await traffic.send(client, quick(world, 84), concurrency=16, on_answer=count)
+            if STOPS[who]:
+                reasons = [choice.finish_reason async for chunk in stream for choice in chunk.choices]
+                assert reasons[-1] == "length"
+            else:
+                with pytest.raises(openai.APIError, match=BROKEN):
+                    async for _ in stream:
+                        pass
+            return answers
+
+    answers = asyncio.run(run())
+    assert world.wrong(answers) == []
+    assert victim.process is not None
+    victim.process.wait(300)
+    cluster.wait_for_instances(1, 300.0)
+    if STOPS[who]:
+        said = victim.log.read_text()[log_begins:]
+        assert "draining in-flight requests" in said
+        assert "Traceback" not in said, "routers sent requests to an engine that takes none"

@@ -6,6 +6,7 @@ import tempfile
 import time
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 pytest.importorskip("vllm")
@@ -157,6 +158,31 @@ async def test_an_unknown_name_is_resolved_from_the_registry_and_reported(joined
     assert (request.lora_name, request.lora_path) == ("b", "/adapters/a")
     await until(lambda: "b" in coordinator.controller.members.get("one").resident)
     assert await models.resolve_lora("nobody") is None
+
+
+async def test_a_drain_is_told_at_once_and_reports_go_on(joined):
+    coordinator, agent, *_ = joined
+    agent.config = msgspec.structs.replace(agent.config, heartbeat_s=1000.0)
+    await asyncio.sleep(0.3)  # into the long pause
+    async with asyncio.timeout(PATIENCE_S):
+        await agent.drain()
+    member = coordinator.controller.members.get("one")
+    assert member.draining
+    agent.config = msgspec.structs.replace(agent.config, heartbeat_s=0.1)
+    seen = member.seen
+    await agent.drain()
+    await until(lambda: member.seen > seen)
+
+
+async def test_a_drain_does_not_wait_for_a_coordinator_that_is_away(joined):
+    coordinator, agent, *_ = joined
+    await coordinator.stop()
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await agent.drain()
+    finally:
+        await coordinator.start()
+        await until(lambda: len(coordinator.controller.members) == 1)
 
 
 async def test_release_waits_for_running_requests(joined):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 import pytest
 
-from vllm_loraserve.router.directory import LINGER_S, STALE_S, Directory
+from vllm_loraserve.router.directory import LINGER_S, ORPHAN_S, STALE_S, Directory
 from vllm_loraserve.router.errors import ApiError
+from vllm_loraserve.router.upstream import Attempt
 
 from .conftest import entry, routes, table
 from .test_queue import Clock
@@ -77,6 +80,32 @@ def test_an_instance_that_leaves_within_an_epoch_goes_at_once() -> None:
     assert names(directory) == {"a"}
     assert gone.gone
     assert not gone.available(0.0)
+
+
+async def test_an_instance_that_is_about_to_stop_keeps_its_requests_until_it_leaves() -> None:
+    clock = Clock()
+    directory = Directory(clock)
+    directory.apply(table([A, B], [routes("one", a=0.5, b=0.5)]))
+    stopping = directory.upstreams["b"]
+    request = asyncio.create_task(asyncio.sleep(3600))
+    stopping.attempts.add(Attempt(request, clock.now))
+    going = msgspec.structs.replace(B, draining=True)
+    for version in (2, 3):
+        directory.apply(table([A, going], [routes("one", a=0.5, b=0.5)], version=version))
+        assert names(directory) == {"a"}
+        assert not stopping.available(clock.now)
+        assert set(directory.resolve("one").routes) == {"a"}
+        clock.now += 2 * ORPHAN_S
+        directory.sweep()
+        await asyncio.sleep(0)
+        assert not request.cancelling(), "though it is silent: a long answer that does not stream"
+    directory.apply(table([A], version=4))
+    await asyncio.gather(request, return_exceptions=True)
+    assert request.cancelled()
+    new = msgspec.structs.replace(B, incarnation="2")
+    directory.apply(table([A, new], version=5))
+    assert names(directory) == {"a", "b"}
+    assert directory.upstreams["b"] is not stopping
 
 
 def test_a_restarted_instance_begins_anew() -> None:

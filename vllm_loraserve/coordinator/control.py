@@ -195,9 +195,14 @@ class Controller:
         """Takes a report and says what to do; Refused `unknown_instance`: it must register first."""
         before = self.members.get(beat.instance)
         held = before.resident if before is not None else {}
+        drained = before is not None and before.draining
         member = self.members.beat(beat, now)
         self.loop.observe(member, beat, self.registry.ranks(), now)
         self.commands.answered(beat.instance, beat.results, now)
+        if member.draining and not drained:
+            logger.info("Instance '%s' is about to stop, %d requests running", member.name, member.load.running)
+            self.commands.forget_instance(member.name)
+            self._place(now)
         if beat.results or member.resident != held:
             self._commanded_at = -math.inf  # at the next tick, once for all that report until then
             self.dirty.set()
@@ -372,7 +377,7 @@ class Controller:
         """Gives every adapter a place on the present instances, changing as little as possible."""
         self.dirty.set()
         # Before everybody is back, "nobody holds it" is not known yet.
-        if len(self.members) and self.settled:
+        if self.members.serving() and self.settled:
             self.loop.repair(self.placement_input(now))
             self._command(now)
 
@@ -409,14 +414,14 @@ class Controller:
         target = self.placement.phi.get(record.name, {})
         if record.state != "active" or not target:
             return ()
-        holders = self.members.holders(record.name, record.sha256)
+        holders = self.members.holders(record.name, record.sha256) & live
         routes = effective_routes(target, live, self.orders.not_ready(record.name, target, now), holders)
         return tuple(Route(instance=s, phi=f) for s, f in routes.items())
 
     def table(self, now: float) -> RoutingTable:
         """The routing table of this moment, under the next version."""
         self.version += 1
-        live = {m.name for m in self.members.all()}
+        live = {m.name for m in self.members.serving()}
         wall = time.time()
         return RoutingTable(
             epoch=self.registry.epoch,
@@ -433,6 +438,7 @@ class Controller:
                     transfer=m.hello.transfer,
                     last_seen=wall - (now - m.seen),
                     speed=self.loop.speeds.speed(m.name),
+                    draining=m.draining,
                 )
                 for m in self.members.all()
             ),

@@ -30,6 +30,8 @@ class Member(msgspec.Struct):
     load: Load = Load()
     demand: dict[str, AdapterDemand] = {}
     resident: dict[str, Residency] = {}
+    draining: bool = False
+    """About to stop: others may still read its adapters, and it gets no more."""
 
     @property
     def name(self) -> str:
@@ -66,7 +68,7 @@ class Membership:
             )
         member = Member(hello=hello, seen=now, resident={r.name: r for r in hello.resident})
         if present is not None and present.hello.incarnation == hello.incarnation:
-            member.load, member.demand = present.load, present.demand
+            member.load, member.demand, member.draining = present.load, present.demand, present.draining
         self._members[hello.instance] = member
         return member
 
@@ -79,6 +81,7 @@ class Membership:
         member.load = heartbeat.load
         member.demand = {d.name: d for d in heartbeat.demand}
         member.resident = {r.name: r for r in heartbeat.resident}
+        member.draining = heartbeat.draining
         return member
 
     def leave(self, instance: str, incarnation: str) -> bool:
@@ -103,6 +106,10 @@ class Membership:
     def all(self) -> list[Member]:
         """Live instances by name."""
         return [self._members[name] for name in sorted(self._members)]
+
+    def serving(self) -> list[Member]:
+        """Those of `all` that take new requests and adapters."""
+        return [member for member in self.all() if not member.draining]
 
     def __len__(self) -> int:
         return len(self._members)

@@ -196,6 +196,8 @@ class InstanceEntry(Part, frozen=True):
     last_seen: float = 0.0
     speed: float = 1.0
     """Learned, relative to the operating points; 1.0 where nothing is."""
+    draining: bool = False
+    """It is about to stop: it gets no new requests, and those that it has are left to it."""
 
 
 class Prediction(Part, frozen=True):
@@ -242,6 +244,8 @@ class Heartbeat(Message, frozen=True):
     demand: tuple[AdapterDemand, ...] = ()
     resident: tuple[Residency, ...] = ()
     results: tuple[CommandResult, ...] = ()
+    draining: bool = False
+    """It is about to stop, and finishes what it has."""
 
 
 class HeartbeatReply(Message, frozen=True):

@@ -30,14 +30,14 @@ class Orders:
     def give(self, placement: Placement, now: float) -> None:
         """Tells every instance what to fetch and what to release; what it was told already is not told again."""
         demand = self.members.demand()
-        wanted: dict[str, list[AdapterRecord]] = {m.name: [] for m in self.members.all()}
+        wanted: dict[str, list[AdapterRecord]] = {m.name: [] for m in self.members.serving()}
         for name in placement.phi:
             record = self.registry.get(name)
             if record is not None and record.state == "active":
                 for instance in placement.holders(name):
                     if instance in wanted:
                         wanted[instance].append(record)
-        for member in self.members.all():
+        for member in self.members.serving():
             records = wanted[member.name]
             # Copies that serve before spare ones: `fitting` cuts what comes last.
             records.sort(

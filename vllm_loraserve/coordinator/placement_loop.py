@@ -80,7 +80,7 @@ class PlacementLoop:
 
     def input(self, members: Membership, records: Iterable[AdapterRecord], now: float) -> PlacementInput:
         """What a policy gets to see."""
-        live = members.all()
+        live = members.serving()
         load = self.speeds.live_load()
         # One figure for each adapter: where instances differ, what it takes at most.
         kinds = {(c.page_rows, c.page_groups): c for c in (m.hello.capacity for m in live)}.values()

@@ -107,10 +107,11 @@ def _instances(status: Status, with_place: bool) -> Table:
     now = time.time()
     for i in status.table.instances:
         rows = sum(ranks.get(r.name, 0) for r in i.resident if r.tier == "arena")
+        seen = "stopping" if i.draining else f"{max(0.0, now - i.last_seen):.1f} s ago"
         out.add_row(
             escape(i.name), str(i.load.running), str(i.load.waiting), f"{i.load.kv_usage:.0%}",
             f"{i.load.tokens_per_s:.1f}", f"{len(i.resident)}", f"{rows}/{i.capacity.rank_rows}",
-            f"{max(0.0, now - i.last_seen):.1f} s ago",
+            seen,
             *((escape(i.url), escape(i.capacity.device)) if with_place else ()),
         )  # fmt: skip
     return out

@@ -127,6 +127,8 @@ class Agent:
         if self._extended:
             self.resolver.on_located = self._locate
         self._epoch: int | None = None
+        self._draining = False
+        self._hurry, self._told = asyncio.Event(), asyncio.Event()
         self._reachable = True
         self._resident: tuple[Residency, ...] = ()
         self._asked: asyncio.Task[None] | None = None
@@ -166,6 +168,13 @@ class Agent:
             self._undo.append(lambda: manager.stat_loggers.remove(self.load))
         for work in (self._beat(), self._watch_residency(), self._refresh_registry()):
             self._spawn(work)
+
+    async def drain(self) -> None:
+        """Has the coordinator give this instance nothing new; returns when it knows, or is away. Reports go on."""
+        self._draining = True
+        self._told.clear()
+        self._hurry.set()
+        await self._told.wait()
 
     async def stop(self) -> None:
         """Leaves the cluster in good order; the instance serves on, alone."""
@@ -214,11 +223,17 @@ class Agent:
                 if self._reachable:
                     logger.warning("%s This instance serves on, and goes on trying.", error)
                 self._reachable = False
+                self._told.set()  # there is nobody to be told
             except Exception:
                 logger.exception("A heartbeat failed")
-            await asyncio.sleep(max(0.05, self.config.heartbeat_s - (time.monotonic() - started)))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.05, self.config.heartbeat_s - (time.monotonic() - started))):
+                    await self._hurry.wait()
+            self._hurry.clear()
         # Answering errors at once, it would look idle and attract requests until its membership expired.
-        logger.error("The engine is dead (%s): this instance leaves the cluster", self.engine.dead_error)
+        self._told.set()
+        if not self._draining:
+            logger.error("The engine is dead (%s): this instance leaves the cluster", self.engine.dead_error)
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
         await self._leave()
@@ -270,6 +285,7 @@ class Agent:
             demand=demand,
             resident=self._resident,
             results=tuple(sent.values()),
+            draining=self._draining,
         )
         try:
             reply = await self._client.ask(beat, HeartbeatReply)
@@ -281,6 +297,8 @@ class Agent:
             await self._register()
             return
         self.meter.acknowledge(demand)
+        if beat.draining:
+            self._told.set()
         for key in sent:
             self._outbox.pop(key, None)
         if reply.epoch != self._epoch:

@@ -1,4 +1,5 @@
-"""The API-server process: joins the cluster once the server listens, leaves when it stops, resolves unknown adapters.
+"""The API-server process: joins the cluster once the server listens, says so when it is to stop, leaves when it has
+stopped, resolves unknown adapters.
 
 Nothing here acts unless `coordinator` is configured; with it there is one API-server process
 (`engine_config.check_layout`). Without, the first of several shows the scheduler's metrics.
@@ -22,6 +23,7 @@ from vllm.lora.resolver import LoRAResolverRegistry
 
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine.engine_config import config_of
+from vllm_loraserve.engine.stopping import told_first
 
 logger = init_logger("vllm.loraserve.api_server")
 
@@ -69,7 +71,8 @@ def wrap_serve_http(original: Callable[..., Awaitable[Any]]) -> Callable[..., Aw
             url = advertised_url(sock, config, tls=bool(kwargs.get("ssl_keyfile")))
             starting = asyncio.get_running_loop().create_task(_start_agent_when_listening(app, config, url))
             try:
-                return await original(app, sock, *args, **kwargs)
+                with told_first(engine_client, lambda: _drain_agent(starting)):
+                    return await original(app, sock, *args, **kwargs)
             finally:
                 await _stop_agent(starting)
 
@@ -112,6 +115,12 @@ async def _start_agent_when_listening(app: Any, config: LoRAServeConfig, url: st
         return None
     logger.info("Joining the cluster at %s as %s.", config.coordinator, url)
     return agent
+
+
+async def _drain_agent(starting: asyncio.Task[Any]) -> None:
+    agent = starting.result() if starting.done() and not starting.cancelled() else None
+    if agent is not None:
+        await agent.drain()
 
 
 async def _stop_agent(starting: asyncio.Task[Any]) -> None:

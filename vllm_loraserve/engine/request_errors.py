@@ -3,16 +3,24 @@
 vLLM's engine core can end a request with an error, and the front end then says "Internal server error". The reason and
 the HTTP status travel in `stop_reason`; the front end's output processor turns them into the exception that vLLM
 answers with that status. Offline, the reason is in the output's `stop_reason`, or in `error` of a pooling request.
+
+Of an engine that is being stopped (`stopping.py`), requests that it aborts are answered with a 503: vLLM's answer has
+status 200 and what was generated so far.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 PREFIX = "loraserve-error"
+ABORTED = HTTPStatus.SERVICE_UNAVAILABLE, "This instance is shutting down; try again, on another one."
+
+stopping: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Output processors whose engine is being stopped."""
 
 
 def stop_reason(status: HTTPStatus, reason: str) -> str:
@@ -28,6 +36,13 @@ def parse(text: Any) -> tuple[HTTPStatus, str] | None:
     return HTTPStatus(int(status)), reason
 
 
+def _error(processor: Any, output: Any) -> tuple[HTTPStatus, str] | None:
+    """What the end of a request means for its client where it is an error with a reason."""
+    if processor in stopping and str(output.finish_reason) == "abort":
+        return ABORTED
+    return parse(output.stop_reason)
+
+
 def wrap_process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
     """OutputProcessor.process_outputs that hands the reason to whoever waits for the request."""
 
@@ -36,7 +51,7 @@ def wrap_process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
         ended = []
         pooled: dict[str, tuple[HTTPStatus, str]] = {}
         for output in engine_core_outputs:
-            if output.finish_reason is not None and (error := parse(output.stop_reason)) is not None:
+            if output.finish_reason is not None and (error := _error(self, output)) is not None:
                 state = self.request_states.get(output.request_id)
                 if state is not None and state.queue is not None:
                     ended.append((state.queue, *error))

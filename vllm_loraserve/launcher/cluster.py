@@ -188,7 +188,10 @@ class Cluster:
 
     def stop(self) -> None:
         """Stops everything; returns when no process is left."""
-        stop_all([self.router, *self.instances, self.coordinator])
+        try:
+            stop_all([self.router, *self.instances])
+        finally:
+            stop_all([self.coordinator])  # to whom the instances say that they go
 
     @contextmanager
     def running(self) -> Iterator[Cluster]:

@@ -2,8 +2,8 @@
 
 The table may be old: with the coordinator away the last one stays in force. After a coordinator's restart its first
 tables can lack instances that are alive and about to register again; those stay eligible for `LINGER_S`. An instance
-that leaves the table otherwise is gone: it gets no new requests, and requests that have been silent for
-`ORPHAN_S` are taken back and tried elsewhere (an unreachable host sends no reset).
+that is draining gets no new requests and finishes those that it has. One that leaves the table otherwise is gone: its
+requests that have been silent for `ORPHAN_S` are taken back and tried elsewhere (an unreachable host sends no reset).
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Directory:
         self.smallest_max_rank = 0
         """Adapters up to this rank can go to every instance."""
         self.on_change: Callable[[], None] = lambda: None
-        self.on_removed: Callable[[Upstream], None] = lambda upstream: None
         self._targets: dict[str, Target] = {}
         self._epoch_since = 0.0
+        self._draining: dict[str, Upstream] = {}
         self._leaving: set[Upstream] = set()
 
     @property
@@ -92,15 +92,20 @@ class Directory:
         if old is None or table.adapters is not old.adapters:
             self.adapters = {routes.adapter.name: routes for routes in table.adapters}
         for entry in table.instances:
-            known = self.upstreams.get(entry.name)
+            known = self.upstreams.get(entry.name) or self._draining.get(entry.name)
             if known is None or known.entry.incarnation != entry.incarnation or known.entry.url != entry.url:
                 if known is not None:
                     self._remove(known)
-                self.upstreams[entry.name] = Upstream(entry, table.epoch)
+                known = Upstream(entry, table.epoch)
+                self.upstreams[entry.name] = known
                 logger.info("Instance %s at %s is in", entry.name, entry.url)
-            else:
-                known.entry = entry
-                known.epoch = table.epoch
+            known.entry = entry
+            known.epoch = table.epoch
+            if entry.draining and not known.gone:
+                del self.upstreams[entry.name]
+                self._draining[entry.name] = known
+                known.gone = True
+                logger.info("Instance %s is about to stop, %d requests under way", known.name, known.in_flight)
         self.sweep()
         self.smallest_max_rank = min((u.entry.capacity.max_rank for u in self.upstreams.values()), default=0)
         self._targets = {}
@@ -114,9 +119,8 @@ class Directory:
         if table is None:
             return
         listed = {entry.name for entry in table.instances}
-        for name, upstream in list(self.upstreams.items()):
+        for name, upstream in [*self.upstreams.items(), *self._draining.items()]:
             if name not in listed and (upstream.epoch == table.epoch or now - self._epoch_since >= LINGER_S):
-                del self.upstreams[name]
                 self._targets = {}
                 self._remove(upstream)
         for upstream in list(self._leaving):
@@ -127,9 +131,10 @@ class Directory:
                 self._leaving.discard(upstream)
 
     def _remove(self, upstream: Upstream) -> None:
+        for known in (self.upstreams, self._draining):
+            known.pop(upstream.name, None)
         upstream.gone = True
         self._leaving.add(upstream)
-        self.on_removed(upstream)
         logger.info("Instance %s is out, %d requests under way", upstream.name, upstream.in_flight)
 
     def live(self) -> list[Upstream]:

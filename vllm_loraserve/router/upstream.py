@@ -50,7 +50,7 @@ class Upstream:
         self.epoch = epoch
         """Of the last table that listed it."""
         self.gone = False
-        """Out of the table: no new requests; those that run may finish."""
+        """Out of the table, or draining: no new requests; those that run may finish."""
         self.attempts: set[Attempt] = set()
 
     @property
