@@ -50,7 +50,10 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = None
     host_gib: Annotated[
         Annotated[float, Meta(gt=0)] | None,
-        Meta(description="Host memory for adapters, in GiB a worker; unset: --max-cpu-loras of --max-lora-rank."),
+        Meta(
+            description="Host memory for adapters, in GiB a worker; unset: --max-cpu-loras + 1 of --max-lora-rank, and "
+            "one of max_rank."
+        ),
     ] = None
     page_rows: Annotated[int, Meta(ge=1, le=64, description="Rank rows in a page.")] = 8
     page_cache_dir: Annotated[

@@ -188,8 +188,8 @@ def replay(machine: Machine, trace: Trace, rate: float, n_adapters: int, seed: i
 
 
 def named_replay(machine: Machine, trace: Trace, rate: float, seed: int) -> Workload:
-    """A trace that names its adapters or clients (ServeGen): one adapter for each, ranks drawn by
-    popularity order from the paper's five."""
+    """A trace that names its adapters or clients (ServeGen, or a CSV with such a column): one adapter for each, ranks
+    drawn at random from the paper's five."""
     if trace.adapters is None:
         raise ValueError(f"trace {trace.name!r} has no adapter column; use `replay`")
     rng = np.random.default_rng([seed, 3])
