@@ -285,8 +285,46 @@ def test_same_name_other_content_is_a_conflict_and_new_content_replaces_stale_co
     assert created
     b.run(3)
     assert one.resident["a"].sha256 == "new"
-    assert ("release", "a") in one.done
+    assert one.done == [("prefetch", "a"), ("prefetch", "a")], "which lets go of the stale copy"
     assert fresh.adapter_id > 1
+
+
+def test_content_that_takes_a_name_over_replaces_the_old_without_a_gap(bench):
+    b = bench()
+    one, two = b.join("one"), b.join("two")
+    add(b, "a")
+    b.run(2)
+    holder, other = (one, two) if "a" in one.resident else (two, one)
+    before = b.registry.get("a")
+    done = len(holder.done)
+    fresh, created = b.controller.add(record("a", sha256="new", rank=64), b.now, replace=True)
+    assert created
+    assert (fresh.rank, fresh.adapter_id > before.adapter_id) == (64, True)
+    assert b.registry.get("a") == fresh
+    assert sorted(b.controller.outdated(fresh)) == ["one", "two"], "a request may have brought it to the other one"
+    assert set(b.routes()["a"]) == {holder.name}, "it serves the old content until it has the new one"
+    b.run(3)
+    assert b.controller.outdated(fresh) == []
+    assert holder.resident["a"].sha256 == "new"
+    assert holder.done[done:] == [("prefetch", "a")], "and lets go of nothing before"
+    (told,) = other.told
+    assert (told.action, told.adapter.sha256, told.superseded) == ("release", before.sha256, True)
+    assert b.controller.add(record("a", sha256="new", rank=64), b.now, replace=True) == (fresh, False)
+    b.restart()
+    assert b.registry.get("a") == fresh
+
+
+def test_a_replacement_that_can_not_be_loaded_does_not_leave_the_old_content_serving(bench):
+    b = bench()
+    one = b.join("one")
+    add(b, "a")
+    b.run(2)
+    one.broken.add("a")
+    fresh, _ = b.controller.add(record("a", sha256="new"), b.now, replace=True)
+    b.run(3)
+    assert b.controller.outdated(fresh) == []
+    assert "a" not in one.resident
+    assert "can't load 'a'" in "".join(b.controller.problems())
 
 
 def test_more_adapters_than_memory_are_all_routed_but_not_all_prefetched(bench):

@@ -226,6 +226,42 @@ async def test_other_content_under_a_taken_name_is_a_conflict(running, tmp_path)
     assert (await client.ask(GetAdapter(name="y"), AdapterReply)).adapter == winners[0].adapter
 
 
+async def test_a_replacement_is_answered_when_nobody_serves_the_old_content(running, tmp_path):
+    server, client = running
+    write_adapter(tmp_path / "adapters" / "a")
+    write_adapter(tmp_path / "adapters" / "b", seed=1)
+    instance = FakeInstance("one")
+    await client.request(instance.hello())
+    old = await client.ask(AddAdapter(name="x", source="a"), AdapterReply)
+    while "x" not in instance.resident:
+        await beat(client, instance)
+    replacing = asyncio.create_task(client.ask(AddAdapter(name="x", source="b", replace=True), AdapterReply))
+    while server.controller.registry.get("x") == old.adapter:
+        await asyncio.sleep(0.02)
+    await asyncio.sleep(0.5)
+    assert not replacing.done(), "the instance has not said that it has the new content"
+    while not replacing.done():
+        await beat(client, instance)
+        await asyncio.sleep(0.05)
+    new = await replacing
+    assert new.created
+    assert instance.resident["x"].sha256 == new.adapter.sha256 != old.adapter.sha256
+
+
+async def test_a_replacement_that_an_instance_does_not_take_says_so(running, tmp_path, monkeypatch):
+    _, client = running
+    write_adapter(tmp_path / "adapters" / "a")
+    write_adapter(tmp_path / "adapters" / "b", seed=1)
+    instance = FakeInstance("one")
+    await client.request(instance.hello())
+    await client.request(AddAdapter(name="x", source="a"))
+    while "x" not in instance.resident:
+        await beat(client, instance)
+    monkeypatch.setattr("vllm_loraserve.coordinator.server.REPLACE_S", 0.3)
+    with pytest.raises(CoordinatorError, match="'x' is replaced, but one did not take the new content"):
+        await client.request(AddAdapter(name="x", source="b", replace=True))
+
+
 def _truncate(path):
     data = (path / "adapter_model.safetensors").read_bytes()
     (path / "adapter_model.safetensors").write_bytes(data[: len(data) // 2])

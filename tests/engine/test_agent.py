@@ -202,6 +202,21 @@ async def test_release_waits_for_running_requests(joined):
     assert not engine.held
 
 
+async def test_a_superseded_release_is_answered_while_requests_run(joined):
+    coordinator, agent, engine, models = joined
+    coordinator.add(record("a"))
+    await until(lambda: "a" in models.lora_requests)
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+    stream = engine.generate("p", params, "r1", lora_request=models.lora_requests["a"])
+    await anext(stream)
+    await agent.release(coordinator.registry.get("a"), superseded=True)
+    assert "a" not in models.lora_requests
+    assert engine.held
+    engine.gate.set()
+    assert [len(o.outputs[0].token_ids) async for o in stream] == [1, 1]
+    await until(lambda: not engine.held)
+
+
 async def test_new_content_under_a_name_gets_a_new_id_and_another_path_spelling(joined):
     _, agent, engine, models = joined
     await agent.prefetch(record("a", "one"))
@@ -215,6 +230,40 @@ async def test_new_content_under_a_name_gets_a_new_id_and_another_path_spelling(
     await until(lambda: list(engine.held) == [second.lora_int_id])
     await agent.prefetch(record("a", "one"))
     assert models.lora_requests["a"].lora_path == first.lora_path, "its old blocks are right again"
+
+
+async def test_content_that_takes_a_name_over_is_loaded_while_the_old_one_serves(joined):
+    _, agent, engine, models = joined
+    await agent.prefetch(record("a", "one"))
+    old = models.lora_requests["a"]
+    stream = engine.generate("p", SamplingParams(output_kind=RequestOutputKind.DELTA), "r1", lora_request=old)
+    await anext(stream)
+    engine.load_s = 0.5
+    prefetching = asyncio.create_task(agent.prefetch(record("a", "two")))
+    await asyncio.sleep(0.2)
+    assert models.lora_requests["a"] is old
+    await prefetching
+    new = models.lora_requests["a"]
+    assert agent.resolver.digest_of(new) == "two"
+    assert set(engine.held) == {old.lora_int_id, new.lora_int_id}, "a request runs with the old weights"
+    engine.gate.set()
+    assert [len(o.outputs[0].token_ids) async for o in stream] == [1, 1]
+    await until(lambda: set(engine.held) == {new.lora_int_id})
+
+
+@pytest.mark.parametrize("when", ["at once", "aside"])
+async def test_a_replacement_that_can_not_be_loaded_is_not_hidden_by_the_old_content(joined, when):
+    _, agent, engine, models = joined
+    await agent.prefetch(record("a", "one"))
+    if when == "at once":
+        engine.broken.add("a")
+    else:
+        engine.load_s = 1000.0
+        agent._patience_s = 0.2
+    with pytest.raises((RuntimeError, TimeoutError)):
+        await agent.prefetch(record("a", "two"))
+    assert "a" not in models.lora_requests
+    await until(lambda: not engine.held)
 
 
 async def test_a_prefetch_into_an_engine_that_loads_aside_ends_when_it_is_there(joined, monkeypatch):

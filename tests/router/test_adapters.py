@@ -80,7 +80,7 @@ async def test_load_and_unload_speak_vllms_texts_and_are_seen_at_once(serve: Ser
     body = {"lora_name": "one", "lora_path": "/adapters/one", "load_inplace": True, "is_3d_lora_weight": True}
     async with served.client.post("/v1/load_lora_adapter", json=body) as r:
         assert (r.status, await r.text()) == (200, "Success: LoRA adapter 'one' added successfully.")
-    assert registry.asked[0] == AddAdapter(name="one", source="/adapters/one")
+    assert registry.asked[0] == AddAdapter(name="one", source="/adapters/one", replace=True)
     async with served.client.post("/v1/completions", json={"model": "one"}) as r:
         assert r.status == 200
     registry.answer = Ok()

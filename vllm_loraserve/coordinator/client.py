@@ -41,6 +41,8 @@ ANSWER_S = 5.0
 """How long a request is waited for that the coordinator answers at once."""
 INSPECTION_S = 120.0
 """Reading and hashing a checkpoint may take so long besides."""
+REPLACE_S = 30.0
+"""And what takes a name over so long until instances have let go of what was there."""
 RELEASE_S = 15.0
 """A removal may take so long besides its drain."""
 READ_PAUSE_S = 0.5
@@ -107,7 +109,9 @@ def _own_time(message: Message) -> float:
     """Seconds that a request may take by its nature: a drain; reading and hashing a checkpoint."""
     if isinstance(message, RemoveAdapter):
         return message.drain_s + RELEASE_S
-    return INSPECTION_S if isinstance(message, AddAdapter) else 0.0
+    if isinstance(message, AddAdapter):
+        return INSPECTION_S + (REPLACE_S if message.replace else 0.0)
+    return 0.0
 
 
 class CoordinatorClient:

@@ -40,8 +40,19 @@ class CommandBook:
         self._pending: dict[str, dict[str, Pending]] = {}
         self._failures: dict[tuple[str, str], Failure] = {}
 
-    def tell(self, instance: str, action: Literal["prefetch", "release"], adapter: AdapterRecord, now: float) -> bool:
-        """Wants `action` done; False if that is pending or has just failed. The opposite command is replaced."""
+    def tell(
+        self,
+        instance: str,
+        action: Literal["prefetch", "release"],
+        adapter: AdapterRecord,
+        now: float,
+        *,
+        superseded: bool = False,
+    ) -> bool:
+        """Wants `action` done; False if that is pending or has just failed. The opposite command is replaced.
+
+        `superseded`: see Command.
+        """
         pending = self._pending.get(instance, {}).get(adapter.name)
         if pending is not None:
             told = pending.command
@@ -50,7 +61,7 @@ class CommandBook:
         failure = self._failures.get((instance, adapter.name))
         if action == "prefetch" and failure is not None and now < failure.retry_at:
             return False
-        command = Command(id=next(self._ids), action=action, adapter=adapter)
+        command = Command(id=next(self._ids), action=action, adapter=adapter, superseded=superseded)
         self._pending.setdefault(instance, {})[adapter.name] = Pending(command, now)
         return True
 
@@ -84,6 +95,10 @@ class CommandBook:
     def pending(self) -> tuple[tuple[str, Command], ...]:
         """Everything unanswered: (instance, command)."""
         return tuple((name, p.command) for name, told in self._pending.items() for p in told.values())
+
+    def busy(self, instance: str, adapter: str) -> bool:
+        """Whether the instance has not answered a command about the adapter."""
+        return adapter in self._pending.get(instance, {})
 
     def waiting_since(self, instance: str, adapter: str, action: str) -> float | None:
         """When the pending command was first told, or None."""

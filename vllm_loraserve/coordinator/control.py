@@ -256,34 +256,53 @@ class Controller:
         able = [m.hello.capacity.max_rank for m in self.members.all()]
         return min(self.options.max_rank, max(able)) if able else self.options.max_rank
 
-    def add(self, inspected: AdapterRecord, now: float) -> tuple[AdapterRecord, bool]:
-        """Stores an inspected adapter; (record, False) if this content is there already, Refused if other."""
+    def add(self, inspected: AdapterRecord, now: float, *, replace: bool = False) -> tuple[AdapterRecord, bool]:
+        """Stores an inspected adapter; (record, False) if this content is there already. Other content under the name
+        is Refused, or with `replace` gives way."""
         self.check_name(inspected.name)
         present = self.registry.get(inspected.name)
         if present is not None and present.state == "failed" and present.sha256 == inspected.sha256:
             self.found_to_fit(present, now)
             present = self.registry.get(inspected.name)
-        if present is not None:
-            if present.sha256 != inspected.sha256:
-                raise Refused(
-                    "conflict",
-                    f"Adapter '{inspected.name}' is registered with other content (sha256 {present.sha256[:12]}, "
-                    f"this is {inspected.sha256[:12]}); remove it first or choose another name.",
-                )
+        replaces = present is not None and present.sha256 != inspected.sha256
+        if present is not None and replaces and not replace:
+            raise Refused(
+                "conflict",
+                f"Adapter '{inspected.name}' is registered with other content (sha256 {present.sha256[:12]}, "
+                f"this is {inspected.sha256[:12]}); replace it (load_inplace), remove it first or choose another name.",
+            )
+        if present is not None and not replaces:
             if present.source != inspected.source:
                 present = self.registry.update(inspected.name, source=inspected.source)
                 self.dirty.set()
             return present, False
-        record = self.registry.add(inspected)
+        record = self.registry.add(inspected, replace=replaces)
+        if replaces:
+            self.commands.forget_adapter(record.name)
         logger.info(
-            "Adapter '%s' added: rank %d, %d bytes, sha256 %s",
+            "Adapter '%s' %s: rank %d, %d bytes, sha256 %s",
             record.name,
+            "replaced" if replaces else "added",
             record.rank,
             record.size_bytes,
             record.sha256[:12],
         )
         self._place(now)
+        if present is not None and replaces:
+            # Also those that have not reported it: a request may have brought it there a moment ago.
+            for member in self.members.serving():
+                if not self.commands.busy(member.name, record.name):
+                    self.commands.tell(member.name, "release", present, now, superseded=True)
         return record, True
+
+    def outdated(self, record: AdapterRecord) -> list[str]:
+        """Instances that may give new requests other content than `record`'s under its name."""
+        return [
+            m.name
+            for m in self.members.serving()
+            if self.commands.busy(m.name, record.name)
+            or ((copy := m.resident.get(record.name)) is not None and copy.sha256 != record.sha256)
+        ]
 
     def remove(self, name: str, drain_s: float, now: float) -> asyncio.Event:
         """Begins a removal; the event is set when the adapter is gone. Refused `not_found`."""

@@ -53,7 +53,7 @@ class AdapterRecord(Part, frozen=True):
     target_modules: tuple[str, ...]
     size_bytes: int
     sha256: str
-    """Content identity: weights and configuration. Same name with another digest is a conflict, never an overwrite."""
+    """Content identity: weights and configuration. Another digest under the same name is another adapter."""
     base_model: str
     added_at: float
     state: Literal["active", "draining", "failed"] = "active"
@@ -158,6 +158,9 @@ class Command(Part, frozen=True):
     adapter: AdapterRecord
     locations: tuple[Location, ...] = ()
     """Prefetch: where else the adapter is, least busy first."""
+    superseded: bool = False
+    """Release: other content has the name. It is answered when no new request gets this one; else when the last has
+    ended."""
 
 
 class CommandResult(Part, frozen=True):
@@ -266,10 +269,15 @@ class Leave(Message, frozen=True):
 
 
 class AddAdapter(Message, frozen=True):
-    """Registers an adapter cluster-wide. Reply: AdapterReply, or Error (`conflict`: same name, other content)."""
+    """Registers an adapter cluster-wide. Reply: AdapterReply, or Error (`conflict`: same name, other content).
+
+    With `replace`, other content takes the name over: new requests get it, running ones finish with the weights that
+    they began with. The reply then comes when no instance gives the old content to new requests.
+    """
 
     name: Name
     source: str
+    replace: bool = False
 
 
 class RemoveAdapter(Message, frozen=True):

@@ -58,7 +58,9 @@ class Orders:
             key = (member.name, name)
             record = self.registry.get(name)
             if record is None or record.sha256 != copy.sha256:
-                self.commands.tell(member.name, "release", record_of(copy), now)
+                # A prefetch of the content that took the name over lets go of this one, and leaves no gap.
+                if self.commands.waiting_since(member.name, name, "prefetch") is None:
+                    self.commands.tell(member.name, "release", record_of(copy), now, superseded=record is not None)
                 continue
             elsewhere = self.members.holders(name, record.sha256) - {member.name}
             placed = set(placement.phi.get(name, {}))

@@ -119,15 +119,17 @@ class Registry:
     def __len__(self) -> int:
         return len(self._records)
 
-    def add(self, record: AdapterRecord) -> AdapterRecord:
-        """Stores a new adapter and returns it with its `adapter_id`; KeyError if the name is taken, RegistryError."""
-        if record.name in self._records:
+    def add(self, record: AdapterRecord, *, replace: bool = False) -> AdapterRecord:
+        """Stores a new adapter and returns it with its `adapter_id`; KeyError if the name is taken and may not be
+        taken over, RegistryError."""
+        if record.name in self._records and not replace:
             raise KeyError(record.name)
         fields = msgspec.structs.asdict(record)
         fields["target_modules"] = json.dumps(record.target_modules)
         names = _COLUMNS.split(", ")
         cursor = self._write(
-            f"INSERT INTO adapters ({_COLUMNS}) VALUES ({', '.join('?' * len(names))})", [fields[n] for n in names]
+            f"INSERT OR REPLACE INTO adapters ({_COLUMNS}) VALUES ({', '.join('?' * len(names))})",
+            [fields[n] for n in names],
         )
         assert cursor.lastrowid is not None
         stored = msgspec.structs.replace(record, adapter_id=cursor.lastrowid)

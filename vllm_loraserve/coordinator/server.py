@@ -22,7 +22,7 @@ import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from vllm_loraserve.coordinator.admission import inspect_source, misfit
-from vllm_loraserve.coordinator.client import INSPECTION_S, publish_endpoint
+from vllm_loraserve.coordinator.client import INSPECTION_S, REPLACE_S, publish_endpoint
 from vllm_loraserve.coordinator.control import Controller, ModuleTable
 from vllm_loraserve.coordinator.curve import CoordinatorKeys, is_loopback
 from vllm_loraserve.coordinator.insight import explain, plan
@@ -33,6 +33,7 @@ from vllm_loraserve.coordinator.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     TABLE_TOPIC,
+    AdapterRecord,
     AdapterReply,
     AddAdapter,
     Error,
@@ -341,10 +342,27 @@ class CoordinatorServer:
                         allow_download=self.options.allow_download,
                     )
                     inspected = await self._inspections.run(message.source, look)
-                record, created = controller.add(inspected, time.monotonic())
+                record, created = controller.add(inspected, time.monotonic(), replace=message.replace)
+                if message.replace:
+                    await self._taken_over(record)
         finally:
             del lock  # names come from clients; an exception's frames would keep the lock, and it the name
         return AdapterReply(adapter=record, created=created)
+
+    async def _taken_over(self, record: AdapterRecord) -> None:
+        """Waits until instances no longer begin requests with what the name stood for before."""
+        controller, end = self.controller, time.monotonic() + REPLACE_S
+        while late := controller.outdated(record):
+            present = controller.registry.get(record.name)
+            if present is None or present.adapter_id != record.adapter_id:
+                return  # removed, or replaced in its turn
+            if time.monotonic() > end:
+                raise Refused(
+                    "internal",
+                    f"Adapter '{record.name}' is replaced, but {', '.join(late)} did not take the new content within "
+                    f"{REPLACE_S:g} s; see `vllm-loraserve status`.",
+                )
+            await asyncio.sleep(TICK_S)
 
     async def _remove(self, message: RemoveAdapter) -> Ok:
         await self.controller.remove(message.name, max(0.0, message.drain_s), time.monotonic()).wait()

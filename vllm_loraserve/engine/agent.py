@@ -416,7 +416,7 @@ class Agent:
             if command.action == "prefetch":
                 await self.prefetch(command.adapter, command.locations)
             else:
-                await self.release(command.adapter)
+                await self.release(command.adapter, superseded=command.superseded)
             result = CommandResult(id=command.id, ok=True)
         except Exception as error:
             text = f"{error}".strip().splitlines()
@@ -427,35 +427,50 @@ class Agent:
         self._taken[key] = self._outbox[key] = result
 
     async def prefetch(self, record: AdapterRecord, locations: Sequence[Location] = ()) -> None:
-        """Loads this content under the adapter's name, replacing other content; raises what the engine raises."""
+        """Loads this content under the adapter's name; raises what the engine raises.
+
+        Other content that has the name serves it until this one is there, or can't be loaded.
+        """
         self.resolver.learn(record)
+        replaced: LoRARequest | None = None
         async with self.models.lora_resolver_lock[record.name]:
             request = self.models.lora_requests.get(record.name)
             if request is not None and self.resolver.digest_of(request) != record.sha256:
                 if self.resolver.digest_of(request) is None:
                     raise ValueError(f"'{record.name}' was loaded here from outside the registry; unload it.")
-                self._unserve(record.name, request)
-                request = None
+                replaced, request = request, None
             if request is None:
                 request = self.resolver.request_for(record, self.models.lora_id_counter.inc(1))
             if request.lora_int_id not in await self._inside():
                 if self._extended:
                     await self._locate(request, locations)
-                await self.engine.add_lora(request)
-            self.models.lora_requests[record.name] = request
+                try:
+                    await self.engine.add_lora(request)
+                except Exception:
+                    if replaced is not None:
+                        self._unserve(record.name, replaced)
+                    raise
+            if replaced is None:
+                self.models.lora_requests[record.name] = request
         # Outside of the lock: an engine that loads aside has answered before the adapter is there, and requests that
         # name it meanwhile wait for it there, or are told why it can't be loaded.
+        serving = replaced or request
         try:
-            if not await self._held(request):
+            if not await self._held(request, serving):
                 raise TimeoutError(f"The engine has not loaded '{record.name}' within {self._patience_s:g} s.")
         except (RuntimeError, TimeoutError):
-            if self.models.lora_requests.get(record.name) is request:
-                self._unserve(record.name, request)
+            if self.models.lora_requests.get(record.name) is serving:
+                self._unserve(record.name, serving)
+            if replaced is not None:
+                await self.engine.remove_lora(request.lora_int_id)
             raise
+        if replaced is not None and self.models.lora_requests.get(record.name) is replaced:
+            self._unserve(record.name, replaced)
+            self.models.lora_requests[record.name] = request
         logger.info("Prefetched adapter '%s' (rank %d) from '%s'", record.name, record.rank, record.source)
 
-    async def _held(self, request: LoRARequest) -> bool:
-        """Waits until the engine holds the adapter; False when it has not come in time.
+    async def _held(self, request: LoRARequest, serving: LoRARequest) -> bool:
+        """Waits until the engine holds the adapter; False when it has not come in time, or `serving` has lost the name.
 
         Raises RuntimeError with the reason where the engine says that it can't be loaded.
         """
@@ -466,14 +481,15 @@ class Agent:
                 return True
             if request.lora_int_id in inside.errors:
                 raise RuntimeError(inside.errors[request.lora_int_id])
-            if time.monotonic() > end or self.models.lora_requests.get(request.lora_name) is not request:
+            if time.monotonic() > end or self.models.lora_requests.get(request.lora_name) is not serving:
                 return False
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)
 
-    async def release(self, record: AdapterRecord) -> None:
+    async def release(self, record: AdapterRecord, *, superseded: bool = False) -> None:
         """Stops serving the adapter's name, waits for its running requests, and lets the engine forget it.
 
+        `superseded`: returns without that wait; the engine forgets it later.
         vLLM's own unloading removes the name only; the engine would keep the weights.
         """
         self.resolver.forget(record.name)
@@ -482,7 +498,8 @@ class Agent:
             if present is None or self.resolver.digest_of(present) != record.sha256:
                 return
             removal = self._unserve(record.name, present)
-        await removal
+        if not superseded:
+            await removal
         logger.info("Released adapter '%s'", record.name)
 
     def _unserve(self, name: str, request: LoRARequest) -> asyncio.Task[None]:

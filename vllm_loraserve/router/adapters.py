@@ -34,8 +34,8 @@ class Registry(Protocol):
 
 
 class LoadBody(msgspec.Struct):
-    """Body of /v1/load_lora_adapter. Two of vLLM's fields are accepted and change nothing: content is identity, and a
-    checkpoint tells whether its experts are stacked."""
+    """Body of /v1/load_lora_adapter. `load_inplace` lets other content take the name over, as in vLLM;
+    `is_3d_lora_weight` is accepted and changes nothing: a checkpoint tells whether its experts are stacked."""
 
     lora_name: str
     lora_path: str
@@ -70,7 +70,8 @@ class Adapters:
                 400, "InvalidUserInput", f"The lora adapter '{ask.lora_name}' conflicts with a served base model."
             )
         try:
-            message = msgspec.convert({"name": ask.lora_name, "source": ask.lora_path}, AddAdapter)
+            fields = {"name": ask.lora_name, "source": ask.lora_path, "replace": ask.load_inplace}
+            message = msgspec.convert(fields, AddAdapter)
         except msgspec.ValidationError:
             raise invalid(
                 f"The adapter name {ask.lora_name!r} can't be used; take letters, digits, '_', '-', '.' "
