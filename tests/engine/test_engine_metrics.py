@@ -23,7 +23,7 @@ async def test_totals_reach_the_metrics_page(tmp_path: Path) -> None:
     def count(source: str, n: float) -> tuple[str, dict[str, str], float]:
         return "loraserve:fetches_total", {"source": source, "result": "ok"}, n
 
-    transfers = [Family("loraserve:fetches", "Adapters.", "counter", [count("peer", 2.0), count("host", 1.0)])]
+    figures = [Family("loraserve:fetches", "Adapters.", "counter", [count("peer", 2.0), count("host", 1.0)])]
     address = f"ipc://{tmp_path}/stats"
     publisher, collector, registry = Publisher(address), Collector(), CollectorRegistry()
     registry.register(collector)
@@ -37,7 +37,7 @@ async def test_totals_reach_the_metrics_page(tmp_path: Path) -> None:
     deadline, now = time.monotonic() + 120, 1000.0
     while collector.totals is None:
         assert time.monotonic() < deadline
-        publisher.publish(Totals(steps, loads, 1, 7, 80, summed([transfers, transfers])), now)
+        publisher.publish(Totals(steps, loads, 1, 7, 80, summed([figures, figures])), now)
         await asyncio.sleep(0.02)
     assert not publisher.due(now)
     assert publisher.due(now + 10)

@@ -40,18 +40,30 @@ def test_what_is_awaited_and_last_copies_go_last_and_what_is_in_use_or_pinned_ne
 ) -> None:
     from vllm_loraserve.engine.model_manager import PagedLoRAModelManager
 
+    class Host:
+        evictions = 0
+        is_held = staticmethod(held.__contains__)
+
+        def may_evict(self, adapter: int) -> bool:
+            return adapter not in last_copies
+
+        def __contains__(self, adapter: int) -> bool:
+            return adapter != 3
+
     removed: list[int] = []
+    host = Host()
     manager: Any = SimpleNamespace(
         _registered_adapters=cache(1, 2, 3, pinned=pinned),
         _active_adapters=cache(),
         in_use=frozenset(in_use),
         layout=SimpleNamespace(size_bytes=lambda pages: 4096),
         _demand=SimpleNamespace(of=lambda adapter, now: float(adapter)),
-        host=SimpleNamespace(may_evict=lambda adapter: adapter not in last_copies, is_held=held.__contains__),
+        host=host,
         remove_adapter=removed.append,
     )
     assert PagedLoRAModelManager.remove_oldest_adapter(manager) == (gone is not None)
     assert removed == ([gone] if gone is not None else [])
+    assert host.evictions == int(gone is not None and gone in host)
 
 
 def test_what_requests_wait_for_and_only_the_arena_has_leaves_it_last() -> None:

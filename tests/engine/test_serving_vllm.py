@@ -99,6 +99,22 @@ def test_loads_aside_and_tells_why_not(server: str, make_adapter: Callable[..., 
         together = list(pool.map(lambda name: complete(server, name), names))
     assert [answer["choices"][0]["text"] for _, answer in together] == [texts[name] for name in names]
 
+    # Four adapters through two slots: some had to leave the arena.
+    for _ in range(100):
+        with urllib.request.urlopen(server + "/metrics", timeout=60) as page:
+            shown = dict(line.rsplit(" ", 1) for line in page.read().decode().splitlines() if "{tier=" in line)
+        if float(shown['loraserve:resident_adapters{tier="host",worker="0"}']) == 4:
+            break
+        complete(server, "base")
+    values = {key.removeprefix("loraserve:").replace(',worker="0"', ""): float(value) for key, value in shown.items()}
+    assert values['resident_adapters{tier="host"}'] == 4
+    assert 1 <= values['resident_adapters{tier="arena"}'] <= 2
+    assert values['evictions_total{tier="arena"}'] >= 2
+    assert values['evictions_total{tier="host"}'] == 0
+    for tier in ("arena", "host"):
+        key = f'_bytes{{tier="{tier}"}}'
+        assert 0 < values["memory_used" + key] <= values["memory_size" + key]
+
     # Seen at a look: refused when it is registered.
     broken = make_adapter("broken", 8, 9)
     weights = (broken / "adapter_model.safetensors").read_bytes()

@@ -478,7 +478,7 @@ def test_a_queued_load_that_the_scheduler_overtakes_fails_for_nobody(pair: Any, 
     assert manager.load_errors == {}
 
 
-def test_what_is_on_its_way_is_reported_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_worker_holds_and_has_on_its_way_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.lora.request import LoRARequest
 
     from vllm_loraserve.engine import channel
@@ -486,8 +486,11 @@ def test_what_is_on_its_way_is_reported_while_it_runs(tmp_path: Path, monkeypatc
 
     family = channel.Family("loraserve:fetch_progress_bytes", "", "gauge", [("n", {"adapter": "a"}, 7.0)])
 
+    held = channel.Family("loraserve:resident_adapters", "", "gauge", [("n", {"tier": "host"}, 2.0)])
+
     class WithPeers(Manager):
         peers = SimpleNamespace(metrics=lambda: [family], on_progress=None)
+        memory = SimpleNamespace(metrics=lambda: [held])
 
     monkeypatch.setattr(channel, "address_of", lambda *_: f"ipc://{tmp_path}/loads")
     config = SimpleNamespace(
@@ -499,14 +502,24 @@ def test_what_is_on_its_way_is_reported_while_it_runs(tmp_path: Path, monkeypatc
     manager = side_loading(WithPeers)(config)
     manager.create_lora_manager("model", config)
     end.wait_for_workers(1, 120)
+
+    def told() -> list[Any]:
+        """What comes up to the next figures, these last."""
+        reports: list[Any] = []
+        while not any(isinstance(report, channel.Figures) for report in reports):
+            end.wait(120)
+            reports += end.reports()
+        return reports
+
+    assert told() == [channel.Figures(3, [held, family])], "what there is at the start"
     manager.peers.on_progress()
-    end.wait(120)
-    assert end.reports() == [channel.Transfers(3, [family])]
+    assert told() == [channel.Figures(3, [held, family])]
     # And after a load inside a step, which is on its way no more.
     manager.set_active_adapters([LoRARequest("a", 1, "/a")])
-    told: list[Any] = []
-    while not any(isinstance(report, channel.Transfers) for report in told):
-        end.wait(120)
-        told += end.reports()
+    assert told()[-1] == channel.Figures(3, [held, family])
+    # And when what was in host memory begins to run.
+    manager.set_active_adapters([])
+    manager.set_active_adapters([LoRARequest("a", 1, "/a")])
+    assert told() == [channel.Figures(3, [held, family])]
     manager._channel.close()
     end.close()

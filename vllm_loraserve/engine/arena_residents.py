@@ -56,6 +56,9 @@ class ArenaResidents:
         """Whether the adapter is active with pages copied from this generation of its host entry."""
         return lora_id not in self._staged and self._generations.get(lora_id) == generation
 
+    def __len__(self) -> int:
+        return len(self._pages)
+
     def __contains__(self, lora_id: int) -> bool:
         """Whether the adapter has pages, active or staged."""
         return lora_id in self._pages

@@ -120,15 +120,15 @@ class Family(msgspec.Struct, frozen=True):
     samples: list[tuple[str, dict[str, str], float]]
 
 
-class Transfers(Report, frozen=True, tag=True):
-    """What the worker has brought in from peers since its start."""
+class Figures(Report, frozen=True, tag=True):
+    """What the worker's adapter memory holds, and what it has brought in from peers since its start."""
 
     families: list[Family]
 
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_order = msgspec.msgpack.Decoder(Prepare | Hold | Release).decode
-_decode_report = msgspec.msgpack.Decoder(Hello | Ready | Failed | Gone | Pinned | Stalled | Transfers).decode
+_decode_report = msgspec.msgpack.Decoder(Hello | Ready | Failed | Gone | Pinned | Stalled | Figures).decode
 
 
 def address_of(vllm_config: Any, purpose: str = "loads") -> str | None:

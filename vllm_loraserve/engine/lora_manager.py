@@ -30,6 +30,7 @@ from vllm_loraserve.engine.adapter_loader import AdapterLoader, ModelFacts, Serv
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.host_memory import make_host_tier
 from vllm_loraserve.engine.load_threads import ensure_wanted
+from vllm_loraserve.engine.memory_metrics import MemoryMetrics
 from vllm_loraserve.engine.model_manager import PagedLoRAModelManager
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
         )
         self._beside = adapters_beside(vllm_config, manager.lora_slots)
         self._prepared: dict[int, ServedAdapter] = {}
+        self.memory = MemoryMetrics(vllm_config.parallel_config.rank, manager)
         if self.options.transfer_key_file is not None:
             # Imported where it is used: without the option no worker probes for RDMA.
             from vllm_loraserve.engine.peer_sources import PeerSources

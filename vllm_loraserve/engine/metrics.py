@@ -34,8 +34,8 @@ class Totals(msgspec.Struct, frozen=True):
     loading: int
     waiting_adapters: int
     rows_in_use: int
-    transfers: list[Family] = []
-    """What came from peers, over all workers."""
+    figures: list[Family] = []
+    """Of all workers: what their memory holds, what came from peers."""
 
 
 def summed(workers: Iterable[list[Family]]) -> list[Family]:
@@ -140,7 +140,7 @@ class Collector:
             steps.cost_share,
             steps.cost_share_sum,
         )
-        for family in self.totals.transfers:
+        for family in self.totals.figures:
             metric = Metric(family.name, family.text, family.kind)
             for name, labels, value in family.samples:
                 metric.add_sample(name, labels, value)

@@ -54,6 +54,8 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         self._vllm_config = vllm_config
         self.in_use: frozenset[int] = frozenset()
         """Adapters of the step at hand: never evicted."""
+        self.arena_evictions = 0
+        """Adapters that had to leave the arena for others, since the start."""
         self._demand: Demand[int] = Demand()
         self.copies = PendingCopies()
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
@@ -201,6 +203,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
     def _make_room(self, lora_id: int, needed: Sequence[int], victims: Sequence[int]) -> None:
         """Sends so many of the victims away that the pages are free. Raises ArenaFullError; nobody has gone then."""
         for victim in self.residents.to_evict(lora_id, needed, victims):
+            self.arena_evictions += 1
             if victim in self._active_adapters:
                 self.deactivate_adapter(victim)
             else:
@@ -222,6 +225,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             victims = self._victims(lora_id)
             if not victims:
                 raise ArenaFullError(f"All {self.lora_slots} LoRA slots are in use or pinned; raise --max-loras.")
+            self.arena_evictions += 1
             self.deactivate_adapter(victims[0])
         # vLLM's own activation: finds the slot and serves the modules outside the pages.
         LoRAModelManager.activate_adapter(self, lora_id)
@@ -302,6 +306,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         )
         if not order:
             return False
+        self.host.evictions += order[0] in self.host
         self.remove_adapter(order[0])
         return True
 

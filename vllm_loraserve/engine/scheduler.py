@@ -88,8 +88,8 @@ class RankAwareMixin(_Base):
         self._publisher = Publisher(stats) if stats is not None and self._end is not None else None
         self._busy = False
         """There were requests since totals were published with none left."""
-        self._transfers: dict[int, list[channel.Family]] = {}
-        """What each worker last said about its transfers."""
+        self._figures: dict[int, list[channel.Family]] = {}
+        """What each worker last said of itself."""
         self.waiting: AdmissionQueue = AdmissionQueue(self.policy, self)
         self.turns = Turns(self.readiness, self.room, self.waiting)
         self.ageing = Ageing(
@@ -170,8 +170,8 @@ class RankAwareMixin(_Base):
                 begin = time.monotonic()
             self._waited = False
             for report in self._end.reports():
-                if isinstance(report, channel.Transfers):
-                    self._transfers[report.rank] = report.families
+                if isinstance(report, channel.Figures):
+                    self._figures[report.rank] = report.families
                     continue
                 self.readiness.on_report(report, begin)
                 self.waiting.lanes_changed = True
@@ -410,10 +410,10 @@ class RankAwareMixin(_Base):
         self._busy = bool(self.requests)
         if self._publisher is None or not (ended or self._publisher.due(now)):
             return
-        readiness, transfers = self.readiness, summed(self._transfers.values())
+        readiness, figures = self.readiness, summed(self._figures.values())
         loading = readiness.loading if self._busy else 0
         totals = Totals(
-            self.counters, readiness.counters, loading, len(self.waiting.lanes), self.room.used_rows, transfers
+            self.counters, readiness.counters, loading, len(self.waiting.lanes), self.room.used_rows, figures
         )
         self._publisher.publish(totals, now)
 

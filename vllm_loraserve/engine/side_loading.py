@@ -29,8 +29,8 @@ from vllm_loraserve.memory.host_tier import HostTierFullError
 
 logger = init_logger("vllm.loraserve.side_loading")
 
-TRANSFERS_AFTER_S = 0.1
-"""From the end of a load to the report of what was transferred."""
+FIGURES_AFTER_S = 0.1
+"""From the end of a load, or a change of what runs, to the report of the worker's figures."""
 
 
 def side_loading(cls: type) -> type:
@@ -130,7 +130,8 @@ class SideLoadingMixin:
             )
             self._channel = channel.WorkerEnd(address, hello, self._on_order)
             if (peers := getattr(self, "peers", None)) is not None:
-                peers.on_progress = self._report_transfers
+                peers.on_progress = self._report_figures
+            self._report_figures()
         options = config_of(self._vllm_config)
         if options is not None and options.coordinator is not None:
             desks = worker_desk.addresses(self._vllm_config)
@@ -232,7 +233,7 @@ class SideLoadingMixin:
         except Exception as error:
             self._fail(request, self._ended(request, load), error)
         self._sweep()
-        self._report_transfers_soon()
+        self._report_figures_soon()
 
     def _fail(self, request: LoRARequest, attempt: int, error: Exception) -> None:
         """Tells why a load did not end well; of one that nobody wants now only a scheduler that ordered it hears."""
@@ -257,21 +258,27 @@ class SideLoadingMixin:
             )
         )
 
-    def _report_transfers_soon(self) -> None:
+    def _report_figures_soon(self) -> None:
         """Not now: what was loaded is about to run, and to collect the figures takes the interpreter from the step."""
         with self._orders:
-            if self._figures_are_due or not hasattr(self, "peers"):
+            if self._figures_are_due or self._channel is None:
                 return
-            timer = threading.Timer(TRANSFERS_AFTER_S, self._report_transfers)
+            timer = threading.Timer(FIGURES_AFTER_S, self._report_figures)
             timer.daemon = True
             with contextlib.suppress(RuntimeError):  # no thread to be had: the next load reports
                 timer.start()
                 self._figures_are_due = True
 
-    def _report_transfers(self) -> None:
+    def _report_figures(self) -> None:
         self._figures_are_due = False
-        if (peers := getattr(self, "peers", None)) is not None:
-            self._report(channel.Transfers(self._vllm_config.parallel_config.rank, peers.metrics()))
+        families = [
+            family
+            for part in (getattr(self, "memory", None), getattr(self, "peers", None))
+            if part is not None
+            for family in part.metrics()
+        ]
+        if families:
+            self._report(channel.Figures(self._vllm_config.parallel_config.rank, families))
 
     def _report(self, report: channel.Report) -> None:
         if self._channel is not None:
@@ -295,6 +302,7 @@ class SideLoadingMixin:
         if not runs <= self._ran:
             # One that was activated may have taken the place of another one, which may have had no other.
             self._sweep()
+            self._report_figures_soon()
         self._ran = runs
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
@@ -332,7 +340,7 @@ class SideLoadingMixin:
         if reads:
             rank = self._vllm_config.parallel_config.rank
             self._report(channel.Stalled(rank, adapter, time.monotonic() - begin))
-            self._report_transfers_soon()
+            self._report_figures_soon()
         self._paths[adapter] = lora_request.lora_path
         self._release(adapter)
         self._sweep()

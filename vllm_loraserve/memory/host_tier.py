@@ -88,6 +88,8 @@ class HostTier:
         self._demand: Demand[Hashable] = Demand()
         self._clock = clock
         self._generation = 0
+        self.evictions = 0
+        """Adapters that had to leave for others, since the start."""
         self._kept: Counter[Hashable] = Counter()
         self._held: set[Hashable] = set()
         self._prefault: Prefault | None = None
@@ -306,6 +308,7 @@ class HostTier:
 
     def _evict(self, key: Hashable) -> None:
         logger.debug("Evicting adapter %s from the host tier", key)
+        self.evictions += 1
         self._drop(self._entries.pop(key))
 
     def _drop(self, entry: HostEntry | None) -> None:
