@@ -97,7 +97,7 @@ class FakeInstance:
         return Register(
             instance=self.name, incarnation=self.incarnation, url=self.url, base_model=base_model,
             capacity=self.capacity, modules={name: (sizes,) for name, sizes in SHAPES.items()},
-            resident=tuple(self.resident.values()), transfer=self.transfer,
+            resident=tuple(self.resident.values()), transfer=self.transfer, draining=self.draining,
         )  # fmt: skip
 
     def beat(self) -> Heartbeat:

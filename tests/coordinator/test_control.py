@@ -117,6 +117,10 @@ def test_an_instance_that_is_about_to_stop_gets_nothing_new_and_hands_on_what_it
     fetched = {c.adapter.name: [x.instance for x in c.locations] for c in b.instances["one"].told}
     assert all(fetched[name] == ["two"] for name in had), "its memory can still be read"
     assert len(b.instances["two"].told) == told
+    b.restart()
+    for name in ("one", "two"):
+        b.controller.register(b.instances[name].hello(), b.now)
+    assert all(set(routes) == {"one"} for routes in b.routes().values()), "also when it registers anew"
     b.instances["one"].draining = True
     b.run(2)
     assert all(routes == {} for routes in b.routes().values())
@@ -309,7 +313,11 @@ def test_content_that_takes_a_name_over_replaces_the_old_without_a_gap(bench):
     assert holder.done[done:] == [("prefetch", "a")], "and lets go of nothing before"
     (told,) = other.told
     assert (told.action, told.adapter.sha256, told.superseded) == ("release", before.sha256, True)
+    assert b.controller.replaced(fresh) == ""
     assert b.controller.add(record("a", sha256="new", rank=64), b.now, replace=True) == (fresh, False)
+    fetching, _ = b.controller.add(record("b"), b.now, replace=True)
+    assert b.controller.commands.pending()
+    assert b.controller.outdated(fetching) == [], "a new name takes nothing over"
     b.restart()
     assert b.registry.get("a") == fresh
 
@@ -323,6 +331,7 @@ def test_a_replacement_that_can_not_be_loaded_does_not_leave_the_old_content_ser
     fresh, _ = b.controller.add(record("a", sha256="new"), b.now, replace=True)
     b.run(3)
     assert b.controller.outdated(fresh) == []
+    assert b.controller.replaced(fresh) == "'one' can't load it: no such file"
     assert "a" not in one.resident
     assert "can't load 'a'" in "".join(b.controller.problems())
 

@@ -187,7 +187,7 @@ async def test_an_slo_out_of_reach_and_a_failing_instance_are_named(engine):
     [
         ({}, {}),
         ({"VLLM_API_KEY": "a"}, {"Authorization": "Bearer a"}),
-        ({"VLLM_API_KEY": "a", "LORASERVE_UPSTREAM_API_KEY": " b , c"}, {"Authorization": "Bearer b"}),
+        ({"VLLM_API_KEY": "a", "LORASERVE_UPSTREAM_API_KEY": " b "}, {"Authorization": "Bearer b"}),
     ],
 )
 def test_the_instances_key_is_the_routers_or_vllms(environment, sent):

@@ -37,6 +37,7 @@ class FakeEngine:
         self.logger_manager = SimpleNamespace(stat_loggers=[])
         self.gate = asyncio.Event()
         self.load_s = 0.0
+        self.loading: dict[int, asyncio.TimerHandle] = {}
         self.located: list[tuple] = []
         self.told_before_load: list[str] = []
         self.errors: dict[int, str] = {}
@@ -51,10 +52,14 @@ class FakeEngine:
         if not self.load_s:
             self.held[request.lora_int_id] = request
         else:
-            asyncio.get_running_loop().call_later(self.load_s, self.held.__setitem__, request.lora_int_id, request)
+            put = self.held.__setitem__
+            loop, number = asyncio.get_running_loop(), request.lora_int_id
+            self.loading[number] = loop.call_later(self.load_s, put, number, request)
         return True
 
     async def remove_lora(self, lora_id):
+        if lora_id in self.loading:
+            self.loading.pop(lora_id).cancel()
         return self.held.pop(lora_id, None) is not None
 
     async def list_loras(self):

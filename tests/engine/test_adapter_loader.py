@@ -79,6 +79,7 @@ def loader() -> Any:
         expected_suffixes=frozenset({"q_proj", "lm_head"}),
         module_names=frozenset({"", "model", "model.layers", "model.layers.0", name.rpartition(".")[0]}),
         elsewhere=frozenset(),
+        left_out=frozenset({"vision_tower"}),
         weights_mapper=None,
         skip_prefixes=(),
         strip_model_prefix=False,
@@ -115,10 +116,14 @@ def write(folder: Path, seed: int, ranks: dict[str, int] | None = None, value: f
     return folder
 
 
-def test_what_another_pipeline_stage_holds_is_not_read(loader: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pooling", [False, True])
+def test_what_another_pipeline_stage_holds_is_not_read(loader: Any, tmp_path: Path, pooling: bool) -> None:
+    """`pooling`: checkpoints of pooling models may name modules without the model's own prefix."""
     from vllm.lora.request import LoRARequest
 
     elsewhere = Q_PROJ.replace("0", "1")
+    if pooling:
+        loader.facts.strip_model_prefix, elsewhere = True, elsewhere.removeprefix("model.")
     loader.facts.elsewhere = frozenset({"model.layers.1"})
     here = loader.prepare(LoRARequest("here", 1, str(write(tmp_path / "a", 1, {Q_PROJ: 8, elsewhere: 8}))))
     assert (here.ranks, here.loras) == ((8,), {}), "though its rank is above --max-lora-rank"
@@ -141,17 +146,20 @@ def test_modules_that_the_model_has_not_are_refused(loader: Any, tmp_path: Path,
     loader.tier.check_integrity()
 
 
-def test_layers_without_lora_are_left_out_but_not_all_of_an_adapter(loader: Any, tmp_path: Path) -> None:
-    """As of a vision tower, or what --lora-target-modules leaves out."""
+@pytest.mark.parametrize(
+    "name", ["visual.blocks.0.attn.q_proj", "vision_tower.layers.23.attn.q_proj", "layers.0.mlp.q_proj"]
+)
+def test_layers_without_lora_are_left_out_but_not_all_of_an_adapter(loader: Any, tmp_path: Path, name: str) -> None:
+    """As of a vision tower, also beyond the layers that vLLM builds of it, or what --lora-target-modules leaves out."""
     from vllm.lora.request import LoRARequest
 
     from vllm_loraserve.adapters.checkpoint import AdapterError
 
-    tower = "visual.blocks.0.attn.q_proj"
-    loader.facts.module_names |= {"visual.blocks.0.attn"}
-    assert loader.prepare(LoRARequest("a", 1, str(write(tmp_path / "a", 1, {Q_PROJ: 8, tower: 8})))).ranks == (8,)
+    loader.facts.module_names |= {"visual.blocks.0.attn", "model.layers.0.mlp"}
+    loader.facts.strip_model_prefix = name.startswith("layers")
+    assert loader.prepare(LoRARequest("a", 1, str(write(tmp_path / "a", 1, {Q_PROJ: 8, name: 8})))).ranks == (8,)
     with pytest.raises(AdapterError, match=r"would answer as the base model.*targets q_proj"):
-        loader.prepare(LoRARequest("b", 2, str(write(tmp_path / "b", 1, {tower: 8}))))
+        loader.prepare(LoRARequest("b", 2, str(write(tmp_path / "b", 1, {name: 8}))))
 
 
 def test_modules_outside_the_pages_are_checked_too(loader: Any, tmp_path: Path) -> None:

@@ -105,8 +105,9 @@ def coordinator(tmp_path):
 
 
 @pytest.fixture
-async def joined(coordinator):
+async def joined(coordinator, monkeypatch):
     """(coordinator, agent, engine, models) of a running membership."""
+    monkeypatch.setattr("vllm_loraserve.engine.agent.LINGER_S", 0.2)
     LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
     await coordinator.start()
     engine = FakeEngine()
@@ -174,6 +175,14 @@ async def test_a_drain_is_told_at_once_and_reports_go_on(joined):
     await until(lambda: member.seen > seen)
 
 
+async def test_a_drain_does_not_wait_for_reports_of_an_engine_that_is_dead(joined):
+    coordinator, agent, engine, _ = joined
+    engine.errored = True
+    await until(lambda: len(coordinator.controller.members) == 0)
+    async with asyncio.timeout(PATIENCE_S):
+        await agent.drain()
+
+
 async def test_a_drain_does_not_wait_for_a_coordinator_that_is_away(joined):
     coordinator, agent, *_ = joined
     await coordinator.stop()
@@ -232,36 +241,88 @@ async def test_new_content_under_a_name_gets_a_new_id_and_another_path_spelling(
     assert models.lora_requests["a"].lora_path == first.lora_path, "its old blocks are right again"
 
 
+async def registered(joined, content="one"):
+    """Registers content as 'a', in place of other; returns the LoRARequest that has the name once it is this one's."""
+    coordinator, agent, _, models = joined
+    coordinator.controller.add(record("a", content), time.monotonic(), replace=True)
+    await until(lambda: "a" in models.lora_requests and agent.resolver.digest_of(models.lora_requests["a"]) == content)
+    return models.lora_requests["a"]
+
+
 async def test_content_that_takes_a_name_over_is_loaded_while_the_old_one_serves(joined):
-    _, agent, engine, models = joined
-    await agent.prefetch(record("a", "one"))
-    old = models.lora_requests["a"]
+    coordinator, _, engine, models = joined
+    old = await registered(joined)
     stream = engine.generate("p", SamplingParams(output_kind=RequestOutputKind.DELTA), "r1", lora_request=old)
     await anext(stream)
     engine.load_s = 0.5
-    prefetching = asyncio.create_task(agent.prefetch(record("a", "two")))
-    await asyncio.sleep(0.2)
-    assert models.lora_requests["a"] is old
-    await prefetching
-    new = models.lora_requests["a"]
-    assert agent.resolver.digest_of(new) == "two"
-    assert set(engine.held) == {old.lora_int_id, new.lora_int_id}, "a request runs with the old weights"
+    taking_over = asyncio.create_task(registered(joined, "two"))
+    while not taking_over.done():
+        assert "a" in models.lora_requests
+        await asyncio.sleep(0.01)
+    new = await taking_over
+    assert new.lora_int_id in engine.held, "not before it was there"
+    assert old.lora_int_id in engine.held, "a request runs with the old weights"
+    await until(lambda: coordinator.controller.outdated(coordinator.registry.get("a")) == [])
     engine.gate.set()
     assert [len(o.outputs[0].token_ids) async for o in stream] == [1, 1]
     await until(lambda: set(engine.held) == {new.lora_int_id})
 
 
+async def test_a_request_that_took_the_old_content_a_moment_ago_finds_it(joined, monkeypatch):
+    """It is counted only when the engine client begins with it, after its prompt was read."""
+    monkeypatch.setattr("vllm_loraserve.engine.agent.LINGER_S", 2.0)
+    _, _, engine, _ = joined
+    old = await registered(joined)
+    await registered(joined, "two")
+    await asyncio.sleep(0.2)
+    stream = engine.generate("p", SamplingParams(output_kind=RequestOutputKind.DELTA), "r1", lora_request=old)
+    await anext(stream)
+    await asyncio.sleep(2.5)
+    assert old.lora_int_id in engine.held
+    engine.gate.set()
+    assert [len(o.outputs[0].token_ids) async for o in stream] == [1, 1]
+    await until(lambda: old.lora_int_id not in engine.held)
+
+
+async def test_the_last_of_several_replacements_wins(joined):
+    coordinator, agent, engine, models = joined
+    await registered(joined)
+    engine.load_s = 0.4
+    coordinator.controller.add(record("a", "two"), time.monotonic(), replace=True)
+    await until(lambda: agent._turns["a"].locked())
+    last = await registered(joined, "three")
+    await until(lambda: list(engine.held) == [last.lora_int_id])
+    assert models.lora_requests["a"] is last
+    assert coordinator.controller.problems() == []
+
+
+async def test_a_removal_in_the_middle_of_a_replacement_ends_both(joined):
+    coordinator, agent, engine, models = joined
+    old = await registered(joined)
+    engine.load_s = 1.0
+    coordinator.controller.add(record("a", "two"), time.monotonic(), replace=True)
+    await until(lambda: agent._turns["a"].locked())
+    removed = coordinator.controller.remove("a", 0.0, time.monotonic())
+    while not removed.is_set():
+        assert models.lora_requests.get("a") in (None, old)
+        await asyncio.sleep(0.01)
+    assert "a" not in models.lora_requests
+    await until(lambda: not agent._turns["a"].locked() and not engine.held)
+    assert "a" not in models.lora_requests
+
+
 @pytest.mark.parametrize("when", ["at once", "aside"])
 async def test_a_replacement_that_can_not_be_loaded_is_not_hidden_by_the_old_content(joined, when):
-    _, agent, engine, models = joined
-    await agent.prefetch(record("a", "one"))
+    coordinator, agent, engine, models = joined
+    await registered(joined)
     if when == "at once":
         engine.broken.add("a")
     else:
         engine.load_s = 1000.0
         agent._patience_s = 0.2
-    with pytest.raises((RuntimeError, TimeoutError)):
-        await agent.prefetch(record("a", "two"))
+    fresh, _ = coordinator.controller.add(record("a", "two"), time.monotonic(), replace=True)
+    await until(lambda: coordinator.controller.outdated(fresh) == [])
+    assert "'one' can't load it: " in coordinator.controller.replaced(fresh)
     assert "a" not in models.lora_requests
     await until(lambda: not engine.held)
 

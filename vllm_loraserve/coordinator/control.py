@@ -120,6 +120,8 @@ class Controller:
         """The registered adapters have not been compared with `modules`: see `CoordinatorServer._recheck`."""
         self.version = 0
         self._drains: dict[str, Drain] = {}
+        self._replacing: dict[str, int] = {}
+        """Name that other content has just taken over -> the new `adapter_id`."""
         self._awaited = registry.known_instances()
         self._settled_at = now + options.settle_s
         self._commanded_at = now
@@ -289,6 +291,7 @@ class Controller:
         )
         self._place(now)
         if present is not None and replaces:
+            self._replacing[record.name] = record.adapter_id
             # Also those that have not reported it: a request may have brought it there a moment ago.
             for member in self.members.serving():
                 if not self.commands.busy(member.name, record.name):
@@ -297,12 +300,22 @@ class Controller:
 
     def outdated(self, record: AdapterRecord) -> list[str]:
         """Instances that may give new requests other content than `record`'s under its name."""
+        replacing = self._replacing.get(record.name) == record.adapter_id
         return [
             m.name
             for m in self.members.serving()
-            if self.commands.busy(m.name, record.name)
+            if (replacing and self.commands.busy(m.name, record.name))
             or ((copy := m.resident.get(record.name)) is not None and copy.sha256 != record.sha256)
         ]
+
+    def replaced(self, record: AdapterRecord) -> str:
+        """To be called when nothing is `outdated`: why an instance where `record` is placed can't load it, or empty."""
+        if self._replacing.get(record.name) == record.adapter_id:
+            del self._replacing[record.name]
+        for instance in sorted(self.placement.phi.get(record.name, ())):
+            if (failure := self.commands.failure(instance, record.name)) is not None:
+                return f"'{instance}' can't load it: {failure.error}"
+        return ""
 
     def remove(self, name: str, drain_s: float, now: float) -> asyncio.Event:
         """Begins a removal; the event is set when the adapter is gone. Refused `not_found`."""

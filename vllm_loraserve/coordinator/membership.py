@@ -66,9 +66,10 @@ class Membership:
                 "conflict",
                 f"Instance '{hello.instance}' is already live at {present.hello.url}; give this one another name.",
             )
-        member = Member(hello=hello, seen=now, resident={r.name: r for r in hello.resident})
+        resident = {r.name: r for r in hello.resident}
+        member = Member(hello=hello, seen=now, resident=resident, draining=hello.draining)
         if present is not None and present.hello.incarnation == hello.incarnation:
-            member.load, member.demand, member.draining = present.load, present.demand, present.draining
+            member.load, member.demand = present.load, present.demand
         self._members[hello.instance] = member
         return member
 

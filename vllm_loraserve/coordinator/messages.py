@@ -229,6 +229,8 @@ class Register(Message, frozen=True):
     """`adapters.shapes.ModuleShapes` of the base model: adapters are checked against it. Empty: not known."""
     resident: tuple[Residency, ...] = ()
     transfer: str = ""
+    draining: bool = False
+    """As in Heartbeat."""
 
 
 class Registered(Message, frozen=True):

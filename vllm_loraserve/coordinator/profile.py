@@ -44,7 +44,7 @@ from vllm_loraserve.coordinator.messages import (
 from vllm_loraserve.coordinator.profiling import Profiler, ProfilingError, Trial, Workload, connector
 
 INSTANCE_KEYS = "LORASERVE_UPSTREAM_API_KEY", "VLLM_API_KEY"
-"""Environment variables whose first key is sent to the instance: the router's for this, and vLLM's own."""
+"""Environment variables with the key that is sent to the instance: the router's for this, and vLLM's own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +161,7 @@ async def _profile(args: argparse.Namespace, console: Console) -> tuple[Operatin
 def _authorization(environment: Mapping[str, str]) -> dict[str, str]:
     """The header with the instance's key; empty where no key is known."""
     for variable in INSTANCE_KEYS:
-        if key := environment.get(variable, "").partition(",")[0].strip():
+        if key := environment.get(variable, "").strip():
             return {"Authorization": f"Bearer {key}"}
     return {}
 

@@ -350,19 +350,21 @@ class CoordinatorServer:
         return AdapterReply(adapter=record, created=created)
 
     async def _taken_over(self, record: AdapterRecord) -> None:
-        """Waits until instances no longer begin requests with what the name stood for before."""
+        """Waits until instances no longer begin requests with what the name stood for before; Refused when they don't
+        come to it, or can't load the new content."""
         controller, end = self.controller, time.monotonic() + REPLACE_S
-        while late := controller.outdated(record):
-            present = controller.registry.get(record.name)
-            if present is None or present.adapter_id != record.adapter_id:
-                return  # removed, or replaced in its turn
+        while (late := controller.outdated(record)) or not controller.settled:
+            if controller.registry.get(record.name) is None:
+                return
             if time.monotonic() > end:
                 raise Refused(
                     "internal",
-                    f"Adapter '{record.name}' is replaced, but {', '.join(late)} did not take the new content within "
-                    f"{REPLACE_S:g} s; see `vllm-loraserve status`.",
+                    f"Adapter '{record.name}' is replaced, but {', '.join(late) or 'an instance'} did not take the new "
+                    f"content within {REPLACE_S:g} s; see `vllm-loraserve status`.",
                 )
             await asyncio.sleep(TICK_S)
+        if problem := controller.replaced(record):
+            raise Refused("internal", f"Adapter '{record.name}' is replaced, and {problem}")
 
     async def _remove(self, message: RemoveAdapter) -> Ok:
         await self.controller.remove(message.name, max(0.0, message.drain_s), time.monotonic()).wait()

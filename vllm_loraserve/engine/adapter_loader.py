@@ -90,6 +90,7 @@ class ModelFacts:
         expected_suffixes: frozenset[str],
         module_names: frozenset[str],
         elsewhere: frozenset[str],
+        left_out: frozenset[str],
         weights_mapper: Any,
         skip_prefixes: Sequence[str],
         strip_model_prefix: bool,
@@ -102,8 +103,9 @@ class ModelFacts:
     ) -> None:
         self.layout, self.layers, self.parts = layout, layers, parts
         self.stock_names, self.expected_suffixes = stock_names, expected_suffixes
-        self.module_names, self.elsewhere = module_names, elsewhere
-        """All modules of this worker's model, those that hold others too; those that another pipeline stage has."""
+        self.module_names, self.elsewhere, self.left_out = module_names, elsewhere, left_out
+        """All modules of this worker's model, those that hold others too; those that another pipeline stage has; towers
+        and the like, of which vLLM may build less than was trained."""
         self.weights_mapper, self.skip_prefixes = weights_mapper, list(skip_prefixes)
         self.strip_model_prefix, self.allow_modules_to_save = strip_model_prefix, allow_modules_to_save
         self.max_rank, self.stock_max_rank = max_rank, stock_max_rank
@@ -299,9 +301,8 @@ class AdapterLoader:
                 f"'{checkpoint.directory}' targets '{name}', which this model has not; its modules are "
                 f"{', '.join(sorted(self.facts.expected_suffixes))}.",
             )
-        if not self._is_elsewhere(name) and not any(
-            spelling.rpartition(".")[0] in self.facts.module_names for spelling in self._spellings(name)
-        ):
+        known = any(spelling.rpartition(".")[0] in self.facts.module_names for spelling in self._spellings(name))
+        if not known and not self._is_elsewhere(name) and not self._is_below(name, self.facts.left_out):
             raise AdapterError(
                 "mismatch",
                 f"'{checkpoint.directory}' targets '{name}', and this model has no '{name.rpartition('.')[0]}'; train "
@@ -309,12 +310,19 @@ class AdapterLoader:
             )
 
     def _is_elsewhere(self, name: str) -> bool:
-        parts = name.split(".")
-        return any(".".join(parts[:count]) in self.facts.elsewhere for count in range(1, len(parts) + 1))
+        return self._is_below(name, self.facts.elsewhere)
+
+    def _is_below(self, name: str, modules: frozenset[str]) -> bool:
+        """Whether the name is one of `modules` or of a part of one."""
+        return any(
+            ".".join(parts[:count]) in modules
+            for parts in (spelling.split(".") for spelling in self._spellings(name))
+            for count in range(1, len(parts) + 1)
+        )
 
     def _spellings(self, name: str) -> tuple[str, ...]:
-        """The name as checkpoints and as this model may have it."""
-        return (name, name.removeprefix("model.")) if self.facts.strip_model_prefix else (name,)
+        """The name as the checkpoint has it, and as this model may: see `strip_model_prefix`."""
+        return (name, f"model.{name}") if self.facts.strip_model_prefix else (name,)
 
     def _is_stock(self, name: str) -> bool:
         names = self.facts.stock_names

@@ -18,6 +18,7 @@ import re
 import time
 import urllib.parse
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -59,6 +60,8 @@ SETTLE_S = 10.0
 REFRESH_S = 30.0
 """Time between two looks at the whole registry, kept for the coordinator's absence."""
 DRAIN_POLL_S = 0.1
+LINGER_S = 2.0
+"""Replaced content stays in the engine until no request has used it for so long."""
 LOAD_GRACE_S = 5.0
 """Added to `load_timeout_s`: a prefetch that is not in the engine by then has failed; a request for the adapter tells
 why."""
@@ -136,6 +139,7 @@ class Agent:
         self._taken: dict[tuple[int, int], CommandResult | None] = {}
         self._outbox: dict[tuple[int, int], CommandResult] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -172,6 +176,9 @@ class Agent:
     async def drain(self) -> None:
         """Has the coordinator give this instance nothing new; returns when it knows, or is away. Reports go on."""
         self._draining = True
+        self._hello = msgspec.structs.replace(self._hello, draining=True)
+        if self.engine.errored:
+            return  # reports have ended, and it has left or is about to
         self._told.clear()
         self._hurry.set()
         await self._told.wait()
@@ -267,6 +274,7 @@ class Agent:
             reply = await self._client.ask(msgspec.structs.replace(told, resident=self._resident), Registered)
         except CoordinatorError as error:
             logger.error("The coordinator does not take this instance: %s", error)
+            self._told.set()
             await asyncio.sleep(5.0)
             return
         self._epoch = reply.epoch if told is self._hello else None
@@ -429,9 +437,15 @@ class Agent:
     async def prefetch(self, record: AdapterRecord, locations: Sequence[Location] = ()) -> None:
         """Loads this content under the adapter's name; raises what the engine raises.
 
-        Other content that has the name serves it until this one is there, or can't be loaded.
+        Other content that has the name serves it until this one is there, or can't be loaded. Prefetches of one name
+        take turns; one whose content is no longer what the name stands for, or whose adapter is being removed, ends.
         """
         self.resolver.learn(record)
+        async with self._turns[record.name]:
+            if self._wanted(record):
+                await self._prefetch(record, locations)
+
+    async def _prefetch(self, record: AdapterRecord, locations: Sequence[Location]) -> None:
         replaced: LoRARequest | None = None
         async with self.models.lora_resolver_lock[record.name]:
             request = self.models.lora_requests.get(record.name)
@@ -448,7 +462,7 @@ class Agent:
                     await self.engine.add_lora(request)
                 except Exception:
                     if replaced is not None:
-                        self._unserve(record.name, replaced)
+                        self._unserve(record.name, replaced, LINGER_S)
                     raise
             if replaced is None:
                 self.models.lora_requests[record.name] = request
@@ -456,21 +470,34 @@ class Agent:
         # name it meanwhile wait for it there, or are told why it can't be loaded.
         serving = replaced or request
         try:
-            if not await self._held(request, serving):
+            held = await self._held(record, request)
+            if not held and self._wanted(record):
                 raise TimeoutError(f"The engine has not loaded '{record.name}' within {self._patience_s:g} s.")
         except (RuntimeError, TimeoutError):
             if self.models.lora_requests.get(record.name) is serving:
-                self._unserve(record.name, serving)
+                self._unserve(record.name, serving, LINGER_S if replaced is not None else 0.0)
             if replaced is not None:
                 await self.engine.remove_lora(request.lora_int_id)
             raise
-        if replaced is not None and self.models.lora_requests.get(record.name) is replaced:
-            self._unserve(record.name, replaced)
+        if replaced is not None:
+            # By identity: vLLM's requests of one name are equal.
+            present = self.models.lora_requests.get(record.name)
+            if not self._wanted(record) or not (present is None or present is replaced):
+                await self.engine.remove_lora(request.lora_int_id)
+                return
+            if present is not None:
+                self._unserve(record.name, replaced, LINGER_S)
             self.models.lora_requests[record.name] = request
-        logger.info("Prefetched adapter '%s' (rank %d) from '%s'", record.name, record.rank, record.source)
+        if held:
+            logger.info("Prefetched adapter '%s' (rank %d) from '%s'", record.name, record.rank, record.source)
 
-    async def _held(self, request: LoRARequest, serving: LoRARequest) -> bool:
-        """Waits until the engine holds the adapter; False when it has not come in time, or `serving` has lost the name.
+    def _wanted(self, record: AdapterRecord) -> bool:
+        """Whether the name still stands for this content, by what was last heard."""
+        known = self.resolver.known(record.name)
+        return known is not None and known.sha256 == record.sha256
+
+    async def _held(self, record: AdapterRecord, request: LoRARequest) -> bool:
+        """Waits until the engine holds the adapter; False when it has not come in time, or is no longer wanted.
 
         Raises RuntimeError with the reason where the engine says that it can't be loaded.
         """
@@ -481,7 +508,7 @@ class Agent:
                 return True
             if request.lora_int_id in inside.errors:
                 raise RuntimeError(inside.errors[request.lora_int_id])
-            if time.monotonic() > end or self.models.lora_requests.get(request.lora_name) is not serving:
+            if time.monotonic() > end or not self._wanted(record):
                 return False
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)
@@ -489,26 +516,37 @@ class Agent:
     async def release(self, record: AdapterRecord, *, superseded: bool = False) -> None:
         """Stops serving the adapter's name, waits for its running requests, and lets the engine forget it.
 
-        `superseded`: returns without that wait; the engine forgets it later.
-        vLLM's own unloading removes the name only; the engine would keep the weights.
+        `superseded`: returns without that wait; the engine forgets it later. Otherwise, where other content is about to
+        give way to this one, that goes too. vLLM's own unloading removes the name only; the engine would keep the
+        weights.
         """
-        self.resolver.forget(record.name)
+        last = self._wanted(record) and not superseded
+        if last:
+            self.resolver.forget(record.name)
         async with self.models.lora_resolver_lock[record.name]:
             present = self.models.lora_requests.get(record.name)
-            if present is None or self.resolver.digest_of(present) != record.sha256:
+            digest = self.resolver.digest_of(present) if present is not None else None
+            if present is None or digest is None or (digest != record.sha256 and not last):
                 return
-            removal = self._unserve(record.name, present)
+            removal = self._unserve(record.name, present, LINGER_S if superseded else 0.0)
         if not superseded:
             await removal
         logger.info("Released adapter '%s'", record.name)
 
-    def _unserve(self, name: str, request: LoRARequest) -> asyncio.Task[None]:
-        """No new request gets `request` from now on; the task returned ends when the engine has forgotten it."""
+    def _unserve(self, name: str, request: LoRARequest, linger_s: float = 0.0) -> asyncio.Task[None]:
+        """No new request gets `request` from now on; the task returned ends when the engine has forgotten it.
+
+        `linger_s`: it must have been idle for so long. Requests that took it a moment ago are not counted yet, and
+        where routes were not taken away first there may be some.
+        """
         del self.models.lora_requests[name]
 
         async def remove() -> None:
             # An adapter removed under a running request would be loaded again by that request's next step.
-            while self.meter.running_id(request.lora_int_id):
+            idle_since = time.monotonic()
+            while (runs := self.meter.running_id(request.lora_int_id)) or time.monotonic() - idle_since < linger_s:
+                if runs:
+                    idle_since = time.monotonic()
                 await asyncio.sleep(DRAIN_POLL_S)
             await self.engine.remove_lora(request.lora_int_id)
             self._look.set()

@@ -10,8 +10,11 @@ import argparse
 from typing import Any
 
 import msgspec
+from vllm.logger import init_logger
 
 from vllm_loraserve.config import ADDITIONAL_CONFIG_KEY, ARENA_RANK_ROWS, CPU_SLOTS, GPU_SLOTS, LoRAServeConfig
+
+logger = init_logger("vllm.loraserve.default_memory")
 
 
 class NotGiven(int):
@@ -40,6 +43,8 @@ def fill_in(vllm_config: Any, config: LoRAServeConfig, *, cpu_loras_given: bool)
     lora = vllm_config.lora_config
     in_stacks = vllm_config.model_config.is_moe or lora.fully_sharded_loras
     if in_stacks or getattr(vllm_config.parallel_config, "nnodes", 1) > 1:
+        why = "experts or fully sharded layers take memory for each slot" if in_stacks else "of several machines"
+        logger.info("--max-loras is vLLM's default, %d, not more: %s; give it to mix adapters", lora.max_loras, why)
         return config
     slots = CPU_SLOTS if vllm_config.device_config.device_type == "cpu" else GPU_SLOTS
     if cpu_loras_given:

@@ -7,7 +7,7 @@ which a side thread calls to bring an adapter into the host tier. Slots and acti
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from vllm.lora.model_manager import create_lora_manager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -41,6 +41,18 @@ def adapters_beside(vllm_config: VllmConfig, slots: int) -> int:
     """Others of its size beside which an adapter must fit the arena. Without a channel to the workers the scheduler
     knows no ranks and counts slots alone, so that any `slots` adapters have to fit together."""
     return slots - 1 if channel.address_of(vllm_config) is None else 0
+
+
+def left_out(manager: PagedLoRAModelManager) -> Iterator[str]:
+    """Modules below which a checkpoint may name layers that this model has not, for nothing is lost without them:
+    towers that vLLM builds up to the layer that is used, or not at all where their inputs are switched off."""
+    if manager.supports_mm:
+        mapping = manager.mm_mapping
+        for prefix in (*mapping.tower_model, *mapping.connector, *mapping.generator):
+            yield prefix.rstrip(".")
+    for name, part in manager.model.named_modules():
+        if isinstance(part, StageMissingLayer):
+            yield name
 
 
 class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
@@ -121,6 +133,7 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
             expected_suffixes=frozenset(expected),
             module_names=frozenset(name for name, _ in model.named_modules()),
             elsewhere=frozenset(name for name, part in model.named_modules() if isinstance(part, PPMissingLayer)),
+            left_out=frozenset(left_out(manager)),
             weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
             skip_prefixes=getattr(model, "lora_skip_prefixes", None) or (),
             strip_model_prefix=manager.is_pooling_model,
@@ -134,7 +147,7 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _resolve(self, source: str) -> str:
         # Other spellings stand for other contents (resolver.py); a hub id would not be one with them.
-        source = re.sub(r"(?<=.)(/\.)+$", "", source)
+        source = re.sub(r"(?<=.)(//?\.)+$", "", source)
         if self.options.adapter_roots:
             return str(resolve_source(source, self.options.adapter_roots))
         return str(get_adapter_absolute_path(source))

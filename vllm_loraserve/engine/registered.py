@@ -30,6 +30,6 @@ class RegisteredContents:
         if expected is not None and digest != expected:
             raise AdapterError(
                 "mismatch",
-                f"'{directory}' has changed since '{request.lora_name}' was registered from it; unload "
-                f"'{request.lora_name}' and register it again, or give the new weights a name of their own.",
+                f"'{directory}' has changed since '{request.lora_name}' was registered from it; load it again with "
+                "load_inplace, or give the new weights a name of their own.",
             )

@@ -6,7 +6,7 @@ it may have been registered since, and is answered with 503.
 
 **One path spelling per content.** vLLM keys its prefix cache by adapter name and path string, not by content: weights
 registered anew under the same name and path would reuse the KV blocks of the old ones. The first content served from
-(name, path) gets the path as it is; each later one gets another spelling of the same directory (`/dir/.`, `/dir/./.`),
+(name, path) gets the path as it is; each later one gets another spelling of the same directory (`/dir/.`, `/dir/.//.`),
 so its blocks are its own.
 """
 
@@ -36,6 +36,12 @@ logger = logging.getLogger("vllm.loraserve.resolver")
 ASK_TIMEOUT_S = 2.0
 AWAY_S = 3.0
 """After one unanswered question the last known registry is used so long without asking again."""
+
+
+def respelled(number: int) -> str:
+    """What is appended to a directory for its `number`th other spelling, 0: nothing. As long as the number's logarithm:
+    a directory may be overwritten every hour."""
+    return "".join("/." if bit == "1" else "//." for bit in f"{number:b}") if number else ""
 
 
 def locations_of(table: RoutingTable, name: str, sha256: str) -> tuple[Location, ...]:
@@ -128,6 +134,10 @@ class LoRAServeResolver(LoRAResolver):
         """All adapters known now."""
         return list(self._known)
 
+    def known(self, name: str) -> AdapterRecord | None:
+        """What was last heard of the name; None: nothing, or that it is no adapter any more."""
+        return self._known.get(name)
+
     def learn(self, record: AdapterRecord) -> None:
         """Notes a record that came another way."""
         self._known[record.name] = record
@@ -141,7 +151,7 @@ class LoRAServeResolver(LoRAResolver):
         contents = self._contents.setdefault((record.name, record.source), [])
         if record.sha256 not in contents:
             contents.append(record.sha256)
-        path = record.source + "/." * contents.index(record.sha256)
+        path = record.source + respelled(contents.index(record.sha256))
         self._digests[record.name, path] = record.sha256
         return LoRARequest(lora_name=record.name, lora_int_id=lora_int_id, lora_path=path)
 

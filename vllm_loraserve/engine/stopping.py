@@ -49,8 +49,10 @@ class _Stop:
         try:
             telling.result(TELL_S)
             time.sleep(HEARD_S)
-        except Exception:
-            logger.warning("The coordinator was not told that this instance stops", exc_info=True)
+        except Exception as error:
+            telling.cancel()
+            why = f"{type(error).__name__} {error}".rstrip()
+            logger.warning("The coordinator was not told that this instance stops: %s", why)
 
     async def _said(self) -> None:
         await self._tell()

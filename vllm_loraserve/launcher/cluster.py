@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_loraserve.config import ARENA_RANK_ROWS
-from vllm_loraserve.coordinator.client import ANSWER_S, INSPECTION_S
+from vllm_loraserve.coordinator.client import ANSWER_S, INSPECTION_S, REPLACE_S
 from vllm_loraserve.launcher.devices import Machine, share, this_machine, value_of, values_of
 from vllm_loraserve.launcher.errors import AdapterRefused, StartError
 from vllm_loraserve.launcher.processes import Server, free_ports, healthy, listen_error, stop_all
@@ -211,7 +211,9 @@ class Cluster:
         except urllib.error.HTTPError as error:
             return error.read()
 
-    def post(self, path: str, body: object, timeout_s: float = INSPECTION_S + 3 * ANSWER_S) -> tuple[int, str]:
+    def post(
+        self, path: str, body: object, timeout_s: float = INSPECTION_S + REPLACE_S + 3 * ANSWER_S
+    ) -> tuple[int, str]:
         """(status, body) of a JSON POST to the router; raises OSError when there is no answer.
 
         By default it waits longer than the router waits for the coordinator.

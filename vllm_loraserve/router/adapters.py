@@ -1,7 +1,7 @@
 """Adapters as clients manage them: /v1/models, and cluster-wide load and unload through the coordinator.
 
 Bodies and success texts are vLLM's. Content is identity: loading the same content again succeeds, other content under
-a registered name is a 409, never an overwrite.
+a registered name is a 409, unless `load_inplace` says that it takes the name over.
 """
 
 from __future__ import annotations

@@ -138,8 +138,12 @@ class Directory:
         logger.info("Instance %s is out, %d requests under way", upstream.name, upstream.in_flight)
 
     def live(self) -> list[Upstream]:
-        """Instances in the table (or lingering), whether or not their breaker is open."""
+        """Instances in the table (or lingering) that may get requests, whether or not their breaker is open."""
         return list(self.upstreams.values())
+
+    def busy(self) -> list[Upstream]:
+        """Those of `live`, and draining ones, which still have requests."""
+        return [*self.upstreams.values(), *self._draining.values()]
 
     def resolve(self, model: str | None) -> Target:
         """The target of a request for `model` (none or empty: the base model, as vLLM takes it).

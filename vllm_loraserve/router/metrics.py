@@ -127,7 +127,7 @@ class _Live(Collector):
         breaker = GaugeMetricFamily(
             "loraserve:router_breaker_open", "1 while an instance is avoided after a failure.", labels=["instance"]
         )
-        for upstream in directory.live():
+        for upstream in directory.busy():
             running.add_metric([upstream.name], upstream.in_flight)
             breaker.add_metric([upstream.name], float(upstream.failures > 0))
         yield running
