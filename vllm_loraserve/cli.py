@@ -15,7 +15,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "router": ("vllm_loraserve.router.cli", "serve the OpenAI API for a cluster, choosing an instance per request"),
     "coordinator": ("vllm_loraserve.coordinator.cli", "run the coordinator: registry, placement, routing table"),
     "status": ("vllm_loraserve.coordinator.status", "show instances, adapters and where they are"),
-    "adapters": ("vllm_loraserve.coordinator.adapters", "list, add, replace and remove adapters, or sync a directory"),
+    "adapters": (
+        "vllm_loraserve.coordinator.adapters",
+        "list, add and remove adapters, or keep them as a directory has them",
+    ),
     "top": ("vllm_loraserve.coordinator.top", "show the same again and again, the busiest adapters first"),
     "doctor": ("vllm_loraserve.transfer.doctor", "say what this machine has for fast adapter transfers"),
     "keygen": ("vllm_loraserve.coordinator.keygen", "make the keys that protect a cluster across machines"),

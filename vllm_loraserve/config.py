@@ -23,6 +23,8 @@ CPU_SLOTS, GPU_SLOTS = 8, 32
 """Adapters that a batch may mix where `vllm serve` is given no --max-loras."""
 ARENA_RANK_ROWS = 512
 """Rank rows of the arena beside those slots: 32 adapters of rank 16, say, or 2 of rank 256."""
+ARENA_SHARE = 0.05
+"""Of a GPU's memory, at most, for them: a large model may leave little."""
 
 
 class ConfigError(ValueError):
@@ -47,6 +49,13 @@ class LoRAServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     arena_rank_rows: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="Device memory for adapters, in rank rows of all modules; not with arena_gib."),
+    ] = None
+    arena_share: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(
+            description="Most of a GPU's memory that arena_rank_rows may take, as a fraction; unset: no bound, and "
+            f"{ARENA_SHARE} where neither --max-loras nor an arena is given."
+        ),
     ] = None
     host_gib: Annotated[
         Annotated[float, Meta(gt=0)] | None,

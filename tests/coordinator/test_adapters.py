@@ -66,6 +66,7 @@ async def test_a_directory_is_kept_in_step(adapters, tmp_path):
     write_adapter(folder / "team" / "b", seed=1)
     write_adapter(folder / "c", seed=2)
     (folder / "notes").mkdir()
+    write_adapter(folder / ".versions" / "a-1", seed=9)
     other = tmp_path / "adapters-elsewhere"
     status, out, _ = await adapters("sync", folder, "--dry-run")
     assert (status, sorted(out)) == (0, ["a: new", "c: new", "team/b: new"])
@@ -87,6 +88,10 @@ async def test_a_directory_is_kept_in_step(adapters, tmp_path):
     status, out, _ = await adapters("sync", folder, "--prune")
     assert (status, out) == (0, ["a: removed", "1 removed, 2 unchanged"])
     assert sorted(line.split("\t")[0] for line in (await adapters("list"))[1]) == ["c", "team/b"]
+
+    await adapters("add", "measured", folder / ".versions" / "a-1")
+    assert (await adapters("sync", folder, "--prune"))[1] == ["2 unchanged"], "what is hidden is somebody else's"
+    await adapters("remove", "measured")
 
     # A mount that is not there looks like an empty directory.
     shutil.move(folder, other)

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_loraserve.config import ARENA_RANK_ROWS, CPU_SLOTS, GPU_SLOTS, LoRAServeConfig
+from vllm_loraserve.config import ARENA_RANK_ROWS, ARENA_SHARE, CPU_SLOTS, GPU_SLOTS, LoRAServeConfig
 from vllm_loraserve.engine.default_memory import fill_in
 from vllm_loraserve.engine.engine_config import config_of
 
@@ -91,8 +91,14 @@ def test_python_callers_get_what_they_ask_for(model_dir: Path) -> None:
     ("device", "moe", "machines", "slots"),
     [("cuda", False, 1, GPU_SLOTS), ("cpu", False, 1, CPU_SLOTS), ("cuda", True, 1, 1), ("cuda", False, 2, 1)],
 )
-def test_where_a_slot_costs_memory_vllms_default_stays(device: str, moe: bool, machines: int, slots: int) -> None:
-    lora = SimpleNamespace(max_loras=1, max_cpu_loras=1, max_lora_rank=16, fully_sharded_loras=False)
+@pytest.mark.parametrize("rank", [16, 64, 256])
+def test_where_a_slot_costs_memory_there_are_fewer(
+    device: str, moe: bool, machines: int, slots: int, rank: int
+) -> None:
+    """On a GPU embedding and lm_head have stacks for every slot."""
+    if slots == GPU_SLOTS and rank > 16:
+        slots = 8
+    lora = SimpleNamespace(max_loras=1, max_cpu_loras=1, max_lora_rank=rank, fully_sharded_loras=False)
     vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(is_moe=moe),
         parallel_config=SimpleNamespace(nnodes=machines),
@@ -103,3 +109,4 @@ def test_where_a_slot_costs_memory_vllms_default_stays(device: str, moe: bool, m
     config = fill_in(vllm_config, LoRAServeConfig(), cpu_loras_given=False)
     assert lora.max_loras == slots
     assert config.arena_rank_rows == (None if slots == 1 else ARENA_RANK_ROWS)
+    assert config.arena_share == (None if slots == 1 else ARENA_SHARE)

@@ -14,6 +14,7 @@ from vllm_loraserve import cgroup
 from vllm_loraserve.adapters.layout import Layout, ModuleShape, build_layout
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine.host_memory import host_tier_bytes, make_host_tier, shortage
+from vllm_loraserve.memory import extension
 
 pytestmark = pytest.mark.vllm
 
@@ -54,7 +55,6 @@ def test_memory_is_taken_at_once_where_vllm_gives_the_rest_to_the_kv_cache(
 def test_a_shortage_is_named(layout: Layout, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup, "available_memory", lambda: GIB)
     make_host_tier(TIER, layout, config(GIB // 2), on_cpu=True)
-    make_host_tier(TIER, layout, config(2 * GIB), on_cpu=False)
     assert said == []
     make_host_tier(TIER, layout, config(GIB), on_cpu=True)
     make_host_tier(TIER, layout, config(GIB // 2, workers=2), on_cpu=True)
@@ -69,6 +69,15 @@ def test_a_shortage_is_named(layout: Layout, said: list[str], monkeypatch: pytes
         ValueError, match=r"^0.06 GiB of host tier are more than the 0.03 GiB .* lower .*max-cpu-loras\.$"
     ):
         make_host_tier(TIER, layout, config(None), on_cpu=True)
+    monkeypatch.setattr(extension, "load", object)
+    with pytest.raises(ValueError, match=r"^0.06 GiB of host tier are more than the 0.03 GiB"):
+        make_host_tier(TIER, layout, config(None), on_cpu=False)
+
+
+def test_a_tier_that_is_not_page_locked_beside_a_gpu_is_named(layout: Layout, said: list[str]) -> None:
+    """Here no driver can lock it."""
+    make_host_tier(TIER, layout, config(None), on_cpu=False)
+    assert [line.split(" (")[0] for line in said] == ["The host tier is not page-locked"]
 
 
 def test_what_fits_is_no_shortage() -> None:

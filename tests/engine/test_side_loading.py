@@ -478,6 +478,32 @@ def test_a_queued_load_that_the_scheduler_overtakes_fails_for_nobody(pair: Any, 
     assert manager.load_errors == {}
 
 
+def test_a_dummy_batch_runs_with_whatever_has_its_number(pair: Any) -> None:
+    """Engines of a data-parallel group run one when another has requests; it has vLLM's path of no adapter."""
+    from vllm.lora.request import LoRARequest
+
+    from vllm_loraserve.engine.side_loading import WARM_UP_PATH
+
+    end, manager = pair
+    order(end, 1)
+    assert next_report(end).adapter == 1
+    manager.set_active_adapters([LoRARequest("warmup_1", 1, WARM_UP_PATH)])
+    assert manager.active == {1}
+    manager.set_active_adapters([LoRARequest("a1", 1, "/adapters/1")])
+    assert manager.prepared == [1], "read once, and nothing from vLLM's path"
+    assert end.reports() == [], "nor did a step wait for it"
+
+
+def test_the_path_of_dummy_batches_is_vllms() -> None:
+    import inspect
+
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    from vllm_loraserve.engine.side_loading import WARM_UP_PATH
+
+    assert inspect.getsource(LoRAModelRunnerMixin).count(f'lora_path="{WARM_UP_PATH}"') == 2
+
+
 def test_what_a_worker_holds_and_has_on_its_way_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.lora.request import LoRARequest
 

@@ -37,6 +37,17 @@ def test_reference_is_the_sum_of_plain_products():
     torch.testing.assert_close(written[2, :16], (x[2] @ a.T @ b).double(), atol=1e-5, rtol=1e-5)
 
 
+def test_constants_are_written_again_where_they_are():
+    linear = synthetic_linear(in_size=24, out_sizes=(16, 8), ranks=[[8], [8]], max_rank=8, dtype=torch.float32)
+    constants = [linear.handle, *linear.column_blocks.values()]
+    before = [constant.clone() for constant in constants]
+    for constant in constants:
+        constant.fill_(-7)
+    linear.restore()
+    assert all(torch.equal(constant, was) for constant, was in zip(constants, before, strict=True))
+    assert linear.handle is constants[0]
+
+
 def test_handle_and_column_blocks_describe_the_slices():
     linear = synthetic_linear(in_size=32, out_sizes=(160, 40), ranks=[[4], [4]], max_rank=8, dtype=torch.float16)
     assert linear.handle[:, 2].tolist() == [0, 160]

@@ -90,6 +90,9 @@ def test_sizes(layout: Layout) -> None:
     assert size() == 40
     assert size(gib=3.5 * page_set / 2**30) == 12
     assert size(rank_rows=13) == 16
+    assert size(rank_rows=40, most_bytes=6 * page_set) == 24
+    assert size(rank_rows=40, most_bytes=60 * page_set) == 40
+    assert size(rank_rows=40, most_bytes=0) == 8, "one adapter of --max-lora-rank"
     assert size(max_rank_seen=64) == 64, "one adapter of --max-lora-rank always fits by default"
     with pytest.raises(ArenaError, match="one size"):
         size(gib=1, rank_rows=8)

@@ -189,6 +189,15 @@ async def test_silent_coordinator_is_a_503_for_changes_and_nothing_for_requests(
         assert r.headers["Retry-After"] == "2"
     async with served.client.post("/v1/completions", json={"model": "base"}) as r:
         assert r.status == 200
+    async with served.client.post("/v1/completions", json={"model": "unknown"}) as r:
+        assert r.status == 404
+    served.router.directory.silent = True
+    async with served.client.post("/v1/completions", json={"model": "unknown"}) as r:
+        assert r.status == 503, "it may have been registered since"
+        assert r.headers["Retry-After"] == "2"
+        assert "The coordinator can't be asked now" in (await r.json())["error"]["message"]
+    async with served.client.post("/v1/completions", json={"model": "base"}) as r:
+        assert r.status == 200
 
 
 async def test_a_name_not_in_the_table_is_looked_up_once_for_all(serve: Serve) -> None:

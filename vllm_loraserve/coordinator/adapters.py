@@ -132,12 +132,17 @@ async def _remove_all(client: CoordinatorClient, names: Iterable[str], drain_s: 
 
 
 def adapters_below(directory: Path) -> dict[str, Path]:
-    """Name -> absolute path of each adapter in `directory`; raises SyncError where that is none."""
+    """Name -> absolute path of each adapter in `directory` that is not hidden; raises SyncError where that is none."""
     if not directory.is_dir():
         raise SyncError(f"{directory} is no directory.")
     root = directory.resolve()
     found = (path.parent for depth in DEPTHS for path in sorted(root.glob(f"{depth}/adapter_config.json")))
-    return {path.relative_to(root).as_posix(): path for path in found}
+    return {path.relative_to(root).as_posix(): path for path in found if not _is_hidden(path, root)}
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    """Versions kept aside, say, or what `profile` makes and removes by itself."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 async def _sync(client: CoordinatorClient, args: argparse.Namespace) -> int:
@@ -146,7 +151,10 @@ async def _sync(client: CoordinatorClient, args: argparse.Namespace) -> int:
     gone = [
         name
         for name, record in present.items()
-        if name not in wanted and record.state != "draining" and Path(record.source).is_relative_to(root)
+        if name not in wanted
+        and record.state != "draining"
+        and (source := Path(record.source)).is_relative_to(root)
+        and not _is_hidden(source, root)
     ]
     if not wanted and gone and args.prune:
         raise SyncError(

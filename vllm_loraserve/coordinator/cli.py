@@ -50,8 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server, control = ServerOptions(), ControlOptions()
     add = parser.add_argument
     add("--bind", default=server.bind, metavar="ENDPOINT", help=f"where requests are answered (default {server.bind})")
-    add("--publish", default="", metavar="ENDPOINT", help="where tables are published (default: the next port)")
-    add("--database", type=Path, default=default_database(), metavar="FILE", help="SQLite file of the adapter registry")
+    add(
+        "--publish",
+        default="",
+        metavar="ENDPOINT",
+        help="where tables are published, if not at the address of --bind; routers look for the next port",
+    )
+    add(
+        "--database",
+        type=Path,
+        default=default_database(),
+        metavar="FILE",
+        help="SQLite file of the adapter registry (default %(default)s)",
+    )
     add(
         "--adapter-root",
         action="append",
@@ -66,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive(int),
         default=control.max_rank,
         metavar="ROWS",
-        help="largest adapter rank accepted",
+        help="largest adapter rank accepted (default %(default)s)",
     )
     add(
         "--policy",
@@ -84,26 +95,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive(float),
         default=control.expiry_s,
         metavar="S",
-        help="silence that ends an instance's membership",
+        help="silence that ends an instance's membership (default %(default)g)",
     )
     add(
         "--settle",
         type=_positive(float, or_zero=True),
         default=control.settle_s,
         metavar="S",
-        help="longest wait, after a restart, for the instances that were members before",
+        help="longest wait, after a restart, for the instances that were members before (default %(default)g)",
     )
     add(
         "--rebalance",
         type=_positive(float),
         default=control.rebalance_s,
         metavar="S",
-        help="seconds between looks at the placement",
+        help="seconds between looks at the placement (default %(default)g)",
     )
     add("--keys", type=Path, metavar="DIR", help=f"CURVE keys of `vllm-loraserve keygen` (or ${KEYS_VARIABLE})")
     add("--insecure", action="store_true", help="allow a bind beyond loopback without keys")
     add("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics there")
-    add("--metrics-host", default="127.0.0.1", metavar="HOST", help="address of the metrics port")
+    add("--metrics-host", default="127.0.0.1", metavar="HOST", help="address of the metrics port (default %(default)s)")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
 
 

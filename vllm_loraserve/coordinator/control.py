@@ -384,6 +384,7 @@ class Controller:
                 logger.error("Adapter '%s' is not removed yet: %s", name, error)
                 continue
             self.commands.forget_adapter(name)
+            self._replacing.pop(name, None)
             del self._drains[name]
             drain.done.set()
             self.dirty.set()

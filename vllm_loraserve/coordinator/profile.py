@@ -213,12 +213,13 @@ async def _adapters(
     client: CoordinatorClient, like: Path, scratch: Path, ranks: Sequence[int], count: int
 ) -> AsyncIterator[dict[int, list[str]]]:
     """Rank -> names of adapters made and registered for as long as the context lasts."""
-    folder = Path(tempfile.mkdtemp(prefix="profile-", dir=scratch))
+    # Hidden: `adapters sync` of the same directory leaves it alone.
+    folder = Path(tempfile.mkdtemp(prefix=".profile-", dir=scratch))
     names: dict[int, list[str]] = {}
     try:
         for rank in ranks:
             for i in range(count):
-                name = f"{folder.name}-r{rank}-{i}"
+                name = f"{folder.name.removeprefix('.')}-r{rank}-{i}"
                 make_like(like, folder / name, rank, seed=1000 * rank + i)
                 await client.request(AddAdapter(name=name, source=str(folder / name)))
                 names.setdefault(rank, []).append(name)

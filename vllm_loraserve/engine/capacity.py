@@ -78,6 +78,10 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
     rank_rows = lora.max_loras * lora.max_lora_rank
     if config.arena_rank_rows is not None:
         rank_rows = config.arena_rank_rows
+        memory = _device_memory(vllm_config) if config.arena_share is not None else None
+        if config.arena_share is not None and memory is not None and row:
+            # As the workers reckon it (`memory/arena.py`).
+            rank_rows = min(rank_rows, max(int(config.arena_share * memory) * tp // row, lora.max_lora_rank))
     elif config.arena_gib is not None and row:
         rank_rows = int(config.arena_gib * GIB) * tp // row
     # Over several machines the scheduler counts slots alone, so that each adapter has its part of the arena.
@@ -101,6 +105,18 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
         page_groups=groups,
         kernels=f"rank-aware {vllm_config.device_config.device_type}",
     )
+
+
+def _device_memory(vllm_config: Any) -> int | None:
+    """Bytes of one GPU; None on a CPU, and where the platform doesn't say."""
+    from vllm.platforms import current_platform
+
+    if vllm_config.device_config.device_type == "cpu":
+        return None
+    try:
+        return int(current_platform.get_device_total_memory())
+    except Exception:  # platforms without the figure raise what they like
+        return None
 
 
 def _device_name(vllm_config: Any) -> str:

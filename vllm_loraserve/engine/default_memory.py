@@ -12,7 +12,14 @@ from typing import Any
 import msgspec
 from vllm.logger import init_logger
 
-from vllm_loraserve.config import ADDITIONAL_CONFIG_KEY, ARENA_RANK_ROWS, CPU_SLOTS, GPU_SLOTS, LoRAServeConfig
+from vllm_loraserve.config import (
+    ADDITIONAL_CONFIG_KEY,
+    ARENA_RANK_ROWS,
+    ARENA_SHARE,
+    CPU_SLOTS,
+    GPU_SLOTS,
+    LoRAServeConfig,
+)
 
 logger = init_logger("vllm.loraserve.default_memory")
 
@@ -46,7 +53,10 @@ def fill_in(vllm_config: Any, config: LoRAServeConfig, *, cpu_loras_given: bool)
         why = "experts or fully sharded layers take memory for each slot" if in_stacks else "of several machines"
         logger.info("--max-loras is vLLM's default, %d, not more: %s; give it to mix adapters", lora.max_loras, why)
         return config
-    slots = CPU_SLOTS if vllm_config.device_config.device_type == "cpu" else GPU_SLOTS
+    slots = CPU_SLOTS
+    if vllm_config.device_config.device_type != "cpu":
+        # There vLLM's stacks of embedding and lm_head have memory for every slot, by --max-lora-rank and vocabulary.
+        slots = min(GPU_SLOTS, max(CPU_SLOTS, ARENA_RANK_ROWS // lora.max_lora_rank))
     if cpu_loras_given:
         # No adapter is in a slot that is not in the host tier.
         slots = min(slots, lora.max_cpu_loras)
@@ -54,6 +64,7 @@ def fill_in(vllm_config: Any, config: LoRAServeConfig, *, cpu_loras_given: bool)
     lora.max_cpu_loras = lora.max_cpu_loras if cpu_loras_given else slots + config.prefetch
     if config.arena_gib is None and config.arena_rank_rows is None:
         rows = max(ARENA_RANK_ROWS, config.max_rank, lora.max_lora_rank)
-        config = msgspec.structs.replace(config, arena_rank_rows=rows)
+        share = ARENA_SHARE if config.arena_share is None else config.arena_share
+        config = msgspec.structs.replace(config, arena_rank_rows=rows, arena_share=share)
         vllm_config.additional_config[ADDITIONAL_CONFIG_KEY] = msgspec.to_builtins(config)
     return config

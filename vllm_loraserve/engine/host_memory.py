@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm_loraserve import cgroup
 from vllm_loraserve.adapters.layout import Layout
 from vllm_loraserve.config import LoRAServeConfig
+from vllm_loraserve.memory import extension
 from vllm_loraserve.memory.host_tier import HostTier
 from vllm_loraserve.memory.slab import HostSlab
 
@@ -20,7 +21,7 @@ WARM_ADAPTERS = 2
 
 def host_tier_bytes(options: LoRAServeConfig, layout: Layout, lora_config: Any) -> int:
     """Bytes of the host tier: `host_gib`, or as many adapters as `--max-cpu-loras` at the rank that the flags name and
-    one of the largest rank. The memory is taken page by page, as it is used."""
+    one of the largest rank."""
     if options.host_gib is not None:
         return int(options.host_gib * 2**30)
     count = lora_config.max_cpu_loras or lora_config.max_loras
@@ -32,22 +33,28 @@ def host_tier_bytes(options: LoRAServeConfig, layout: Layout, lora_config: Any) 
 def make_host_tier(options: LoRAServeConfig, layout: Layout, vllm_config: Any, on_cpu: bool) -> HostTier:
     """The worker's host tier; `on_cpu`: its KV cache is host memory too.
 
-    Where vLLM gives the KV cache what this process has not taken, the tier's memory is taken now; else page by page,
-    as adapters come. A machine that has less than the two need is named in the log, and where the memory is taken now
-    in a ValueError.
+    Where vLLM gives the KV cache what this process has not taken, the tier's memory is taken now, and beside a GPU
+    where the extension page-locks it; else page by page, as adapters come. A machine that has less than the two need is
+    named in the log, and where the memory is taken now in a ValueError.
     """
     lora, cache = vllm_config.lora_config, vllm_config.cache_config
     budget = max(host_tier_bytes(options, layout, lora), 4096)
     measured = on_cpu and cache.kv_cache_memory_bytes is None
+    locked = not on_cpu and extension.load() is not None
     kv_bytes = cache.kv_cache_memory_bytes or 0 if on_cpu else 0
     problem = shortage(budget, kv_bytes, vllm_config.parallel_config.local_world_size, cgroup.available_memory())
     if problem is not None:
-        if measured:
+        if measured or locked:
             raise ValueError(problem)
         logger.warning("%s", problem)
     tier = HostTier(
         layout, budget, max_adapters=lora.max_cpu_loras, slab=HostSlab(budget, populate=True) if measured else None
     )
+    if not on_cpu and not tier.slab.granted & extension.PINNED:
+        logger.warning(
+            "The host tier is not page-locked (see `vllm-loraserve doctor`): the engine waits for each adapter that it "
+            "copies to the GPU in a step."
+        )
     if not measured:
         tier.warm(WARM_ADAPTERS * layout.size_bytes(layout.uniform_pages(lora.max_lora_rank)))
     return tier

@@ -157,6 +157,9 @@ class LoRAServeWorkerManager(LRUCacheWorkerLoRAManager):
     def prepare(self, lora_request: LoRARequest) -> ServedAdapter:
         """Bring an adapter into the host tier. Thread-safe, off the engine's thread; `add_adapter` then only
         copies pages. Raises AdapterError or HostTierFullError."""
+        if self.device.type == "cuda":
+            # A new thread is on device 0, and asking an event there makes a context that takes half a GiB.
+            torch.cuda.set_device(self.device)
         self._adapter_manager.copies.drain()
         adapter = self.peers.bring(lora_request) if self.peers is not None else None
         if adapter is not None and (problem := self._capacity_problem(adapter.pages)) is not None:

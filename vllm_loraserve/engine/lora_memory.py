@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_loraserve.adapters.layout import Layout, build_layout
+from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.engine.paged_layers import module_shape
 from vllm_loraserve.memory.arena import Arena
 
@@ -47,6 +48,13 @@ def worker_layout(
         tp_rank=some.tp_rank if some is not None else 0,
         tp_size=some.tp_size if some is not None else 1,
     )
+
+
+def most_arena_bytes(options: LoRAServeConfig, device: torch.device) -> int | None:
+    """What `arena_share` leaves an arena of `arena_rank_rows`; None: no bound."""
+    if options.arena_share is None or device.type != "cuda":
+        return None
+    return int(options.arena_share * torch.cuda.get_device_properties(device).total_memory)
 
 
 class ScratchReserve:

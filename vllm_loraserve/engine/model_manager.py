@@ -25,7 +25,13 @@ from vllm_loraserve.engine.arena_residents import ArenaFullError, ArenaResidents
 from vllm_loraserve.engine.engine_config import config_of
 from vllm_loraserve.engine.kv_gain import log_kv_gain
 from vllm_loraserve.engine.lent_pages import LentPages
-from vllm_loraserve.engine.lora_memory import ScratchReserve, log_arena, scratch_bytes, worker_layout
+from vllm_loraserve.engine.lora_memory import (
+    ScratchReserve,
+    log_arena,
+    most_arena_bytes,
+    scratch_bytes,
+    worker_layout,
+)
 from vllm_loraserve.engine.paged_layers import SlotTables, attach, is_paged, stacked_bytes, without_stacked_weights
 from vllm_loraserve.engine.pending_copies import PendingCopies
 from vllm_loraserve.engine.side_stream import SideStream
@@ -77,6 +83,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             rank_rows=self.options.arena_rank_rows,
             stock_bytes=self.stock_bytes,
             max_rank_seen=self.lora_config.max_lora_rank,
+            most_bytes=most_arena_bytes(self.options, self.device),
         )
         kernels = cpu_native.load() if self.device.type == "cpu" else None
         self.arena = Arena(self.layout, rows, self.device, finely=kernels is not None)
@@ -329,6 +336,10 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         for lora_id in list(self._registered_adapters.cache):
             self.host.remove(lora_id)
         super().remove_all_adapters()
+        # vLLM calls this too when it has replaced the model's weights, after a sleep that kept nothing on the device.
+        self.tables.reset()
+        for layer in self.paged_modules.values():
+            layer.paged_linear.restore()
         self._demand = Demand()
         self._pages_freed()
         self.residents.release_zeros()

@@ -221,6 +221,11 @@ class SlotTables:
         """No adapter is in `slot`: rank 0 everywhere, so that no kernel reads its pages."""
         self.ranks[:, slot].zero_()
 
+    def reset(self) -> None:
+        """No adapter is in any slot, whatever has become of the memory."""
+        for table in (*self.page_tables, self.ranks):
+            table.zero_()
+
 
 def attach(layers: Mapping[str, Any], layout: Layout, arena: Arena, tables: SlotTables) -> list[PagedLinear]:
     """Give every paged layer its view of the arena; its stacked weights become the view's handle."""

@@ -29,6 +29,8 @@ from vllm_loraserve.memory.host_tier import HostTierFullError
 
 logger = init_logger("vllm.loraserve.side_loading")
 
+WARM_UP_PATH = "/not/a/real/path"
+"""What vLLM's dummy batches give as their adapters' path."""
 FIGURES_AFTER_S = 0.1
 """From the end of a load, or a change of what runs, to the report of the worker's figures."""
 
@@ -327,6 +329,9 @@ class SideLoadingMixin:
     def _add_in_step(self, lora_request: LoRARequest) -> bool:
         adapter = lora_request.lora_int_id
         path = self._paths.get(adapter)
+        if lora_request.lora_path == WARM_UP_PATH:
+            # A batch that keeps step with other engines': whatever has this number will do.
+            path = lora_request.lora_path
         if path == lora_request.lora_path and self.is_prepared(adapter):  # type: ignore[attr-defined]
             added = super().add_adapter(settled(lora_request))  # type: ignore[misc]
             self._release(adapter)

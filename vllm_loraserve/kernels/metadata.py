@@ -69,6 +69,11 @@ class HostLists:
     top_rank: int
 
 
+def aligned_room(words: int) -> int:
+    """Room for `words` int32 after which the next begins on 16 bytes: Triton compiles anew for another alignment."""
+    return -(-words // 4) * 4
+
+
 def tile_bound(tokens: int, slots: int, block_m: int) -> int:
     """The most tiles that `tokens` tokens over at most `slots` adapters can make: sum of ceil(n_i /
     block_m)."""
@@ -146,7 +151,8 @@ class StepMetadata:
         tiles = tile_bound(graph_tokens, slots, self._graph_blocks[0])
         self._graph_tiles = tiles
         self._graph_items = tiles * cdiv(max_rank, self._graph_blocks[1])
-        words = HEADER + graph_tokens + (self._graph_tiles + self._graph_items) * ENTRY
+        self._graph_perm = aligned_room(graph_tokens)
+        words = HEADER + self._graph_perm + (self._graph_tiles + self._graph_items) * ENTRY
         self._fixed = torch.zeros(words, dtype=torch.int32, device=self.device)
         self.plan = self.build(self._token_slots)
 
@@ -187,7 +193,7 @@ class StepMetadata:
         """Pack the lists behind their header and copy the live part to the device in one asynchronous
         transfer."""
         n_tiles, n_items, n_sorted = len(lists.tiles), len(lists.items), lists.perm.size
-        perm_room = self.graph_tokens if fixed else n_sorted
+        perm_room = self._graph_perm if fixed else aligned_room(n_sorted)
         tile_room = self._graph_tiles if fixed else n_tiles
         item_room = self._graph_items if fixed else n_items
         tiles_at = HEADER + perm_room

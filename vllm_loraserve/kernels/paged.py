@@ -58,6 +58,8 @@ class PagedLinear:
     torch.compile)."""
     column_blocks: dict[int, torch.Tensor] = field(init=False)
     """Per block width: int32 [blocks, 2] = (slice, first column inside the slice), without empty blocks."""
+    _constants: list[tuple[torch.Tensor, torch.Tensor]] = field(init=False, repr=False)
+    """(on the device, the same in host memory)."""
     aligned: bool = field(init=False)
     """True when every rank row and output slice starts on a 16-byte boundary, so that loads can be
     vectorised."""
@@ -67,22 +69,27 @@ class PagedLinear:
         self._validate()
         device = self.arena.device
         starts = [sum(self.out_sizes[:s]) for s in range(self.n_slices)]
-        self.handle = torch.tensor(
-            list(zip(self.a_offsets, self.b_offsets, starts, self.out_sizes, strict=True)),
-            dtype=torch.int64,
-            device=device,
+        handle = torch.tensor(
+            list(zip(self.a_offsets, self.b_offsets, starts, self.out_sizes, strict=True)), dtype=torch.int64
         )
-        self.column_blocks = {
+        column_blocks = {
             width: torch.tensor(
-                [(s, n) for s, size in enumerate(self.out_sizes) for n in range(0, size, width)],
-                dtype=torch.int32,
-                device=device,
+                [(s, n) for s, size in enumerate(self.out_sizes) for n in range(0, size, width)], dtype=torch.int32
             )
             for width in EXPAND_BLOCK_SIZES
         }
+        self.handle = handle.to(device, copy=True)
+        self.column_blocks = {width: blocks.to(device, copy=True) for width, blocks in column_blocks.items()}
+        self._constants = [(self.handle, handle)]
+        self._constants += [(self.column_blocks[width], blocks) for width, blocks in column_blocks.items()]
         unit = 16 // self.arena.element_size()
         sizes = (self.page_stride, self.in_size, *self.a_offsets, *self.b_offsets, *self.out_sizes)
         self.aligned = all(size % unit == 0 for size in sizes) and self.arena.data_ptr() % 16 == 0
+
+    def restore(self) -> None:
+        """Writes the constants on the device again, where they are: a sleep that discards weights discards them."""
+        for there, here in self._constants:
+            there.copy_(here)
 
     @property
     def stacked(self) -> tuple[torch.Tensor]:

@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 from vllm_loraserve import SUPPORTED_VLLM
 from vllm_loraserve.launcher.errors import StartError
 
-INSTALL = "pip install 'vllm-loraserve[cuda]', or [cpu] (docs/install.md)"
+INSTALL = "pip install '.[cuda]', or '.[cpu]', in the clone (docs/install.md)"
 
 
 def check_vllm() -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_loraserve.config import ARENA_RANK_ROWS
+from vllm_loraserve.config import ARENA_RANK_ROWS, ARENA_SHARE
 from vllm_loraserve.coordinator.client import ANSWER_S, INSPECTION_S, REPLACE_S
 from vllm_loraserve.launcher.devices import Machine, share, this_machine, value_of, values_of
 from vllm_loraserve.launcher.errors import AdapterRefused, StartError
@@ -281,6 +281,8 @@ class Cluster:
             config["adapter_roots"] = list(plan.adapter_roots)
         if not any("arena_" in option for option in plan.vllm_options):
             config["arena_rank_rows"] = max(ARENA_RANK_ROWS, plan.max_rank or 0)
+            if plan.max_rank is None:
+                config["arena_share"] = ARENA_SHARE
         command = [*plan.programs.instance, plan.model, "--enable-loraserve"]
         command += ["--loraserve-config", json.dumps(config)]
         command += ["--host", "127.0.0.1", "--port", str(self.instance_ports[index])]

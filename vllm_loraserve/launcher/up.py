@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model directory or hub id")
     parser.add_argument("--instances", type=at_least_one, default=2, metavar="N", help="vLLM instances (default: 2)")
     parser.add_argument(
-        "--adapters", type=Path, metavar="DIR", help="register every adapter found in this directory's subdirectories"
+        "--adapters",
+        type=Path,
+        metavar="DIR",
+        help="register every adapter directly below this directory (for TENANT/NAME: adapters sync)",
     )
     parser.add_argument(
         "--adapter-root",

@@ -173,19 +173,30 @@ def _allocate(nbytes: int, device: torch.device) -> tuple[Slab | None, torch.Ten
 
 
 def arena_rank_rows(
-    layout: Layout, *, gib: float | None, rank_rows: int | None, stock_bytes: int, max_rank_seen: int
+    layout: Layout,
+    *,
+    gib: float | None,
+    rank_rows: int | None,
+    stock_bytes: int,
+    max_rank_seen: int,
+    most_bytes: int | None = None,
 ) -> int:
-    """Rank rows of the arena: given in GiB, or in rank rows, or by default what `stock_bytes` hold.
+    """Rank rows of the arena: given in GiB, or in rank rows (of `most_bytes` at most, where given), or by default what
+    `stock_bytes` hold.
 
-    Rounded down to whole pages; at least one adapter of rank `max_rank_seen` (vLLM's --max-lora-rank) fits by
-    default, which is also the answer where no module lies in pages. Raises ArenaError when both sizes are given.
+    In whole pages; at least one adapter of rank `max_rank_seen` (vLLM's --max-lora-rank) fits by default and in
+    `most_bytes`, which is also the answer where no module lies in pages. Raises ArenaError when both sizes are given.
     """
     if gib is not None and rank_rows is not None:
         raise ArenaError("arena_gib and arena_rank_rows are both given; give the arena one size.")
+    least = -(-max_rank_seen // layout.page_rows) * layout.page_rows
     if rank_rows is not None:
-        return -(-rank_rows // layout.page_rows) * layout.page_rows
+        rows = -(-rank_rows // layout.page_rows) * layout.page_rows
+        if most_bytes is None or layout.bytes_per_page_set == 0:
+            return rows
+        return min(rows, max(most_bytes // layout.bytes_per_page_set * layout.page_rows, least))
     if layout.bytes_per_page_set == 0:
-        return -(-max_rank_seen // layout.page_rows) * layout.page_rows
+        return least
     nbytes = int(gib * 2**30) if gib is not None else stock_bytes
     rows = nbytes // layout.bytes_per_page_set * layout.page_rows
-    return rows if gib is not None else max(rows, -(-max_rank_seen // layout.page_rows) * layout.page_rows)
+    return rows if gib is not None else max(rows, least)

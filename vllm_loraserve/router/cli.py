@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=_number(kind, least, unit),
             default=default,
             metavar=unit.upper(),
-            help=f"{help_text} (default: {default:g})",
+            help=f"{help_text} (default: {default})",
         )
     parser.add_argument(
         "--drain-s",
