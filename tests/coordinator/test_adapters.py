@@ -89,9 +89,14 @@ async def test_a_directory_is_kept_in_step(adapters, tmp_path):
     assert (status, out) == (0, ["a: removed", "1 removed, 2 unchanged"])
     assert sorted(line.split("\t")[0] for line in (await adapters("list"))[1]) == ["c", "team/b"]
 
-    await adapters("add", "measured", folder / ".versions" / "a-1")
-    assert (await adapters("sync", folder, "--prune"))[1] == ["2 unchanged"], "what is hidden is somebody else's"
+    write_adapter(folder / ".profile-x" / "r8", seed=10)
+    await adapters("add", "measured", folder / ".profile-x" / "r8")
+    assert (await adapters("sync", folder, "--prune"))[1] == ["2 unchanged"], "what `profile` makes it removes"
     await adapters("remove", "measured")
+    (folder / "linked").symlink_to(folder / ".versions" / "a-1")
+    assert (await adapters("sync", folder))[1] == ["linked: added, rank 8", "1 added, 2 unchanged"]
+    (folder / "linked").unlink()
+    assert (await adapters("sync", folder, "--prune"))[1] == ["linked: removed", "1 removed, 2 unchanged"]
 
     # A mount that is not there looks like an empty directory.
     shutil.move(folder, other)

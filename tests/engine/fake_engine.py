@@ -37,6 +37,7 @@ class FakeEngine:
         self.logger_manager = SimpleNamespace(stat_loggers=[])
         self.gate = asyncio.Event()
         self.load_s = 0.0
+        self.arena_rows: int | None = None
         self.loading: dict[int, asyncio.TimerHandle] = {}
         self.located: list[tuple] = []
         self.told_before_load: list[str] = []
@@ -70,6 +71,8 @@ class FakeEngine:
             return ["127.0.0.1:7001", "127.0.0.1:7002"]
         if method == "loraserve_shapes":
             return [{"q_proj": [[64, 64]], "lm_head": []}, {"q_proj": [[64, 64]], "o_proj": [[64, 64]]}]
+        if method == "loraserve_arena_rows":
+            return [self.arena_rows, None]
         if method == "loraserve_residency":
             generations = {str(i): 10 + i for i in self.held}
             return [

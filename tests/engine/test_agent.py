@@ -270,14 +270,14 @@ async def test_content_that_takes_a_name_over_is_loaded_while_the_old_one_serves
 
 async def test_a_request_that_took_the_old_content_a_moment_ago_finds_it(joined, monkeypatch):
     """It is counted only when the engine client begins with it, after its prompt was read."""
-    monkeypatch.setattr("vllm_loraserve.engine.agent.LINGER_S", 2.0)
+    monkeypatch.setattr("vllm_loraserve.engine.agent.LINGER_S", 4.0)
     _, _, engine, _ = joined
     old = await registered(joined)
     await registered(joined, "two")
     await asyncio.sleep(0.2)
     stream = engine.generate("p", SamplingParams(output_kind=RequestOutputKind.DELTA), "r1", lora_request=old)
     await anext(stream)
-    await asyncio.sleep(2.5)
+    await asyncio.sleep(4.5)
     assert old.lora_int_id in engine.held
     engine.gate.set()
     assert [len(o.outputs[0].token_ids) async for o in stream] == [1, 1]
@@ -299,7 +299,7 @@ async def test_the_last_of_several_replacements_wins(joined):
 async def test_a_removal_in_the_middle_of_a_replacement_ends_both(joined):
     coordinator, agent, engine, models = joined
     old = await registered(joined)
-    engine.load_s = 1.0
+    engine.load_s = 1000.0
     coordinator.controller.add(record("a", "two"), time.monotonic(), replace=True)
     await until(lambda: agent._turns["a"].locked())
     removed = coordinator.controller.remove("a", 0.0, time.monotonic())
@@ -325,6 +325,18 @@ async def test_a_replacement_that_can_not_be_loaded_is_not_hidden_by_the_old_con
     assert "'one' can't load it: " in coordinator.controller.replaced(fresh)
     assert "a" not in models.lora_requests
     await until(lambda: not engine.held)
+
+
+async def test_a_prefetch_whose_adapter_was_removed_holds_up_no_other(joined):
+    _, agent, engine, models = joined
+    engine.load_s = 1000.0
+    first = asyncio.create_task(agent.prefetch(record("a")))
+    await until(lambda: "a" in models.lora_requests)
+    await agent.release(record("a"))
+    engine.load_s = 0.0
+    async with asyncio.timeout(agent._patience_s / 2):
+        await agent.prefetch(record("a"))
+        await first
 
 
 async def test_a_prefetch_into_an_engine_that_loads_aside_ends_when_it_is_there(joined, monkeypatch):
@@ -385,12 +397,15 @@ async def test_workers_hear_who_holds_an_adapter_before_they_load_it(coordinator
     LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
     await coordinator.start()
     engine = FakeEngine()
+    engine.arena_rows = 100
     models = FakeModels(engine)
     config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1, transfer_key_file="k")
     agent = await start_agent(engine, vllm_config(WORKER_EXTENSION), config, "http://127.0.0.1:8000", models)
     await until(lambda: len(coordinator.controller.members) == 1)
     controller = coordinator.controller
     await until(lambda: controller.members.get("one").hello.transfer == "127.0.0.1:7001,127.0.0.1:7002")
+    capacity = controller.members.get("one").hello.capacity
+    assert (capacity.rank_rows, capacity.max_rank) == (100, 100), "what the workers' arenas really hold"
     assert controller.modules == {"lm_head": (), "o_proj": ((64, 64),), "q_proj": ((64, 64),)}, "of all workers"
     other = Register(
         instance="two",

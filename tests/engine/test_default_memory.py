@@ -110,3 +110,5 @@ def test_where_a_slot_costs_memory_there_are_fewer(
     assert lora.max_loras == slots
     assert config.arena_rank_rows == (None if slots == 1 else ARENA_RANK_ROWS)
     assert config.arena_share == (None if slots == 1 else ARENA_SHARE)
+    large = fill_in(vllm_config, LoRAServeConfig(max_rank=512), cpu_loras_given=False)
+    assert (large.arena_rank_rows, large.arena_share) == ((None, None) if slots == 1 else (512, None))

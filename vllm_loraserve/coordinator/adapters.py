@@ -26,6 +26,8 @@ from vllm_loraserve.coordinator.messages import (
 
 DEPTHS = ("*", "*/*")
 """Where `sync` looks below its directory: NAME, and TENANT/NAME."""
+SCRATCH_PREFIX = ".profile-"
+"""Of the directories that `vllm-loraserve profile` makes beside an adapter."""
 AT_A_TIME = 4
 """Adapters that `sync` has the coordinator look at."""
 
@@ -137,12 +139,12 @@ def adapters_below(directory: Path) -> dict[str, Path]:
         raise SyncError(f"{directory} is no directory.")
     root = directory.resolve()
     found = (path.parent for depth in DEPTHS for path in sorted(root.glob(f"{depth}/adapter_config.json")))
-    return {path.relative_to(root).as_posix(): path for path in found if not _is_hidden(path, root)}
+    return {path.relative_to(root).as_posix(): path for path in found if not _is_below(".", path, root)}
 
 
-def _is_hidden(path: Path, root: Path) -> bool:
-    """Versions kept aside, say, or what `profile` makes and removes by itself."""
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _is_below(prefix: str, path: Path, root: Path) -> bool:
+    """Whether a directory between `root` and `path`, or `path`, has a name that begins so."""
+    return any(part.startswith(prefix) for part in path.relative_to(root).parts)
 
 
 async def _sync(client: CoordinatorClient, args: argparse.Namespace) -> int:
@@ -154,7 +156,7 @@ async def _sync(client: CoordinatorClient, args: argparse.Namespace) -> int:
         if name not in wanted
         and record.state != "draining"
         and (source := Path(record.source)).is_relative_to(root)
-        and not _is_hidden(source, root)
+        and not _is_below(SCRATCH_PREFIX, source, root)  # `profile` removes what it makes
     ]
     if not wanted and gone and args.prune:
         raise SyncError(

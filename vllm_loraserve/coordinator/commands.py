@@ -30,6 +30,7 @@ class Failure(msgspec.Struct):
     error: str
     pause_s: float
     retry_at: float
+    action: str = "prefetch"
 
 
 class CommandBook:
@@ -84,7 +85,7 @@ class CommandBook:
                 continue
             before = self._failures.get(key)
             pause = RETRY_FIRST_S if before is None else min(2 * before.pause_s, RETRY_MAX_S)
-            self._failures[key] = Failure(result.error, pause, now + pause)
+            self._failures[key] = Failure(result.error, pause, now + pause, command.action)
             told = (instance, command.action, adapter, result.error, pause)
             logger.warning("%s could not %s '%s': %s (again in %.0f s)", *told)
 

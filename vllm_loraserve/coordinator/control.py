@@ -298,9 +298,13 @@ class Controller:
                     self.commands.tell(member.name, "release", present, now, superseded=True)
         return record, True
 
+    def is_replacing(self, record: AdapterRecord) -> bool:
+        """Whether `record` has taken the name over from other content, and not everybody is known to have heard."""
+        return self._replacing.get(record.name) == record.adapter_id
+
     def outdated(self, record: AdapterRecord) -> list[str]:
         """Instances that may give new requests other content than `record`'s under its name."""
-        replacing = self._replacing.get(record.name) == record.adapter_id
+        replacing = self.is_replacing(record)
         return [
             m.name
             for m in self.members.serving()
@@ -310,10 +314,11 @@ class Controller:
 
     def replaced(self, record: AdapterRecord) -> str:
         """To be called when nothing is `outdated`: why an instance where `record` is placed can't load it, or empty."""
-        if self._replacing.get(record.name) == record.adapter_id:
+        if self.is_replacing(record):
             del self._replacing[record.name]
         for instance in sorted(self.placement.phi.get(record.name, ())):
-            if (failure := self.commands.failure(instance, record.name)) is not None:
+            failure = self.commands.failure(instance, record.name)
+            if failure is not None and failure.action == "prefetch":
                 return f"'{instance}' can't load it: {failure.error}"
         return ""
 

@@ -31,6 +31,7 @@ from vllm_loraserve import __version__
 from vllm_loraserve.cluster.fit import Fit, fit_step_cost
 from vllm_loraserve.cluster.operating_points import OperatingPoints, OperatingPointsError, save
 from vllm_loraserve.cluster.traced_steps import fit_without_outliers, read_steps
+from vllm_loraserve.coordinator.adapters import SCRATCH_PREFIX
 from vllm_loraserve.coordinator.asking import add_coordinator_arguments
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
 from vllm_loraserve.coordinator.curve import KeysError, load_member_keys
@@ -213,8 +214,7 @@ async def _adapters(
     client: CoordinatorClient, like: Path, scratch: Path, ranks: Sequence[int], count: int
 ) -> AsyncIterator[dict[int, list[str]]]:
     """Rank -> names of adapters made and registered for as long as the context lasts."""
-    # Hidden: `adapters sync` of the same directory leaves it alone.
-    folder = Path(tempfile.mkdtemp(prefix=".profile-", dir=scratch))
+    folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=scratch))
     names: dict[int, list[str]] = {}
     try:
         for rank in ranks:

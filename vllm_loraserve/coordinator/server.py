@@ -343,7 +343,7 @@ class CoordinatorServer:
                     )
                     inspected = await self._inspections.run(message.source, look)
                 record, created = controller.add(inspected, time.monotonic(), replace=message.replace)
-                if message.replace:
+                if message.replace and (created or controller.is_replacing(record)):
                     await self._taken_over(record)
         finally:
             del lock  # names come from clients; an exception's frames would keep the lock, and it the name

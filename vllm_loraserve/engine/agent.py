@@ -42,7 +42,7 @@ from vllm_loraserve.coordinator.messages import (
     Residency,
     RoutingTable,
 )
-from vllm_loraserve.engine.capacity import capacity_of, module_shapes
+from vllm_loraserve.engine.capacity import capacity_of, module_shapes, with_arena
 from vllm_loraserve.engine.engine_config import WORKER_EXTENSION
 from vllm_loraserve.engine.meter import LoadLogger, Meter
 from vllm_loraserve.engine.resolver import LoRAServeResolver, locations_of
@@ -139,6 +139,8 @@ class Agent:
         self._taken: dict[tuple[int, int], CommandResult | None] = {}
         self._outbox: dict[tuple[int, int], CommandResult] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._withdrawn: set[int] = set()
+        """Numbers of requests that had a name and lost it; none is given twice."""
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._undo: list[Callable[[], None]] = []
 
@@ -176,7 +178,6 @@ class Agent:
     async def drain(self) -> None:
         """Has the coordinator give this instance nothing new; returns when it knows, or is away. Reports go on."""
         self._draining = True
-        self._hello = msgspec.structs.replace(self._hello, draining=True)
         if self.engine.errored:
             return  # reports have ended, and it has left or is about to
         self._told.clear()
@@ -251,7 +252,10 @@ class Agent:
             self._resident = await self._residency()
             hello = self._hello
             if self._extended:
-                hello = msgspec.structs.replace(hello, modules=merged(await self._workers.ask("loraserve_shapes")))
+                modules = merged(await self._workers.ask("loraserve_shapes"))
+                rows = [rows for rows in await self._workers.ask("loraserve_arena_rows") if rows is not None]
+                capacity = with_arena(hello.capacity, min(rows)) if rows else hello.capacity
+                hello = msgspec.structs.replace(hello, modules=modules, capacity=capacity)
             if self._transfers:
                 endpoints = await self._workers.ask("loraserve_transfer_endpoint")
                 hello = msgspec.structs.replace(hello, transfer=",".join(endpoints))
@@ -271,7 +275,8 @@ class Agent:
         await asyncio.wait({self._asked}, timeout=ANSWER_TIMEOUT_S)
         told = self._hello
         try:
-            reply = await self._client.ask(msgspec.structs.replace(told, resident=self._resident), Registered)
+            hello = msgspec.structs.replace(told, resident=self._resident, draining=self._draining)
+            reply = await self._client.ask(hello, Registered)
         except CoordinatorError as error:
             logger.error("The coordinator does not take this instance: %s", error)
             self._told.set()
@@ -471,7 +476,7 @@ class Agent:
         serving = replaced or request
         try:
             held = await self._held(record, request)
-            if not held and self._wanted(record):
+            if not held and not self._is_over(record, request):
                 raise TimeoutError(f"The engine has not loaded '{record.name}' within {self._patience_s:g} s.")
         except (RuntimeError, TimeoutError):
             if self.models.lora_requests.get(record.name) is serving:
@@ -496,6 +501,10 @@ class Agent:
         known = self.resolver.known(record.name)
         return known is not None and known.sha256 == record.sha256
 
+    def _is_over(self, record: AdapterRecord, request: LoRARequest) -> bool:
+        """Whether nobody waits for the load any more: other content has the name, or this request lost it."""
+        return not self._wanted(record) or request.lora_int_id in self._withdrawn
+
     async def _held(self, record: AdapterRecord, request: LoRARequest) -> bool:
         """Waits until the engine holds the adapter; False when it has not come in time, or is no longer wanted.
 
@@ -508,7 +517,7 @@ class Agent:
                 return True
             if request.lora_int_id in inside.errors:
                 raise RuntimeError(inside.errors[request.lora_int_id])
-            if time.monotonic() > end or not self._wanted(record):
+            if time.monotonic() > end or self._is_over(record, request):
                 return False
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)
@@ -540,6 +549,7 @@ class Agent:
         where routes were not taken away first there may be some.
         """
         del self.models.lora_requests[name]
+        self._withdrawn.add(request.lora_int_id)
 
         async def remove() -> None:
             # An adapter removed under a running request would be loaded again by that request's next step.

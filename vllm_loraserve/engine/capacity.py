@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.coordinator.messages import Capacity, PageGroup
 
@@ -78,10 +80,6 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
     rank_rows = lora.max_loras * lora.max_lora_rank
     if config.arena_rank_rows is not None:
         rank_rows = config.arena_rank_rows
-        memory = _device_memory(vllm_config) if config.arena_share is not None else None
-        if config.arena_share is not None and memory is not None and row:
-            # As the workers reckon it (`memory/arena.py`).
-            rank_rows = min(rank_rows, max(int(config.arena_share * memory) * tp // row, lora.max_lora_rank))
     elif config.arena_gib is not None and row:
         rank_rows = int(config.arena_gib * GIB) * tp // row
     # Over several machines the scheduler counts slots alone, so that each adapter has its part of the arena.
@@ -107,16 +105,11 @@ def capacity_of(vllm_config: Any, config: LoRAServeConfig, shapes: dict[str, tup
     )
 
 
-def _device_memory(vllm_config: Any) -> int | None:
-    """Bytes of one GPU; None on a CPU, and where the platform doesn't say."""
-    from vllm.platforms import current_platform
-
-    if vllm_config.device_config.device_type == "cpu":
-        return None
-    try:
-        return int(current_platform.get_device_total_memory())
-    except Exception:  # platforms without the figure raise what they like
-        return None
+def with_arena(capacity: Capacity, rank_rows: int) -> Capacity:
+    """The same where the workers say that their arena has so many rows: `arena_share` may have left fewer."""
+    if rank_rows >= capacity.rank_rows:
+        return capacity
+    return msgspec.structs.replace(capacity, rank_rows=rank_rows, max_rank=min(capacity.max_rank, rank_rows))
 
 
 def _device_name(vllm_config: Any) -> str:

@@ -33,18 +33,17 @@ def host_tier_bytes(options: LoRAServeConfig, layout: Layout, lora_config: Any) 
 def make_host_tier(options: LoRAServeConfig, layout: Layout, vllm_config: Any, on_cpu: bool) -> HostTier:
     """The worker's host tier; `on_cpu`: its KV cache is host memory too.
 
-    Where vLLM gives the KV cache what this process has not taken, the tier's memory is taken now, and beside a GPU
-    where the extension page-locks it; else page by page, as adapters come. A machine that has less than the two need is
-    named in the log, and where the memory is taken now in a ValueError.
+    Where vLLM gives the KV cache what this process has not taken, the tier's memory is taken now (and beside a GPU,
+    where the extension page-locks it); else page by page, as adapters come. A machine that has less than the two need
+    is named in the log, and in the first case in a ValueError.
     """
     lora, cache = vllm_config.lora_config, vllm_config.cache_config
     budget = max(host_tier_bytes(options, layout, lora), 4096)
     measured = on_cpu and cache.kv_cache_memory_bytes is None
-    locked = not on_cpu and extension.load() is not None
     kv_bytes = cache.kv_cache_memory_bytes or 0 if on_cpu else 0
     problem = shortage(budget, kv_bytes, vllm_config.parallel_config.local_world_size, cgroup.available_memory())
     if problem is not None:
-        if measured or locked:
+        if measured:
             raise ValueError(problem)
         logger.warning("%s", problem)
     tier = HostTier(

@@ -336,10 +336,11 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         for lora_id in list(self._registered_adapters.cache):
             self.host.remove(lora_id)
         super().remove_all_adapters()
-        # vLLM calls this too when it has replaced the model's weights, after a sleep that kept nothing on the device.
-        self.tables.reset()
-        for layer in self.paged_modules.values():
-            layer.paged_linear.restore()
+        if getattr(self._vllm_config.model_config, "enable_sleep_mode", False):
+            # vLLM calls this when it has replaced the model's weights, after a sleep that kept nothing on the device.
+            self.tables.reset()
+            for layer in self.paged_modules.values():
+                layer.paged_linear.restore()
         self._demand = Demand()
         self._pages_freed()
         self.residents.release_zeros()

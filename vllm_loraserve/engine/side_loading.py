@@ -329,9 +329,9 @@ class SideLoadingMixin:
     def _add_in_step(self, lora_request: LoRARequest) -> bool:
         adapter = lora_request.lora_int_id
         path = self._paths.get(adapter)
-        if lora_request.lora_path == WARM_UP_PATH:
+        if lora_request.lora_path == WARM_UP_PATH and self.is_prepared(adapter):  # type: ignore[attr-defined]
             # A batch that keeps step with other engines': whatever has this number will do.
-            path = lora_request.lora_path
+            return bool(super().add_adapter(settled(lora_request)))  # type: ignore[misc]
         if path == lora_request.lora_path and self.is_prepared(adapter):  # type: ignore[attr-defined]
             added = super().add_adapter(settled(lora_request))  # type: ignore[misc]
             self._release(adapter)

@@ -50,6 +50,11 @@ class WorkerExtension:
 
         return lora_shapes(self._loraserve_manager()._adapter_manager)
 
+    def loraserve_arena_rows(self) -> int | None:
+        """Rank rows of this worker's arena; None where no module lies in pages."""
+        arena = getattr(self._loraserve_manager()._adapter_manager, "arena", None)
+        return arena.rank_rows if arena is not None and arena.layout.groups else None
+
     def loraserve_transfer_endpoint(self) -> str:
         """Where peers find this worker; empty where transfers are off."""
         peers = getattr(self._loraserve_manager(), "peers", None)

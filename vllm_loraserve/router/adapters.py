@@ -59,6 +59,8 @@ class Adapters:
         self._drain_s = drain_s
         self._refreshed = -REFRESH_EVERY_S
         self._refreshing: asyncio.Task[bool] | None = None
+        self.unreachable = False
+        """The coordinator did not answer the last question for a table: there may be adapters that are not in ours."""
 
     async def load(self, body: bytes) -> str:
         """Registers an adapter for all instances; returns vLLM's success text. Raises ApiError."""
@@ -164,8 +166,10 @@ class Adapters:
         """Takes the coordinator's present table, so that what was done is seen by the next request; best effort."""
         try:
             reply = await self._ask(GetTable(), 1.0)
-        except ApiError:
+        except ApiError as error:
+            self.unreachable = error.status == 503
             return False
+        self.unreachable = False
         return isinstance(reply, RoutingTable) and self._directory.apply(reply)
 
     async def _ask(self, message: Message, timeout_s: float | None = None) -> Message:

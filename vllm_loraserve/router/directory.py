@@ -46,8 +46,6 @@ class Directory:
         self.clock = clock
         self.table: RoutingTable | None = None
         self.received = 0.0
-        self.silent = False
-        """The coordinator has not been heard for a while: there may be adapters that are not in the table."""
         self.upstreams: dict[str, Upstream] = {}
         self.adapters: dict[str, AdapterRoutes] = {}
         self.smallest_max_rank = 0

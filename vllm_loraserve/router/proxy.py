@@ -225,7 +225,7 @@ class Proxy:
             # Without a base model there is no table yet, or none that an instance is in.
             unknown = error.status == 404 or not self._directory.base_model
             if not unknown or not await self._adapters.discover():
-                if error.status == 404 and self._directory.silent:
+                if error.status == 404 and self._adapters.unreachable:
                     # It may have been registered since; a client may give up on a 404 for good.
                     raise unavailable(f"{error} The coordinator can't be asked now; try again shortly.", 2.0) from None
                 raise

@@ -73,7 +73,7 @@ class CoordinatorSource:
                 logger.warning("The coordinator at %s is silent; %s", self._subscriber.endpoint, what)
             elif silent and silence < SILENT_S:
                 logger.info("The coordinator at %s is heard again", self._subscriber.endpoint)
-            self._directory.silent = silent = silence >= SILENT_S
+            silent = silence >= SILENT_S
 
 
 class _Card(msgspec.Struct):
