@@ -103,6 +103,7 @@ def test_without_a_channel_no_adapter_takes_more_than_its_part(residents: ArenaR
     assert adapters_beside(config(2), slots=2) == 1
 
     manager: Any = object.__new__(LoRAServeWorkerManager)
+    manager.device = torch.device("cpu")
     manager._adapter_manager = SimpleNamespace(residents=residents, copies=PendingCopies())
     manager._beside = adapters_beside(config(2), slots=2)
     assert manager._capacity_problem((3, 3)) is None
