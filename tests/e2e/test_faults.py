@@ -48,6 +48,17 @@ async def stream_on(world: World, client: openai.AsyncOpenAI, index: int) -> Asy
     raise AssertionError("unreachable")
 
 
+def after(count: int, act: Callable[[], None]) -> Callable[[traffic.Answer], None]:
+    """For `traffic.send`: acts when so many answers are in."""
+    number = itertools.count(1)
+
+    def answered(_: traffic.Answer) -> None:
+        if next(number) == count:
+            act()
+
+    return answered
+
+
 async def _status(endpoint: str) -> Status | None:
     async with CoordinatorClient(endpoint, timeout_s=2) as client:
         try:
@@ -105,27 +116,18 @@ def test_kill_9_of_an_instance_under_load_fails_no_request(world: World, part: s
     victim = cluster.instances[1]
 
     async def run() -> list[traffic.Answer]:
-        answered = 0
-
-        def count(_: traffic.Answer) -> None:
-            nonlocal answered
-            answered += 1
-            if answered == 20:
-                assert victim.status is None
-                strike(victim.pids())
-
         async with traffic.client_for(cluster.url) as client:
             stream = await stream_on(world, client, 1)
-            answers = await traffic.send(
-                client, quick(world, 84, streamed=part == "engine core"), concurrency=16, on_answer=count
-            )
+            requests = quick(world, 84, streamed=part == "engine core")
+            answers = await traffic.send(client, requests, concurrency=16, on_answer=after(20, strike))
             with pytest.raises(openai.APIError, match=BROKEN):
                 async for _ in stream:
                     pass
             return answers
 
-    def strike(pids: list[int]) -> None:
-        """pids: guard, API server, then the engine core and what else vLLM starts."""
+    def strike() -> None:
+        assert victim.status is None
+        pids = victim.pids()  # guard, API server, then the engine core and what else vLLM starts
         chosen = pids if part == "everything" else pids[2:]
         assert chosen
         for pid in reversed(chosen):
@@ -162,20 +164,15 @@ def test_sigterm_of_an_instance_under_load_loses_no_request(world: World, who: s
 
     log_begins = victim.log.stat().st_size
 
+    def stop() -> None:
+        assert victim.status is None
+        for pid in victim.pids()[1 : None if who == "every process" else 2]:
+            os.kill(pid, signal.SIGTERM)
+
     async def run() -> list[traffic.Answer]:
-        answered = 0
-
-        def count(_: traffic.Answer) -> None:
-            nonlocal answered
-            answered += 1
-            if answered == 20:
-                assert victim.status is None
-                for pid in victim.pids()[1 : None if who == "every process" else 2]:
-                    os.kill(pid, signal.SIGTERM)
-
         async with traffic.client_for(cluster.url) as client:
             stream = await stream_on(world, client, 1)
-            answers = await traffic.send(client, quick(world, 84), concurrency=16, on_answer=count)
+            answers = await traffic.send(client, quick(world, 84), concurrency=16, on_answer=after(20, stop))
             if STOPS[who]:
                 reasons = [choice.finish_reason async for chunk in stream for choice in chunk.choices]
                 assert reasons[-1] == "length"

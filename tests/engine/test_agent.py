@@ -72,6 +72,19 @@ async def until(condition) -> None:
             await asyncio.sleep(0.02)
 
 
+async def begun(engine, request):
+    """A stream of `request`'s adapter whose first token has come."""
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+    stream = engine.generate("p", params, "r1", lora_request=request)
+    await anext(stream)
+    return stream
+
+
+async def finish(engine, stream) -> None:
+    engine.gate.set()
+    assert [len(o.outputs[0].token_ids) async for o in stream] == [1, 1]
+
+
 @pytest.fixture
 def coordinator(tmp_path):
     """Starts (and restarts) a coordinator at one endpoint on one database."""
@@ -198,15 +211,12 @@ async def test_release_waits_for_running_requests(joined):
     coordinator, agent, engine, models = joined
     coordinator.add(record("a"))
     await until(lambda: "a" in models.lora_requests)
-    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
-    stream = engine.generate("p", params, "r1", lora_request=models.lora_requests["a"])
-    await anext(stream)
+    stream = await begun(engine, models.lora_requests["a"])
     release = asyncio.create_task(agent.release(coordinator.registry.get("a")))
     await asyncio.sleep(0.4)
     assert "a" not in models.lora_requests, "no new request gets it"
     assert engine.held, "but the running one keeps it"
-    engine.gate.set()
-    assert [len(o.outputs[0].token_ids) async for o in stream] == [1, 1]
+    await finish(engine, stream)
     await release
     assert not engine.held
 
@@ -215,14 +225,11 @@ async def test_a_superseded_release_is_answered_while_requests_run(joined):
     coordinator, agent, engine, models = joined
     coordinator.add(record("a"))
     await until(lambda: "a" in models.lora_requests)
-    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
-    stream = engine.generate("p", params, "r1", lora_request=models.lora_requests["a"])
-    await anext(stream)
+    stream = await begun(engine, models.lora_requests["a"])
     await agent.release(coordinator.registry.get("a"), superseded=True)
     assert "a" not in models.lora_requests
     assert engine.held
-    engine.gate.set()
-    assert [len(o.outputs[0].token_ids) async for o in stream] == [1, 1]
+    await finish(engine, stream)
     await until(lambda: not engine.held)
 
 
@@ -252,8 +259,7 @@ async def registered(joined, content="one"):
 async def test_content_that_takes_a_name_over_is_loaded_while_the_old_one_serves(joined):
     coordinator, _, engine, models = joined
     old = await registered(joined)
-    stream = engine.generate("p", SamplingParams(output_kind=RequestOutputKind.DELTA), "r1", lora_request=old)
-    await anext(stream)
+    stream = await begun(engine, old)
     engine.load_s = 0.5
     taking_over = asyncio.create_task(registered(joined, "two"))
     while not taking_over.done():
@@ -263,8 +269,7 @@ async def test_content_that_takes_a_name_over_is_loaded_while_the_old_one_serves
     assert new.lora_int_id in engine.held, "not before it was there"
     assert old.lora_int_id in engine.held, "a request runs with the old weights"
     await until(lambda: coordinator.controller.outdated(coordinator.registry.get("a")) == [])
-    engine.gate.set()
-    assert [len(o.outputs[0].token_ids) async for o in stream] == [1, 1]
+    await finish(engine, stream)
     await until(lambda: set(engine.held) == {new.lora_int_id})
 
 
@@ -275,12 +280,10 @@ async def test_a_request_that_took_the_old_content_a_moment_ago_finds_it(joined,
     old = await registered(joined)
     await registered(joined, "two")
     await asyncio.sleep(0.2)
-    stream = engine.generate("p", SamplingParams(output_kind=RequestOutputKind.DELTA), "r1", lora_request=old)
-    await anext(stream)
+    stream = await begun(engine, old)
     await asyncio.sleep(4.5)
     assert old.lora_int_id in engine.held
-    engine.gate.set()
-    assert [len(o.outputs[0].token_ids) async for o in stream] == [1, 1]
+    await finish(engine, stream)
     await until(lambda: old.lora_int_id not in engine.held)
 
 

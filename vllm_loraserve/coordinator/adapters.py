@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_loraserve.coordinator.asking import add_coordinator_arguments, client_of
+from vllm_loraserve.coordinator.asking import add_coordinator_arguments, client_of, print_json
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
 from vllm_loraserve.coordinator.curve import KeysError
 from vllm_loraserve.coordinator.messages import (
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         return asyncio.run(act())
-    except (CoordinatorUnavailable, CoordinatorError, KeysError, SyncError, msgspec.ValidationError) as error:
+    except (CoordinatorUnavailable, CoordinatorError, KeysError, SyncError) as error:
         print(f"vllm-loraserve adapters {args.action}: {error}", file=sys.stderr)
         return 1
 
@@ -88,7 +88,7 @@ async def _registered(client: CoordinatorClient) -> dict[str, AdapterRecord]:
 async def _list(client: CoordinatorClient, args: argparse.Namespace) -> int:
     records = (await _registered(client)).values()
     if args.json:
-        print(msgspec.json.format(msgspec.json.encode(list(records))).decode())
+        print_json(list(records))
     else:
         for r in records:
             print(f"{r.name}\t{r.rank}\t{r.state}\t{r.sha256[:12]}\t{r.source}")
@@ -115,22 +115,22 @@ async def _add(client: CoordinatorClient, args: argparse.Namespace) -> int:
 
 
 async def _remove(client: CoordinatorClient, args: argparse.Namespace) -> int:
-    return await _remove_all(client, args.names, args.drain, Counter())
+    done: Counter[str] = Counter()
+    await _remove_all(client, args.names, args.drain, done)
+    return 1 if done["refused"] else 0
 
 
-async def _remove_all(client: CoordinatorClient, names: Iterable[str], drain_s: float, done: Counter[str]) -> int:
-    failed = 0
+async def _remove_all(client: CoordinatorClient, names: Iterable[str], drain_s: float, done: Counter[str]) -> None:
+    """Removes one after the other, past those that are refused, and counts both in `done`."""
     for name in names:
         try:
             await client.request(RemoveAdapter(name=name, drain_s=drain_s))
         except CoordinatorError as error:
-            failed = 1
             done["refused"] += 1
             print(f"{name}: {error}", file=sys.stderr)
         else:
             done["removed"] += 1
             print(f"{name}: removed")
-    return failed
 
 
 def adapters_below(directory: Path) -> dict[str, Path]:

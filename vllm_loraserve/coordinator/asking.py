@@ -11,7 +11,7 @@ import msgspec
 
 from vllm_loraserve.coordinator.client import CoordinatorClient, CoordinatorError, CoordinatorUnavailable
 from vllm_loraserve.coordinator.curve import KeysError, load_member_keys
-from vllm_loraserve.coordinator.messages import Message, Request
+from vllm_loraserve.coordinator.messages import AdapterRecord, Message, Request
 
 Answer = TypeVar("Answer", bound=Message)
 
@@ -47,6 +47,6 @@ def client_of(args: argparse.Namespace) -> CoordinatorClient:
     return CoordinatorClient(args.coordinator, timeout_s=args.timeout, keys=keys)
 
 
-def print_json(answer: Message) -> None:
+def print_json(answer: Message | list[AdapterRecord]) -> None:
     """The whole answer on stdout, for programs."""
     sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(answer)) + b"\n")

@@ -30,7 +30,7 @@ class Failure(msgspec.Struct):
     error: str
     pause_s: float
     retry_at: float
-    action: str = "prefetch"
+    action: str
 
 
 class CommandBook:

@@ -197,11 +197,11 @@ class Controller:
         """Takes a report and says what to do; Refused `unknown_instance`: it must register first."""
         before = self.members.get(beat.instance)
         held = before.resident if before is not None else {}
-        drained = before is not None and before.draining
+        was_draining = before is not None and before.draining
         member = self.members.beat(beat, now)
         self.loop.observe(member, beat, self.registry.ranks(), now)
         self.commands.answered(beat.instance, beat.results, now)
-        if member.draining and not drained:
+        if member.draining and not was_draining:
             logger.info("Instance '%s' is about to stop, %d requests running", member.name, member.load.running)
             self.commands.forget_instance(member.name)
             self._place(now)
@@ -266,36 +266,36 @@ class Controller:
         if present is not None and present.state == "failed" and present.sha256 == inspected.sha256:
             self.found_to_fit(present, now)
             present = self.registry.get(inspected.name)
-        replaces = present is not None and present.sha256 != inspected.sha256
-        if present is not None and replaces and not replace:
+        other = present if present is not None and present.sha256 != inspected.sha256 else None
+        if other is not None and not replace:
             raise Refused(
                 "conflict",
-                f"Adapter '{inspected.name}' is registered with other content (sha256 {present.sha256[:12]}, "
+                f"Adapter '{inspected.name}' is registered with other content (sha256 {other.sha256[:12]}, "
                 f"this is {inspected.sha256[:12]}); replace it (load_inplace), remove it first or choose another name.",
             )
-        if present is not None and not replaces:
+        if present is not None and other is None:
             if present.source != inspected.source:
                 present = self.registry.update(inspected.name, source=inspected.source)
                 self.dirty.set()
             return present, False
-        record = self.registry.add(inspected, replace=replaces)
-        if replaces:
+        record = self.registry.add(inspected, replace=other is not None)
+        if other is not None:
             self.commands.forget_adapter(record.name)
         logger.info(
             "Adapter '%s' %s: rank %d, %d bytes, sha256 %s",
             record.name,
-            "replaced" if replaces else "added",
+            "added" if other is None else "replaced",
             record.rank,
             record.size_bytes,
             record.sha256[:12],
         )
         self._place(now)
-        if present is not None and replaces:
+        if other is not None:
             self._replacing[record.name] = record.adapter_id
             # Also those that have not reported it: a request may have brought it there a moment ago.
             for member in self.members.serving():
                 if not self.commands.busy(member.name, record.name):
-                    self.commands.tell(member.name, "release", present, now, superseded=True)
+                    self.commands.tell(member.name, "release", other, now, superseded=True)
         return record, True
 
     def is_replacing(self, record: AdapterRecord) -> bool:

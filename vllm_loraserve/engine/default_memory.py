@@ -60,13 +60,15 @@ def fill_in(vllm_config: Any, config: LoRAServeConfig, *, cpu_loras_given: bool)
     if cpu_loras_given:
         # No adapter is in a slot that is not in the host tier.
         slots = min(slots, lora.max_cpu_loras)
+    else:
+        lora.max_cpu_loras = slots + config.prefetch
     lora.max_loras = slots
-    lora.max_cpu_loras = lora.max_cpu_loras if cpu_loras_given else slots + config.prefetch
     if config.arena_gib is None and config.arena_rank_rows is None:
         rows = max(ARENA_RANK_ROWS, config.max_rank, lora.max_lora_rank)
-        # Who asks for a larger rank than the default is to have it.
-        share = ARENA_SHARE if config.max_rank <= LoRAServeConfig().max_rank else None
-        share = share if config.arena_share is None else config.arena_share
+        share = config.arena_share
+        if share is None and config.max_rank <= LoRAServeConfig().max_rank:
+            # Who asks for a larger rank than the default is to have it.
+            share = ARENA_SHARE
         config = msgspec.structs.replace(config, arena_rank_rows=rows, arena_share=share)
         vllm_config.additional_config[ADDITIONAL_CONFIG_KEY] = msgspec.to_builtins(config)
     return config

@@ -210,11 +210,14 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
     def _make_room(self, lora_id: int, needed: Sequence[int], victims: Sequence[int]) -> None:
         """Sends so many of the victims away that the pages are free. Raises ArenaFullError; nobody has gone then."""
         for victim in self.residents.to_evict(lora_id, needed, victims):
-            self.arena_evictions += 1
-            if victim in self._active_adapters:
-                self.deactivate_adapter(victim)
-            else:
-                self.residents.release(victim)
+            self._send_away(victim)
+
+    def _send_away(self, victim: int) -> None:
+        self.arena_evictions += 1
+        if victim in self._active_adapters:
+            self.deactivate_adapter(victim)
+        else:
+            self.residents.release(victim)
 
     def stage_waiting(self) -> None:
         """In every step, when its adapters are active: idle ones make room for those that wait to be staged."""
@@ -232,8 +235,7 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
             victims = self._victims(lora_id)
             if not victims:
                 raise ArenaFullError(f"All {self.lora_slots} LoRA slots are in use or pinned; raise --max-loras.")
-            self.arena_evictions += 1
-            self.deactivate_adapter(victims[0])
+            self._send_away(victims[0])
         # vLLM's own activation: finds the slot and serves the modules outside the pages.
         LoRAModelManager.activate_adapter(self, lora_id)
 

@@ -13,7 +13,7 @@ import functools
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from vllm.exceptions import GracefulHTTPError
@@ -34,7 +34,7 @@ _stops: weakref.WeakKeyDictionary[Any, _Stop] = weakref.WeakKeyDictionary()
 class _Stop:
     """What precedes the end of one engine client, whose server runs in the event loop that is running now."""
 
-    def __init__(self, engine_client: Any, tell: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, engine_client: Any, tell: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._outputs = engine_client.output_processor
         self._tell = tell
         self._loop = asyncio.get_running_loop()
@@ -45,7 +45,7 @@ class _Stop:
         request_errors.stopping.add(self._outputs)
         if threading.get_ident() == self._thread:
             return  # nobody is served any more, and the loop could not run what is waited for
-        telling = asyncio.run_coroutine_threadsafe(self._said(), self._loop)
+        telling = asyncio.run_coroutine_threadsafe(self._tell(), self._loop)
         try:
             telling.result(TELL_S)
             time.sleep(HEARD_S)
@@ -54,12 +54,9 @@ class _Stop:
             why = f"{type(error).__name__} {error}".rstrip()
             logger.warning("The coordinator was not told that this instance stops: %s", why)
 
-    async def _said(self) -> None:
-        await self._tell()
-
 
 @contextlib.contextmanager
-def told_first(engine_client: Any, tell: Callable[[], Awaitable[None]]) -> Iterator[None]:
+def told_first(engine_client: Any, tell: Callable[[], Coroutine[Any, Any, None]]) -> Iterator[None]:
     """While it lasts, the engine client is shut down only when `tell()` has ended in the loop that runs now; at its end
     those are answered who still wait for an engine that is no more."""
     _stops[engine_client] = _Stop(engine_client, tell)

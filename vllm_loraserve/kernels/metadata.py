@@ -71,7 +71,7 @@ class HostLists:
 
 def aligned_room(words: int) -> int:
     """Room for `words` int32 after which the next begins on 16 bytes: Triton compiles anew for another alignment."""
-    return -(-words // 4) * 4
+    return cdiv(words, 4) * 4
 
 
 def tile_bound(tokens: int, slots: int, block_m: int) -> int:
