@@ -14,7 +14,7 @@ default ones) is `max-in-batch` with prompts and decodes priced apart.
 
     python benchmarks/cluster_sim.py --trace azure-llm-2023-conv.csv --json FILE [--plots DIR] [--quick]
 
-Parameters were tuned on seeds 0..9; the default seeds are none of these, and a replay's seed also chooses
+Parameters were tuned on seeds 0..15; the default seeds are none of these, and a replay's seed also chooses
 the piece of the trace. A seed means the same requests at every rate and for every system, so the ratios are paired.
 """
 
@@ -69,7 +69,7 @@ SERVERS = 4
 COUNT_LOAD = 3.0
 """Servers are counted for so many times what toppings does on SERVERS: a dozen of them, so that one is 8 %."""
 MOST_SERVERS = 48
-TUNING_SEEDS = tuple(range(10))
+TUNING_SEEDS = tuple(range(16))
 SEEDS = (101, 102, 103)
 DURATION_S = {"max-in-batch": 600.0, "rank-aware": 120.0, "rank-aware-24gb": 120.0, "s-lora": 600.0}
 """Seconds of arrivals. The paper replays hours, in which an overloaded server's queue has time to grow."""

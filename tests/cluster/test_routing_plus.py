@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from vllm_loraserve.cluster.operating_points import H100_8B_STEP_COST as COST
@@ -13,6 +14,7 @@ from vllm_loraserve.cluster.routing_plus import (
     choose_least_added_cost,
     fixed_step_s,
     predict_wait,
+    spill_candidates,
 )
 
 
@@ -55,9 +57,9 @@ def test_shorter_queue_wins_and_names_break_ties() -> None:
 
 
 def test_requests_of_an_adapter_attract_each_other_until_the_queue_is_long() -> None:
-    active = {"active": True, "demanded": True, "running": 8}
-    assert choose(view("a"), view("b", **active)) == "b"
-    assert choose(view("a"), view("b", queued_tokens=500_000.0, **active)) == "a"
+    used = {"demanded": True, "running": 8}
+    assert choose(view("a"), view("b", **used)) == "b"
+    assert choose(view("a"), view("b", queued_tokens=500_000.0, **used)) == "a"
 
 
 def test_spills_to_a_non_holder_only_when_faster_fetch_included() -> None:
@@ -75,7 +77,41 @@ def test_spills_to_a_non_holder_only_when_faster_fetch_included() -> None:
 def test_full_arena_is_avoided_unless_the_adapter_is_there_already() -> None:
     crowded = {"rows_demanded": 500.0, "arena_rows": 512.0, "running": 4}
     assert choose(view("a", **crowded), view("b", running=4), rank=64) == "b"
-    assert choose(view("a", demanded=True, active=True, **crowded), view("b", running=4), rank=64) == "a"
+    assert choose(view("a", demanded=True, **crowded), view("b", running=4), rank=64) == "a"
+
+
+def test_a_crowd_that_waits_for_room_sends_the_next_ones_elsewhere() -> None:
+    """A few requests wait together for their adapter's rows; many are worth a second copy of them."""
+    cost = msgspec.structs.replace(COST, rank_row=1e-6)
+
+    def choose_with(**kw: Any) -> str:
+        full = view("a", demanded=True, rows_demanded=768.0, arena_rows=512.0, running=16, **kw)
+        return choose_finish_time([full, view("b", running=16)], cost, 1000.0, 200.0, 64, 64)
+
+    assert choose_with(blocked=0) == "a", "it runs there"
+    assert choose_with(blocked=1) == "a"
+    assert choose_with(blocked=16) == choose_with(blocked=100) == "b"
+
+
+def test_spills_look_at_where_the_adapter_is_in_use_where_there_is_room_and_where_nobody_waits() -> None:
+    # name: (in use, room in rank rows, load)
+    servers = {"a": (True, 0, 9), "b": (False, 8, 8), "c": (False, 500, 7), "d": (False, 8, 2), "e": (False, 8, 1)}
+
+    def candidates(names: str) -> list[str]:
+        return sorted(
+            spill_candidates(
+                names,
+                in_use=lambda s: servers[s][0],
+                room=lambda s: servers[s][1],
+                load=lambda s: (servers[s][2],),
+            )
+        )
+
+    assert candidates("abcde") == ["a", "c", "d", "e"]
+    assert candidates("cde") == ["c", "d", "e"]
+    assert candidates("acd") == ["a", "c", "d"]
+    assert candidates("ab") == ["a", "b"]
+    assert candidates("") == []
 
 
 def test_session_is_a_tie_break() -> None:
@@ -89,7 +125,7 @@ def test_toppings_looks_at_queue_rank_and_decode_slo() -> None:
 
     assert toppings(view("a", queued_tokens=50_000.0), view("b")) == "b"
     assert toppings(view("a", running=100, context_tokens=1e5), view("b", running=10, context_tokens=1e4)) == "b"
-    # It does not see that an adapter is active already: that is what finish time adds.
-    assert toppings(view("a"), view("b", active=True)) == "a"
+    # It does not see that an adapter is in use already: that is what finish time adds.
+    assert toppings(view("a"), view("b", demanded=True)) == "a"
     slow = view("a", context_tokens=5e6)
     assert toppings(slow, view("b", queued_tokens=20_000.0)) == "b"

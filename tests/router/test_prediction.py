@@ -81,6 +81,45 @@ def test_a_full_arena_is_avoided() -> None:
     assert predictor.choose(work(predictor, Target("base", {}, 0)), known) == "a", "needs no room"
 
 
+def test_many_that_wait_for_room_in_an_arena_are_joined_by_no_more() -> None:
+    """A burst on an adapter that is large, on an instance whose arena is in use: what comes later goes elsewhere."""
+    cost = StepCost(base=0.01, decode_token=1e-5)
+    predictor, known = Predictor(cost), upstreams()
+    for n in range(4):
+        for name in "ab":
+            other = work(predictor, Target(f"{name}-{n}", {}, 128 if name == "a" else 96))
+            other.sent(known[name].ledger)
+            other.first_token()
+    one = Target("one", {"a": 1.0}, 128, size_bytes=1)
+    waits = [work(predictor, one) for _ in range(20)]
+    waits[0].sent(known["a"].ledger)
+    assert known["a"].ledger.blocked("one") == 1
+    assert predictor.choose(work(predictor, one, 40), known) == "a"
+    for each in waits[1:]:
+        each.sent(known["a"].ledger)
+    assert known["a"].ledger.blocked("one") == 20
+    assert predictor.choose(work(predictor, one, 40), known) == "b"
+    waits[0].first_token()  # it has its room: all are served
+    assert known["a"].ledger.blocked("one") == 0
+    for each in waits:
+        each.done()
+    assert known["a"].ledger.blocked("one") == 0
+
+
+def test_a_spilled_adapter_is_used_where_it_is() -> None:
+    """Its rows are read there anyway, on a busy instance too, rather than on a third one."""
+    cost = StepCost(base=0.01, decode_token=1e-5, rank_row=1e-4, adapter=1e-3)
+    predictor, known = Predictor(cost), upstreams("abcdef")
+    one, base = Target("one", {"a": 1.0}, 64), Target("base", {}, 0)
+    for _ in range(400):
+        work(predictor, base, 40_000).sent(known["a"].ledger)
+    known["f"].in_flight = 5  # by count of requests, the last that would be looked at
+    spilled = work(predictor, one)
+    spilled.sent(known["f"].ledger)
+    spilled.first_token()
+    assert predictor.choose(work(predictor, one), known) == "f"
+
+
 def test_what_other_routers_sent_counts() -> None:
     predictor, known = Predictor(COST), upstreams(a=Load(running=40, waiting=10))
     assert predictor.choose(work(predictor, Target("base", {}, 0)), known) == "b"

@@ -7,12 +7,14 @@ simulator knows, and the fitted step cost. Pure functions; the caller keeps the 
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, TypeVar
 
 from vllm_loraserve.cluster.operating_points import StepCost
 
+T = TypeVar("T")
 Choice = Literal["finish-time", "least-added-cost"]
 """`choose_finish_time` (`loraserve+`) or `choose_least_added_cost` (Toppings)."""
 
@@ -22,16 +24,16 @@ class ServerView:
     request.
 
     `phi`: the fraction the placement gives it (0.0 for a standby copy or none). `ready_s`: seconds until
-    the adapter can run there (0.0: resident; else load or fetch). `active`: some running request uses the
-    adapter already. `step_left_s`: rest of the running step. `distinct_rows`, `distinct`: rank rows and
-    number of adapters in the batch.
-    `demanded`: some request there, waiting or running, uses it. `rows_demanded`, `arena_rows`: rank rows of
-    all adapters that requests there use, and what the arena holds.
+    the adapter can run there (0.0: resident; else load or fetch). `step_left_s`: rest of the running step.
+    `distinct_rows`, `distinct`: rank rows and number of adapters in the batch.
+    `demanded`: some request there, waiting or running, uses it; `blocked`: how many of those requests wait
+    while none of them runs. `rows_demanded`, `arena_rows`: rank rows of all adapters that requests there use,
+    and what the arena holds.
     """
 
     __slots__ = (
-        "active",
         "arena_rows",
+        "blocked",
         "context_tokens",
         "decode_rank_sum",
         "demanded",
@@ -58,8 +60,8 @@ class ServerView:
         self.name = name
         self.phi = 0.0
         self.ready_s = 0.0
-        self.active = False
         self.demanded = False
+        self.blocked = 0
         self.rows_demanded = 0.0
         self.arena_rows = math.inf
         self.queued = 0
@@ -116,10 +118,34 @@ EXTERNALITY = 40.0
 """How much a second of step time taken from everybody weighs against a second of one's own waiting."""
 CROWDING = 4.0
 """How steeply the wait for room in an arena grows with the share of it that is asked for too much."""
+CROWD = 16
+"""So many requests that wait for room for their adapter's rows are worth a second copy of the rows: nothing is
+gained then by waiting with them."""
 SPILL_MARGIN_S = 0.02
 SPILL_SHARE = 0.05
 """A non-holder must be predicted this much faster, and by this share of the time that the request decodes there: for
 less, copying an adapter is not worth it."""
+SPILL_CANDIDATES = 2
+"""Servers without phi that are looked at for being the least loaded."""
+
+
+def spill_candidates(
+    others: Sequence[T],
+    *,
+    in_use: Callable[[T], bool],
+    room: Callable[[T], float],
+    load: Callable[[T], tuple[float, ...]],
+) -> list[T]:
+    """The servers without phi that `choose_finish_time` should look at, of all such `others`: those `in_use` by
+    requests of the adapter (spilled there before: its rows are read there anyway), the one with the most `room` in
+    its arena, and the `SPILL_CANDIDATES` with the least `load`. Each once."""
+    if len(others) <= SPILL_CANDIDATES:
+        return list(others)
+    chosen = [s for s in others if in_use(s)]
+    for s in (*heapq.nsmallest(SPILL_CANDIDATES, others, key=load), max(others, key=room)):
+        if s not in chosen:
+            chosen.append(s)
+    return chosen
 
 
 def choose_finish_time(
@@ -136,21 +162,23 @@ def choose_finish_time(
 ) -> str:
     """The server with the least predicted finish time, counting what the request costs the others there.
 
-    Bringing an adapter into a batch that does not run it adds its rank rows and its share of launch cost to
-    every step until it leaves, so requests of one adapter attract each other; a queue pushes them apart. A
-    server without phi is taken only when it is faster by the spill margins, fetch included. `own`: the
-    session's server, favoured by `affinity_gain_s` (the prefill time its prefix cache saves).
+    Bringing an adapter to a server where nobody uses it adds its rank rows and its share of launch cost to
+    every step until it leaves, so requests of one adapter attract each other; a queue pushes them apart, and so
+    does a crowd that waits for room for the adapter itself. A server without phi is taken only when it is faster
+    by the spill margins, fetch included. `own`: the session's server, favoured by `affinity_gain_s` (the prefill
+    time its prefix cache saves).
     """
     best, best_score = "", math.inf
     for v in views:
         wait, step = predict_wait(v, cost, prompt, output, rank)
         score = wait + output * step
-        if not v.active:
+        if not v.demanded:
             score += externality * output * (cost.rank_row * rank_rows + cost.adapter) / v.speed
-        if not v.demanded and v.rows_demanded + rank_rows > v.arena_rows:
+        asked = v.rows_demanded + (0.0 if v.demanded else rank_rows)
+        if asked > v.arena_rows:
             # No room in the arena beside those that are asked for: somebody has to finish first.
-            short = v.rows_demanded + rank_rows - v.arena_rows
-            score += output * step * (1.0 + CROWDING * short / v.arena_rows)
+            share = min(v.blocked / CROWD, 1.0) if v.demanded else 1.0
+            score += share * output * step * (1.0 + CROWDING * (asked - v.arena_rows) / v.arena_rows)
         if v.phi <= 0.0:
             score += SPILL_MARGIN_S + SPILL_SHARE * output * step + v.ready_s
         if v.name == own:

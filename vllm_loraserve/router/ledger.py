@@ -16,14 +16,29 @@ class Ledger:
 
     `queued` requests have not had a first token: `prompts` is their prompt tokens, `prompt_ranks` those times rank.
     `running` ones decode: `decode_ranks` is the sum of their ranks, `context` their prompt tokens. `adapters` counts
-    the requests of each, `rows` are the rank rows of all of them.
+    the requests of each, `decoding` those of them that decode, `rows` are the rank rows of all of them.
     """
 
-    __slots__ = ("adapters", "context", "decode_ranks", "prompt_ranks", "prompts", "queued", "rows", "running")
+    __slots__ = (
+        "adapters",
+        "context",
+        "decode_ranks",
+        "decoding",
+        "prompt_ranks",
+        "prompts",
+        "queued",
+        "rows",
+        "running",
+    )
 
     def __init__(self) -> None:
         self.queued = self.running = self.rows = self.decode_ranks = self.prompts = self.prompt_ranks = self.context = 0
         self.adapters: dict[str, int] = {}
+        self.decoding: dict[str, int] = {}
+
+    def blocked(self, adapter: str) -> int:
+        """Requests of an adapter that wait for their first token while none of them has had one."""
+        return 0 if adapter in self.decoding else self.adapters.get(adapter, 0)
 
     def idle(self) -> bool:
         """Whether every total is zero."""
@@ -72,6 +87,8 @@ class Work:
         ledger.running += 1
         ledger.decode_ranks += self.target.rank
         ledger.context += self.prompt
+        if self.target.rank:
+            ledger.decoding[self.target.name] = ledger.decoding.get(self.target.name, 0) + 1
 
     def done(self) -> None:
         """It has left the instance, however; it may be sent again."""
@@ -83,16 +100,22 @@ class Work:
             ledger.running -= 1
             ledger.decode_ranks -= self.target.rank
             ledger.context -= self.prompt
+            if self.target.rank:
+                _one_less(ledger.decoding, self.target.name)
         else:
             self._leave_queue(ledger)
         if self.target.rank:
-            name = self.target.name
-            ledger.adapters[name] -= 1
-            if not ledger.adapters[name]:
-                del ledger.adapters[name]
+            _one_less(ledger.adapters, self.target.name)
+            if self.target.name not in ledger.adapters:
                 ledger.rows -= self.rank_rows
 
     def _leave_queue(self, ledger: Ledger) -> None:
         ledger.queued -= 1
         ledger.prompts -= self.prompt
         ledger.prompt_ranks -= self.prompt * self.target.rank
+
+
+def _one_less(counts: dict[str, int], name: str) -> None:
+    counts[name] -= 1
+    if not counts[name]:
+        del counts[name]

@@ -21,14 +21,13 @@ from vllm_loraserve.cluster.routing_plus import (
     choose_finish_time,
     choose_least_added_cost,
     predict_wait,
+    spill_candidates,
 )
 from vllm_loraserve.coordinator.messages import RoutingTable
 from vllm_loraserve.router.directory import Target
 from vllm_loraserve.router.ledger import Work
 from vllm_loraserve.router.upstream import Upstream
 
-SPILL_CANDIDATES = 2
-"""Non-holders that are looked at beside the holders: those with the fewest requests."""
 MOST_CANDIDATES = 16
 """Of all that could take a request (for the base model: all), those with the fewest requests are looked at."""
 FETCH_BYTES_S, FETCH_LATENCY_S = 1e9, 5e-3
@@ -86,8 +85,13 @@ class Predictor:
         routes, rank = work.target.routes, work.target.rank
         candidates = {name: phi for name, phi in routes.items() if name in usable}
         if candidates and self._choice == "finish-time":
-            others = sorted((u for n, u in usable.items() if n not in candidates), key=lambda u: (u.load(), u.name))
-            candidates |= {u.name: 0.0 for u in others[:SPILL_CANDIDATES]}
+            spilled = spill_candidates(
+                [u for n, u in usable.items() if n not in candidates],
+                in_use=lambda u: work.target.name in u.ledger.adapters,
+                room=lambda u: u.entry.capacity.rank_rows - u.ledger.rows,
+                load=lambda u: (u.load(),),
+            )
+            candidates |= {u.name: 0.0 for u in spilled}
         candidates = candidates or dict.fromkeys(usable, 1.0)
         if not candidates:
             return None
@@ -120,8 +124,10 @@ class Predictor:
         ledger, entry = upstream.ledger, upstream.entry
         view = ServerView(entry.name)
         view.phi = phi
-        view.active = work.target.name in ledger.adapters
-        view.ready_s = 0.0 if view.active or not work.target.rank else _fetch_s(upstream, work.target)
+        # The base model needs no room in the arena.
+        view.demanded = not work.target.rank or work.target.name in ledger.adapters
+        view.blocked = ledger.blocked(work.target.name)
+        view.ready_s = 0.0 if view.demanded else _fetch_s(upstream, work.target)
         # What other routers have sent: reported, and not ours. It counts as decoding requests of our mean size.
         foreign = max(0, entry.load.running + entry.load.waiting - upstream.in_flight)
         mean = ledger.context / ledger.running if ledger.running else work.prompt
@@ -133,8 +139,6 @@ class Predictor:
         view.context_tokens = ledger.context + foreign * mean
         view.distinct = len(ledger.adapters)
         view.distinct_rows = ledger.rows
-        # Room in the arena; the base model needs none.
-        view.demanded = view.active or not work.target.rank
         view.rows_demanded = ledger.rows
         capacity = entry.capacity
         if capacity.rank_rows:

@@ -22,6 +22,7 @@ from vllm_loraserve.cluster.routing_plus import (
     ServerView,
     choose_finish_time,
     choose_least_added_cost,
+    spill_candidates,
 )
 from vllm_loraserve.simulator.machine import Kernels, Machine
 from vllm_loraserve.simulator.request import Request
@@ -29,10 +30,6 @@ from vllm_loraserve.simulator.results import Result
 from vllm_loraserve.simulator.server import Server
 from vllm_loraserve.simulator.systems import RoutingMode, System
 from vllm_loraserve.simulator.workload import Workload
-
-SPILL_CANDIDATES = 2
-"""Non-holders that finish-time routing looks at beside the holders: the least loaded ones."""
-
 
 WARM_S = 5.0
 """Seconds of traffic that the first placement is told about."""
@@ -273,11 +270,14 @@ class Simulation:
         for s in self.standby[r.adapter]:
             if self.servers[s].alive:
                 chosen.setdefault(s, 0.0)
-        if len(chosen) < len(self.servers):
-            others = [s for s in self.servers if s.alive and s.index not in chosen]
-            others.sort(key=lambda s: (s.queued_tokens + s.queued_kv, s.running, s.index))
-            for other in others[:SPILL_CANDIDATES]:
-                chosen[other.index] = 0.0
+        others = [s for s in self.servers if s.alive and s.index not in chosen]
+        for other in spill_candidates(
+            others,
+            in_use=lambda s: r.adapter in s.demanded,
+            room=lambda s: s.machine.arena_rows - s.rows_demanded,
+            load=lambda s: (s.queued_tokens + s.queued_kv, s.running, s.index),
+        ):
+            chosen[other.index] = 0.0
         views = [self._view(self.servers[i], r.adapter, p, now) for i, p in chosen.items()]
         return self.by_name[
             choose_finish_time(views, self.cost, r.prompt, self.mean_output, r.rank, spec.rank_rows)
@@ -287,8 +287,8 @@ class Simulation:
         v = self.views[s.index]
         m = s.machine
         v.phi = phi
-        v.active = a in s.refs
         v.demanded = a in s.demanded
+        v.blocked = 0 if a in s.arena or a in s.loading else s.demanded.get(a, 0)
         v.rows_demanded = s.rows_demanded
         v.arena_rows = m.arena_rows
         v.queued = len(s.waiting)
