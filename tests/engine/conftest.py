@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,3 +126,40 @@ def build(
     for made_scheduler, workers in made:
         made_scheduler._end.close()
         workers.close()
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path) -> Iterator[Any]:
+    """A coordinator that the test starts, and may stop and start again."""
+    from one_instance import Coordinator
+
+    directory = tempfile.mkdtemp(prefix="lrs")  # a socket's path must be short
+    yield Coordinator(tmp_path / "r.sqlite", f"ipc://{directory}/c")
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+async def joined(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Any, Any, Any, Any]]:
+    """(coordinator, agent, engine, models) of a running membership."""
+    from fake_engine import FakeEngine, vllm_config
+    from one_instance import FakeModels, until
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    from vllm_loraserve.config import LoRAServeConfig
+    from vllm_loraserve.engine.agent import RESOLVER_NAME, start_agent
+
+    monkeypatch.setattr("vllm_loraserve.engine.orders.LINGER_S", 0.2)
+    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
+    await coordinator.start()
+    engine = FakeEngine()
+    models = FakeModels(engine)
+    config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1)
+    agent = await start_agent(engine, vllm_config(), config, "http://127.0.0.1:8000", models)
+    await until(lambda: len(coordinator.controller.members) == 1)
+    yield coordinator, agent, engine, models
+    await agent.stop()
+    assert len(coordinator.controller.members) == 0, "left in good order"
+    assert engine.generate.__func__ is FakeEngine.generate
+    assert engine.logger_manager.stat_loggers == []
+    await coordinator.stop()
+    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)

@@ -1,8 +1,6 @@
 """Agent, meter and resolver against a real coordinator and an engine client that only keeps books."""
 
 import asyncio
-import shutil
-import tempfile
 import time
 from types import SimpleNamespace
 
@@ -12,19 +10,14 @@ import pytest
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-from collections import defaultdict  # noqa: E402
-
 from fake_engine import FakeEngine, record, vllm_config  # noqa: E402
+from one_instance import PATIENCE_S, FakeModels, until  # noqa: E402
 from vllm.exceptions import RetryableRequestError  # noqa: E402
-from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.lora.resolver import LoRAResolverRegistry  # noqa: E402
-from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
-from vllm.utils.counter import AtomicCounter  # noqa: E402
+from vllm.sampling_params import SamplingParams  # noqa: E402
 
-from vllm_loraserve.cluster.placement import make_policy  # noqa: E402
 from vllm_loraserve.config import LoRAServeConfig  # noqa: E402
 from vllm_loraserve.coordinator.client import CoordinatorClient  # noqa: E402
-from vllm_loraserve.coordinator.control import Controller, ControlOptions  # noqa: E402
 from vllm_loraserve.coordinator.messages import (  # noqa: E402
     Capacity,
     GetTable,
@@ -33,108 +26,8 @@ from vllm_loraserve.coordinator.messages import (  # noqa: E402
     Residency,
     RoutingTable,
 )
-from vllm_loraserve.coordinator.registry import Registry  # noqa: E402
-from vllm_loraserve.coordinator.server import CoordinatorServer, ServerOptions  # noqa: E402
 from vllm_loraserve.engine.agent import RESOLVER_NAME, start_agent  # noqa: E402
 from vllm_loraserve.engine.engine_config import WORKER_EXTENSION  # noqa: E402
-
-PATIENCE_S = 120.0
-"""For what is certain to come, on any machine: only a defect uses it up."""
-
-
-class FakeModels:
-    """The parts of OpenAIServingModels that the agent touches, and its resolve_lora in short."""
-
-    def __init__(self, engine) -> None:
-        self.engine = engine
-        self.base_model_paths = [SimpleNamespace(name="toy")]
-        self.lora_requests: dict[str, LoRARequest] = {}
-        self.lora_id_counter = AtomicCounter(0)
-        self.lora_resolver_lock = defaultdict(asyncio.Lock)
-        self.lora_resolvers = []
-
-    async def resolve_lora(self, name):
-        async with self.lora_resolver_lock[name]:
-            if name in self.lora_requests:
-                return self.lora_requests[name]
-            for resolver in self.lora_resolvers:
-                if (request := await resolver.resolve_lora("toy", name)) is not None:
-                    request.lora_int_id = self.lora_id_counter.inc(1)
-                    await self.engine.add_lora(request)
-                    self.lora_requests[name] = request
-                    return request
-        return None
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
-async def begun(engine, request):
-    """A stream of `request`'s adapter whose first token has come."""
-    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
-    stream = engine.generate("p", params, "r1", lora_request=request)
-    await anext(stream)
-    return stream
-
-
-async def finish(engine, stream) -> None:
-    engine.gate.set()
-    assert [len(o.outputs[0].token_ids) async for o in stream] == [1, 1]
-
-
-@pytest.fixture
-def coordinator(tmp_path):
-    """Starts (and restarts) a coordinator at one endpoint on one database."""
-    directory = tempfile.mkdtemp(prefix="lrs")  # a socket's path must be short
-    endpoint = f"ipc://{directory}/c"
-
-    class Handle:
-        server = None
-        controller = None
-
-        async def start(self):
-            self.registry = Registry(tmp_path / "r.sqlite")
-            # Nobody is given up because the machine is busy; what happens then, a test says.
-            options = ControlOptions(expiry_s=1000.0, settle_s=1000.0)
-            self.controller = Controller(self.registry, make_policy("rank-weighted"), options, time.monotonic())
-            self.server = CoordinatorServer(self.controller, ServerOptions(bind=endpoint))
-            await self.server.start()
-            return self
-
-        async def stop(self):
-            await self.server.stop()
-            self.registry.close()
-
-        def add(self, r):
-            return self.controller.add(r, time.monotonic())[0]
-
-    handle = Handle()
-    handle.endpoint = endpoint
-    yield handle
-    shutil.rmtree(directory)
-
-
-@pytest.fixture
-async def joined(coordinator, monkeypatch):
-    """(coordinator, agent, engine, models) of a running membership."""
-    monkeypatch.setattr("vllm_loraserve.engine.agent.LINGER_S", 0.2)
-    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
-    await coordinator.start()
-    engine = FakeEngine()
-    models = FakeModels(engine)
-    config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1)
-    agent = await start_agent(engine, vllm_config(), config, "http://127.0.0.1:8000", models)
-    await until(lambda: len(coordinator.controller.members) == 1)
-    yield coordinator, agent, engine, models
-    await agent.stop()
-    assert len(coordinator.controller.members) == 0, "left in good order"
-    assert engine.generate.__func__ is FakeEngine.generate
-    assert engine.logger_manager.stat_loggers == []
-    await coordinator.stop()
-    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
 
 
 async def test_registers_with_its_capacity(joined):
@@ -207,166 +100,6 @@ async def test_a_drain_does_not_wait_for_a_coordinator_that_is_away(joined):
         await until(lambda: len(coordinator.controller.members) == 1)
 
 
-async def test_release_waits_for_running_requests(joined):
-    coordinator, agent, engine, models = joined
-    coordinator.add(record("a"))
-    await until(lambda: "a" in models.lora_requests)
-    stream = await begun(engine, models.lora_requests["a"])
-    release = asyncio.create_task(agent.release(coordinator.registry.get("a")))
-    await asyncio.sleep(0.4)
-    assert "a" not in models.lora_requests, "no new request gets it"
-    assert engine.held, "but the running one keeps it"
-    await finish(engine, stream)
-    await release
-    assert not engine.held
-
-
-async def test_a_superseded_release_is_answered_while_requests_run(joined):
-    coordinator, agent, engine, models = joined
-    coordinator.add(record("a"))
-    await until(lambda: "a" in models.lora_requests)
-    stream = await begun(engine, models.lora_requests["a"])
-    await agent.release(coordinator.registry.get("a"), superseded=True)
-    assert "a" not in models.lora_requests
-    assert engine.held
-    await finish(engine, stream)
-    await until(lambda: not engine.held)
-
-
-async def test_new_content_under_a_name_gets_a_new_id_and_another_path_spelling(joined):
-    _, agent, engine, models = joined
-    await agent.prefetch(record("a", "one"))
-    first = models.lora_requests["a"]
-    await agent.prefetch(record("a", "one"))
-    assert models.lora_requests["a"] is first
-    await agent.prefetch(record("a", "two"))
-    second = models.lora_requests["a"]
-    assert second.lora_int_id != first.lora_int_id
-    assert second.lora_path == "/adapters/a/.", "vLLM's prefix cache is keyed by name and path"
-    await until(lambda: list(engine.held) == [second.lora_int_id])
-    await agent.prefetch(record("a", "one"))
-    assert models.lora_requests["a"].lora_path == first.lora_path, "its old blocks are right again"
-
-
-async def registered(joined, content="one"):
-    """Registers content as 'a', in place of other; returns the LoRARequest that has the name once it is this one's."""
-    coordinator, agent, _, models = joined
-    coordinator.controller.add(record("a", content), time.monotonic(), replace=True)
-    await until(lambda: "a" in models.lora_requests and agent.resolver.digest_of(models.lora_requests["a"]) == content)
-    return models.lora_requests["a"]
-
-
-async def test_content_that_takes_a_name_over_is_loaded_while_the_old_one_serves(joined):
-    coordinator, _, engine, models = joined
-    old = await registered(joined)
-    stream = await begun(engine, old)
-    engine.load_s = 0.5
-    taking_over = asyncio.create_task(registered(joined, "two"))
-    while not taking_over.done():
-        assert "a" in models.lora_requests
-        await asyncio.sleep(0.01)
-    new = await taking_over
-    assert new.lora_int_id in engine.held, "not before it was there"
-    assert old.lora_int_id in engine.held, "a request runs with the old weights"
-    await until(lambda: coordinator.controller.outdated(coordinator.registry.get("a")) == [])
-    await finish(engine, stream)
-    await until(lambda: set(engine.held) == {new.lora_int_id})
-
-
-async def test_a_request_that_took_the_old_content_a_moment_ago_finds_it(joined, monkeypatch):
-    """It is counted only when the engine client begins with it, after its prompt was read."""
-    monkeypatch.setattr("vllm_loraserve.engine.agent.LINGER_S", 4.0)
-    _, _, engine, _ = joined
-    old = await registered(joined)
-    await registered(joined, "two")
-    await asyncio.sleep(0.2)
-    stream = await begun(engine, old)
-    await asyncio.sleep(4.5)
-    assert old.lora_int_id in engine.held
-    await finish(engine, stream)
-    await until(lambda: old.lora_int_id not in engine.held)
-
-
-async def test_the_last_of_several_replacements_wins(joined):
-    coordinator, agent, engine, models = joined
-    await registered(joined)
-    engine.load_s = 0.4
-    coordinator.controller.add(record("a", "two"), time.monotonic(), replace=True)
-    await until(lambda: agent._turns["a"].locked())
-    last = await registered(joined, "three")
-    await until(lambda: list(engine.held) == [last.lora_int_id])
-    assert models.lora_requests["a"] is last
-    assert coordinator.controller.problems() == []
-
-
-async def test_a_removal_in_the_middle_of_a_replacement_ends_both(joined):
-    coordinator, agent, engine, models = joined
-    old = await registered(joined)
-    engine.load_s = 1000.0
-    coordinator.controller.add(record("a", "two"), time.monotonic(), replace=True)
-    await until(lambda: agent._turns["a"].locked())
-    removed = coordinator.controller.remove("a", 0.0, time.monotonic())
-    while not removed.is_set():
-        assert models.lora_requests.get("a") in (None, old)
-        await asyncio.sleep(0.01)
-    assert "a" not in models.lora_requests
-    await until(lambda: not agent._turns["a"].locked() and not engine.held)
-    assert "a" not in models.lora_requests
-
-
-@pytest.mark.parametrize("when", ["at once", "aside"])
-async def test_a_replacement_that_can_not_be_loaded_is_not_hidden_by_the_old_content(joined, when):
-    coordinator, agent, engine, models = joined
-    await registered(joined)
-    if when == "at once":
-        engine.broken.add("a")
-    else:
-        engine.load_s = 1000.0
-        agent._patience_s = 0.2
-    fresh, _ = coordinator.controller.add(record("a", "two"), time.monotonic(), replace=True)
-    await until(lambda: coordinator.controller.outdated(fresh) == [])
-    assert "'one' can't load it: " in coordinator.controller.replaced(fresh)
-    assert "a" not in models.lora_requests
-    await until(lambda: not engine.held)
-
-
-async def test_a_prefetch_whose_adapter_was_removed_holds_up_no_other(joined):
-    _, agent, engine, models = joined
-    engine.load_s = 1000.0
-    first = asyncio.create_task(agent.prefetch(record("a")))
-    await until(lambda: "a" in models.lora_requests)
-    await agent.release(record("a"))
-    engine.load_s = 0.0
-    async with asyncio.timeout(agent._patience_s / 2):
-        await agent.prefetch(record("a"))
-        await first
-
-
-async def test_a_prefetch_into_an_engine_that_loads_aside_ends_when_it_is_there(joined, monkeypatch):
-    _, agent, engine, _ = joined
-    engine.load_s = 0.3
-    started = time.monotonic()
-    await agent.prefetch(record("a"))
-    assert time.monotonic() - started >= 0.3
-    assert engine.held
-    assert agent._patience_s > agent.config.load_timeout_s, "the engine's own verdict comes first"
-    monkeypatch.setattr(agent, "_patience_s", 0.2)
-    engine.load_s = 1000.0
-    with pytest.raises(TimeoutError, match="has not loaded 'b'"):
-        await agent.prefetch(record("b"))
-
-
-async def test_residency_and_failures_are_asked_from_every_worker(joined):
-    _, agent, engine, _ = joined
-    agent._mixed_in = True
-    await agent.prefetch(record("a"))
-    await agent.prefetch(record("b", source="/adapters/b"))
-    assert {(r.name, r.tier) for r in await agent._residency()} == {("a", "host"), ("b", "host")}, "in slots of all?"
-    engine.load_s, engine.errors = 30.0, {3: "rank 512 is too large"}
-    with pytest.raises(RuntimeError, match="rank 512 is too large"):
-        await agent.prefetch(record("c", source="/adapters/c"))
-
-
 async def test_a_quiet_engine_is_left_to_sleep(joined, monkeypatch):
     from vllm_loraserve.engine import agent as module
 
@@ -432,7 +165,7 @@ async def test_workers_hear_who_holds_an_adapter_before_they_load_it(coordinator
     controller.registry.add(record("b", source="/adapters/b"))
     await models.resolve_lora("b")
     assert ("b", "/adapters/b", "one", held_by_two) in engine.located, "by the resolver"
-    await agent._locate_all(await agent.resolver.refresh())
+    await agent.locator.locate_all(await agent.resolver.refresh())
     assert [sorted(part) for part in engine.retained] == [["a", "b"], ["one", "two"]], "whatever else is gone"
     await agent.stop()
     await coordinator.stop()
@@ -499,19 +232,6 @@ async def test_a_busy_engine_keeps_a_restarted_coordinator_waiting_only_for_what
     LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
 
 
-async def test_what_the_operator_loaded_is_left_alone(joined):
-    coordinator, agent, engine, models = joined
-    own = LoRARequest("mine", models.lora_id_counter.inc(1), "/own")
-    await engine.add_lora(own)
-    models.lora_requests["mine"] = own
-    await agent.release(record("mine"))
-    with pytest.raises(ValueError, match="outside the registry"):
-        await agent.prefetch(record("mine"))
-    assert models.lora_requests == {"mine": own}
-    await asyncio.sleep(0.3)
-    assert not coordinator.controller.members.get("one").resident
-
-
 async def test_survives_the_coordinators_absence_and_is_back_with_everything(joined, monkeypatch):
     monkeypatch.setattr("vllm_loraserve.engine.resolver.AWAY_S", 1000.0)
     coordinator, agent, _, models = joined
@@ -519,7 +239,7 @@ async def test_survives_the_coordinators_absence_and_is_back_with_everything(joi
     coordinator.add(record("b", source="/adapters/b"))
     await until(lambda: len(coordinator.controller.members.get("one").resident) == 2)
     await agent.resolver.refresh()
-    await agent.release(record("b", source="/adapters/b"))
+    await agent.orders.release(record("b", source="/adapters/b"))
     agent.resolver.learn(record("b", source="/adapters/b"))
     await coordinator.stop()
     request = await models.resolve_lora("b")
