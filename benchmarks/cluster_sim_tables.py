@@ -33,13 +33,14 @@ def world_tables(data: dict[str, Any], world: str) -> list[str]:
     figures, bounds = data["figures"][world], data["bounds"][world]
     systems = list(next(iter(figures.values())))
     seconds = data["duration_s"][world]
-    seeds = ", ".join(map(str, data["seeds"]))
+    seeds = data["seeds"][world]
+    listed = ", ".join(map(str, seeds)) if len(seeds) <= 3 else f"{seeds[0]} to {seeds[-1]}"
     large = {w: s for w, s in data["large_workloads"]["duration_s"].items() if w in figures}
     out = [f"### {world}: {data['machines'][world]}", ""]
-    out.append(f"Seeds {seeds}; {seconds:g} s of arrivals.")
+    out.append(f"Seeds {listed}; {seconds:g} s of arrivals.")
     if large:
         shorter = ", ".join(f"{w} {min(s, seconds):g} s" for w, s in large.items())
-        out.append(f"Seed {data['large_workloads']['seeds'][0]} alone and shorter: {shorter}.")
+        out.append(f"Seed {seeds[0]} alone and shorter: {shorter}.")
     out += [f"Requests/s within {data['slo']} on {data['servers']} servers:", ""]
     out += head("workload", [*systems, "bound"])
     for workload, by in figures.items():
