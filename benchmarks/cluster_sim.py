@@ -81,6 +81,11 @@ DURATION_S = {"max-in-batch": 600.0, "rank-aware": 120.0, "rank-aware-24gb": 120
 """Seconds of arrivals. The paper replays hours, in which an overloaded server's queue has time to grow."""
 
 
+def seeds_of(args: argparse.Namespace, world: str) -> tuple[int, ...]:
+    """Those of the command line, else the world's own."""
+    return tuple(args.seeds or SEEDS[world])
+
+
 class Job(msgspec.Struct, frozen=True):
     """One (world, workload, system, seed)."""
 
@@ -277,7 +282,7 @@ def measure(
     tasks = []
     for world in worlds:
         for workload in workloads:
-            seeds, seconds = tuple(args.seeds or SEEDS[world]), args.duration or DURATION_S[world]
+            seeds, seconds = seeds_of(args, world), args.duration or DURATION_S[world]
             if workload in LARGE:
                 seeds, seconds = seeds[:1], min(seconds, LARGE[workload])
             tasks.append(
@@ -374,7 +379,7 @@ def draw(args: argparse.Namespace, figures: Figures) -> None:
         seconds = args.duration or DURATION_S[world]
         by_system = by_workload[chosen]
         top = max(r["max_rps_slo"] for r in by_system.values())
-        jobs = {s: Job(world, chosen, s, (args.seeds or SEEDS[world])[0], seconds, args.trace) for s in by_system}
+        jobs = {s: Job(world, chosen, s, seeds_of(args, world)[0], seconds, args.trace) for s in by_system}
         curves = {
             s: [(f * top, run_at(job, f * top).ttft_percentile(95)) for f in (0.3, 0.5, 0.65, 0.8, 0.9, 1.0, 1.1)]
             for s, job in jobs.items()
@@ -407,7 +412,7 @@ def main() -> int:
     workloads = args.workload or list(WORKLOADS)
     if args.quick:
         workloads = args.workload or ["poisson-uniform", "poisson-shifting-skew", "replay-50"]
-        args.duration, args.seeds = args.duration or 40.0, (args.seeds or [101])[:1]
+        args.duration, args.seeds = args.duration or 40.0, seeds_of(args, DEFAULT_WORLDS[0])[:1]
     systems = list(args.system or SYSTEM_NAMES)
     if "toppings" not in systems:
         systems.insert(0, "toppings")
@@ -434,7 +439,7 @@ def main() -> int:
                 "trace": the_trace(args.trace).name,
                 "adapter_popularity": "synthetic: no public LLM trace names adapters",
                 "tuned_on_seeds": TUNING_SEEDS,
-                "seeds": {w: args.seeds or SEEDS[w] for w in figures},
+                "seeds": {w: seeds_of(args, w) for w in figures},
                 "duration_s": {w: args.duration or DURATION_S[w] for w in figures},
                 "large_workloads": {"duration_s": LARGE},
                 "servers": SERVERS,

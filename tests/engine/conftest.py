@@ -141,25 +141,13 @@ def coordinator(tmp_path: Path) -> Iterator[Any]:
 @pytest.fixture
 async def joined(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Any, Any, Any, Any]]:
     """(coordinator, agent, engine, models) of a running membership."""
-    from fake_engine import FakeEngine, vllm_config
-    from one_instance import FakeModels, until
-    from vllm.lora.resolver import LoRAResolverRegistry
-
-    from vllm_loraserve.config import LoRAServeConfig
-    from vllm_loraserve.engine.agent import RESOLVER_NAME, start_agent
+    from fake_engine import FakeEngine
+    from one_instance import membership
 
     monkeypatch.setattr("vllm_loraserve.engine.orders.LINGER_S", 0.2)
-    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
-    await coordinator.start()
     engine = FakeEngine()
-    models = FakeModels(engine)
-    config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1)
-    agent = await start_agent(engine, vllm_config(), config, "http://127.0.0.1:8000", models)
-    await until(lambda: len(coordinator.controller.members) == 1)
-    yield coordinator, agent, engine, models
-    await agent.stop()
+    async with membership(coordinator, engine) as (agent, models):
+        yield coordinator, agent, engine, models
     assert len(coordinator.controller.members) == 0, "left in good order"
     assert engine.generate.__func__ is FakeEngine.generate
     assert engine.logger_manager.stat_loggers == []
-    await coordinator.stop()
-    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)

@@ -3,16 +3,21 @@
 import asyncio
 import time
 from collections import defaultdict
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
+from fake_engine import vllm_config
 from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.counter import AtomicCounter
 
 from vllm_loraserve.cluster.placement import make_policy
+from vllm_loraserve.config import LoRAServeConfig
 from vllm_loraserve.coordinator.control import Controller, ControlOptions
 from vllm_loraserve.coordinator.registry import Registry
 from vllm_loraserve.coordinator.server import CoordinatorServer, ServerOptions
+from vllm_loraserve.engine.agent import RESOLVER_NAME, start_agent
 
 PATIENCE_S = 120.0
 """For what is certain to come, on any machine: only a defect uses it up."""
@@ -83,3 +88,20 @@ class Coordinator:
 
     def add(self, r):
         return self.controller.add(r, time.monotonic())[0]
+
+
+@asynccontextmanager
+async def membership(coordinator, engine, *, extension="", **options):
+    """(agent, models) of instance 'one', which joins as its coordinator starts, and leaves before that ends."""
+    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
+    await coordinator.start()
+    models = FakeModels(engine)
+    config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1, **options)
+    agent = await start_agent(engine, vllm_config(extension), config, "http://127.0.0.1:8000", models)
+    await until(lambda: len(coordinator.controller.members) == 1)
+    try:
+        yield agent, models
+    finally:
+        await agent.stop()
+        await coordinator.stop()
+        LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)

@@ -10,13 +10,11 @@ import pytest
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-from fake_engine import FakeEngine, record, vllm_config  # noqa: E402
-from one_instance import PATIENCE_S, FakeModels, until  # noqa: E402
+from fake_engine import FakeEngine, record  # noqa: E402
+from one_instance import PATIENCE_S, membership, until  # noqa: E402
 from vllm.exceptions import RetryableRequestError  # noqa: E402
-from vllm.lora.resolver import LoRAResolverRegistry  # noqa: E402
 from vllm.sampling_params import SamplingParams  # noqa: E402
 
-from vllm_loraserve.config import LoRAServeConfig  # noqa: E402
 from vllm_loraserve.coordinator.client import CoordinatorClient  # noqa: E402
 from vllm_loraserve.coordinator.messages import (  # noqa: E402
     Capacity,
@@ -26,7 +24,6 @@ from vllm_loraserve.coordinator.messages import (  # noqa: E402
     Residency,
     RoutingTable,
 )
-from vllm_loraserve.engine.agent import RESOLVER_NAME, start_agent  # noqa: E402
 from vllm_loraserve.engine.engine_config import WORKER_EXTENSION  # noqa: E402
 
 
@@ -130,78 +127,60 @@ async def test_a_quiet_engine_is_left_to_sleep(joined, monkeypatch):
 
 
 async def test_workers_hear_who_holds_an_adapter_before_they_load_it(coordinator):
-    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
-    await coordinator.start()
     engine = FakeEngine()
     engine.arena_rows = 100
-    models = FakeModels(engine)
-    config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1, transfer_key_file="k")
-    agent = await start_agent(engine, vllm_config(WORKER_EXTENSION), config, "http://127.0.0.1:8000", models)
-    await until(lambda: len(coordinator.controller.members) == 1)
-    controller = coordinator.controller
-    await until(lambda: controller.members.get("one").hello.transfer == "127.0.0.1:7001,127.0.0.1:7002")
-    capacity = controller.members.get("one").hello.capacity
-    assert (capacity.rank_rows, capacity.max_rank) == (100, 100), "what the workers' arenas really hold"
-    assert controller.modules == {"lm_head": (), "o_proj": ((64, 64),), "q_proj": ((64, 64),)}, "of all workers"
-    other = Register(
-        instance="two",
-        incarnation="x",
-        url="http://127.0.0.1:9",
-        base_model="toy",
-        capacity=Capacity(slots=4, rank_rows=1),
-        transfer="127.0.0.1:7003",
-        resident=tuple(Residency(name=n, sha256="one", generation=1) for n in "ab"),
-    )
-    controller.register(other, time.monotonic() + 1000)
-    held_by_two = [("two", "127.0.0.1:7003")]
-    coordinator.add(record("a"))
-    await until(lambda: "a" in models.lora_requests)
-    assert ("a", "/adapters/a", "one", held_by_two) in engine.located, "by the command"
-    await until(lambda: "a" in controller.members.get("one").resident)
-    generation = 10 + models.lora_requests["a"].lora_int_id + 1  # of both ranks
-    assert [(x.instance, x.generation) for x in controller.locations(record("a"), besides="two")] == [
-        ("one", generation)
-    ]
-    controller.registry.add(record("b", source="/adapters/b"))
-    await models.resolve_lora("b")
-    assert ("b", "/adapters/b", "one", held_by_two) in engine.located, "by the resolver"
-    await agent.locator.locate_all(await agent.resolver.refresh())
-    assert [sorted(part) for part in engine.retained] == [["a", "b"], ["one", "two"]], "whatever else is gone"
-    await agent.stop()
-    await coordinator.stop()
-    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
+    joining = membership(coordinator, engine, extension=WORKER_EXTENSION, transfer_key_file="k")
+    async with joining as (agent, models):
+        controller = coordinator.controller
+        await until(lambda: controller.members.get("one").hello.transfer == "127.0.0.1:7001,127.0.0.1:7002")
+        capacity = controller.members.get("one").hello.capacity
+        assert (capacity.rank_rows, capacity.max_rank) == (100, 100), "what the workers' arenas really hold"
+        assert controller.modules == {"lm_head": (), "o_proj": ((64, 64),), "q_proj": ((64, 64),)}, "of all workers"
+        other = Register(
+            instance="two",
+            incarnation="x",
+            url="http://127.0.0.1:9",
+            base_model="toy",
+            capacity=Capacity(slots=4, rank_rows=1),
+            transfer="127.0.0.1:7003",
+            resident=tuple(Residency(name=n, sha256="one", generation=1) for n in "ab"),
+        )
+        controller.register(other, time.monotonic() + 1000)
+        held_by_two = [("two", "127.0.0.1:7003")]
+        coordinator.add(record("a"))
+        await until(lambda: "a" in models.lora_requests)
+        assert ("a", "/adapters/a", "one", held_by_two) in engine.located, "by the command"
+        await until(lambda: "a" in controller.members.get("one").resident)
+        generation = 10 + models.lora_requests["a"].lora_int_id + 1  # of both ranks
+        assert [(x.instance, x.generation) for x in controller.locations(record("a"), besides="two")] == [
+            ("one", generation)
+        ]
+        controller.registry.add(record("b", source="/adapters/b"))
+        await models.resolve_lora("b")
+        assert ("b", "/adapters/b", "one", held_by_two) in engine.located, "by the resolver"
+        await agent.locator.locate_all(await agent.resolver.refresh())
+        assert [sorted(part) for part in engine.retained] == [["a", "b"], ["one", "two"]], "whatever else is gone"
 
 
 @pytest.mark.parametrize("by", ["command", "resolver"])
 async def test_workers_hear_what_was_registered_before_they_load_it_also_without_transfers(coordinator, by):
-    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
-    await coordinator.start()
     engine = FakeEngine()
-    models = FakeModels(engine)
-    config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1)
-    agent = await start_agent(engine, vllm_config(WORKER_EXTENSION), config, "http://127.0.0.1:8000", models)
-    await until(lambda: len(coordinator.controller.members) == 1)
-    if by == "command":
-        coordinator.add(record("a"))
-        await until(lambda: "a" in models.lora_requests)
-    else:
-        coordinator.controller.registry.add(record("a"))
-        await models.resolve_lora("a")
-    assert engine.located == [("a", "/adapters/a", "one", [])]
-    assert engine.told_before_load == ["a"]
-    await agent.stop()
-    await coordinator.stop()
-    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
+    async with membership(coordinator, engine, extension=WORKER_EXTENSION) as (_, models):
+        if by == "command":
+            coordinator.add(record("a"))
+            await until(lambda: "a" in models.lora_requests)
+        else:
+            coordinator.controller.registry.add(record("a"))
+            await models.resolve_lora("a")
+        assert engine.located == [("a", "/adapters/a", "one", [])]
+        assert engine.told_before_load == ["a"]
 
 
 async def test_a_busy_engine_keeps_a_restarted_coordinator_waiting_only_for_what_is_not_known_yet(
     coordinator, monkeypatch
 ):
-    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
     monkeypatch.setattr("vllm_loraserve.engine.agent.ANSWER_TIMEOUT_S", 0.2)
-    await coordinator.start()
     engine = FakeEngine()
-    models = FakeModels(engine)
     answers, rpc = asyncio.Event(), engine.collective_rpc
 
     async def collective_rpc(method, args=()):
@@ -209,27 +188,22 @@ async def test_a_busy_engine_keeps_a_restarted_coordinator_waiting_only_for_what
         return await rpc(method, args)
 
     monkeypatch.setattr(engine, "collective_rpc", collective_rpc)
-    config = LoRAServeConfig(coordinator=coordinator.endpoint, instance="one", heartbeat_s=0.1)
-    agent = await start_agent(engine, vllm_config(WORKER_EXTENSION), config, "http://127.0.0.1:8000", models)
-    await until(lambda: len(coordinator.controller.members) == 1)
-    assert not coordinator.controller.modules, "it joined without"
-    answers.set()
-    await until(lambda: coordinator.controller.modules)
-    coordinator.add(record("a"))
-    await until(lambda: "a" in coordinator.controller.members.get("one").resident)
-    # The engine is in a step that does not end, and the coordinator is a new one.
-    answers.clear()
-    monkeypatch.setattr("vllm_loraserve.engine.agent.ANSWER_TIMEOUT_S", 1000.0)
-    await coordinator.stop()
-    await coordinator.start()
-    await until(lambda: len(coordinator.controller.members) == 1)
-    hello = coordinator.controller.members.get("one").hello
-    assert [copy.name for copy in hello.resident] == ["a"]
-    assert hello.modules
-    answers.set()
-    await agent.stop()
-    await coordinator.stop()
-    LoRAResolverRegistry.resolvers.pop(RESOLVER_NAME, None)
+    async with membership(coordinator, engine, extension=WORKER_EXTENSION):
+        assert not coordinator.controller.modules, "it joined without"
+        answers.set()
+        await until(lambda: coordinator.controller.modules)
+        coordinator.add(record("a"))
+        await until(lambda: "a" in coordinator.controller.members.get("one").resident)
+        # The engine is in a step that does not end, and the coordinator is a new one.
+        answers.clear()
+        monkeypatch.setattr("vllm_loraserve.engine.agent.ANSWER_TIMEOUT_S", 1000.0)
+        await coordinator.stop()
+        await coordinator.start()
+        await until(lambda: len(coordinator.controller.members) == 1)
+        hello = coordinator.controller.members.get("one").hello
+        assert [copy.name for copy in hello.resident] == ["a"]
+        assert hello.modules
+        answers.set()
 
 
 async def test_survives_the_coordinators_absence_and_is_back_with_everything(joined, monkeypatch):

@@ -167,9 +167,8 @@ async def test_residency_and_failures_are_asked_from_every_worker(joined):
     agent.holdings.extended = True
     await agent.orders.prefetch(record("a"))
     await agent.orders.prefetch(record("b", source="/adapters/b"))
-    assert {(r.name, r.tier) for r in await agent.holdings.residency()} == {("a", "host"), ("b", "host")}, (
-        "in slots of all?"
-    )
+    held = {(r.name, r.tier) for r in await agent.holdings.residency()}
+    assert held == {("a", "host"), ("b", "host")}, "in slots of all?"
     engine.load_s, engine.errors = 30.0, {3: "rank 512 is too large"}
     with pytest.raises(RuntimeError, match="rank 512 is too large"):
         await agent.orders.prefetch(record("c", source="/adapters/c"))

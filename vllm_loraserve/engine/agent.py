@@ -234,9 +234,9 @@ class Agent:
                 rows = [rows for rows in await self._workers.ask("loraserve_arena_rows") if rows is not None]
                 capacity = with_arena(hello.capacity, min(rows)) if rows else hello.capacity
                 hello = msgspec.structs.replace(hello, modules=modules, capacity=capacity)
-            if self.holdings.extended and self.config.transfer_key_file is not None:
-                endpoints = await self._workers.ask("loraserve_transfer_endpoint")
-                hello = msgspec.structs.replace(hello, transfer=",".join(endpoints))
+                if self.config.transfer_key_file is not None:
+                    endpoints = await self._workers.ask("loraserve_transfer_endpoint")
+                    hello = msgspec.structs.replace(hello, transfer=",".join(endpoints))
         except Exception:
             logger.warning("The engine did not say what it holds", exc_info=True)
             self._asked = None
