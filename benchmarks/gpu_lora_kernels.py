@@ -362,7 +362,8 @@ def sweep(run: Run) -> None:
         chosen = Ours(layer, batch, sets, run.device, run.dtype, graph_tokens=run.graph_tokens)
         x, y = inputs(layer, batch, run.device, run.dtype)
         found: dict[LaunchConfig, float] = {}
-        axes = sweep_axes(layer.in_size, len(batch.token_slots))
+        dependent = run.timer.measures and torch.cuda.get_device_capability(run.device) >= (9, 0)
+        axes = sweep_axes(layer.in_size, len(batch.token_slots), dependent_launch=dependent)
         for axis in (lambda config: [config], *axes):
             around = min(found, key=found.__getitem__, default=chosen.launch.config)
             candidates = [config for config in axis(around) if config not in found]

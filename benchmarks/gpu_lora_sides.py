@@ -202,9 +202,9 @@ Axis = Callable[[LaunchConfig], list[LaunchConfig]]
 """Candidates around a configuration that differ from it in one group of sizes."""
 
 
-def sweep_axes(in_size: int, tokens: int) -> tuple[Axis, ...]:
+def sweep_axes(in_size: int, tokens: int, *, dependent_launch: bool) -> tuple[Axis, ...]:
     """Sizes to try for ours, group by group, in this order: the groups hang together only loosely, and all combinations
-    would take hours."""
+    would take hours. `dependent_launch`: the device can do it."""
     decode = tokens <= GRAPH_TOKENS
     blocks = ((16, 16), (32, 16), (16, 32)) if decode else ((64, 64), (64, 32), (128, 64), (32, 32))
 
@@ -215,7 +215,7 @@ def sweep_axes(in_size: int, tokens: int) -> tuple[Axis, ...]:
         return vary(config, ("block_m", "block_r"), blocks)
 
     def shrink_loop(config: LaunchConfig) -> list[LaunchConfig]:
-        steps = ((64, 4), (64, 6), (128, 3), (128, 4), (128, 6), (256, 2), (256, 3), (256, 4))
+        steps = ((64, 4), (64, 6), (128, 3), (128, 4), (128, 6), (128, 8), (256, 2), (256, 3), (256, 4))
         return vary(config, ("block_k", "shrink_stages"), steps)
 
     def splits(config: LaunchConfig) -> list[LaunchConfig]:
@@ -229,7 +229,11 @@ def sweep_axes(in_size: int, tokens: int) -> tuple[Axis, ...]:
             config, ("block_n", "block_rank", "expand_warps"), itertools.product((64, 128, 256), (16, 32, 64), (4, 8))
         )
 
-    return tile, shrink_loop, splits, expand_tile
+    def overlap(config: LaunchConfig) -> list[LaunchConfig]:
+        both = itertools.product((False, True), (False, True) if dependent_launch else (False,))
+        return vary(config, ("expand_early_y", "dependent_launch"), both)
+
+    return tile, shrink_loop, splits, expand_tile, overlap
 
 
 def errors_against_reference(

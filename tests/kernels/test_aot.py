@@ -69,15 +69,41 @@ def test_expand_does_not_spill(regime, dtype, capability):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_planes_loaded_together_wait_less_and_still_fit(capability):
-    """The candidate for layers whose K is split most: 16 planes, 8 of them loaded at once."""
-    single = dataclasses.replace(config_for("decode"), split_k=16)
-    together = dataclasses.replace(single, expand_planes=8)
-    one, eight = (compile_expand(c, dtype="bfloat16", capability=capability) for c in (single, together))
-    assert eight.spill_instructions == 0
-    assert eight.registers <= 128
-    assert 4 * eight.registers * 32 * together.expand_warps <= REGISTERS_PER_SM
-    assert 4 * eight.shared_bytes <= SHARED_PER_SM[capability]
+    """Layers whose K is split most: 16 planes, 8 of them loaded at once."""
+    config = choose(k=14336, n_slices=1, device=DeviceShape(), **REGIMES["decode"])
+    assert (config.split_k, config.expand_planes) == (16, 8)
+    single = dataclasses.replace(config, expand_planes=1)
+    one, eight = (compile_expand(c, dtype="bfloat16", capability=capability) for c in (single, config))
+    assert eight.spill_instructions <= 2
+    resident = 3 if capability == 80 else 4
+    assert resident * eight.registers * 32 * config.expand_warps <= REGISTERS_PER_SM
+    assert resident * eight.shared_bytes <= SHARED_PER_SM[capability]
     assert 3 * eight.barriers <= one.barriers
+
+
+@pytest.mark.parametrize("regime", ["decode", "prefill"])
+def test_a_plane_is_read_by_loads_of_16_bytes(regime):
+    config = dataclasses.replace(config_for(regime), expand_planes=1)
+    few, more = (
+        compile_expand(dataclasses.replace(config, split_k=splits), dtype="bfloat16", capability=90)
+        for splits in (1, 3)
+    )
+    assert more.loads - few.loads == more.loads_16_bytes - few.loads_16_bytes > 0
+    assert few.loads_16_bytes > 0
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_a_dependent_launch_waits_for_the_planes_alone(capability):
+    """Of all that expand reads only the partial planes come after the wait: with one split a single load or two."""
+    plain = dataclasses.replace(config_for("decode"), split_k=1, expand_planes=1, expand_early_y=True)
+    config = dataclasses.replace(plain, dependent_launch=True)
+    expand = compile_expand(config, dtype="bfloat16", capability=capability)
+    assert 1 <= expand.loads - expand.loads_before_wait <= 2
+    assert expand.spill_instructions == 0
+    assert expand.registers <= 128
+    assert compile_shrink(config, dtype="bfloat16", capability=capability).lets_next_launch_start
+    assert compile_expand(plain, dtype="bfloat16", capability=capability).loads_before_wait == 0
+    assert not compile_shrink(plain, dtype="bfloat16", capability=capability).lets_next_launch_start
 
 
 @pytest.mark.parametrize("regime", ["decode", "prefill"])

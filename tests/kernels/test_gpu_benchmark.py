@@ -107,14 +107,17 @@ def test_counts_and_timings_take_page_tables_of_the_engines_size(benchmark):
 
 @pytest.mark.parametrize(("tokens", "block_m"), [(64, 16), (8192, 64)])
 @pytest.mark.parametrize("in_size", [1024, 4096, 14336])
-def test_the_sweep_tries_sizes_that_can_be_launched(benchmark, in_size, tokens, block_m):
+@pytest.mark.parametrize("dependent", [False, True])
+def test_the_sweep_tries_sizes_that_can_be_launched(benchmark, dependent, in_size, tokens, block_m):
     base = choose(k=in_size, n_slices=1, block_m=block_m, block_r=16, items=4, top_rank=256, device=DeviceShape())
-    axes = benchmark("gpu_lora_sides").sweep_axes(in_size, tokens)
+    axes = benchmark("gpu_lora_sides").sweep_axes(in_size, tokens, dependent_launch=dependent)
     candidates = [config for axis in axes for config in axis(base)]
     assert all(config.split_k % config.expand_planes == 0 for config in candidates)
     assert len(candidates) < 50, "one command on a GPU must get through"
     if tokens == 64 and in_size > 1024:
         assert {(32, 8), (base.split_k, 8)} <= {(config.split_k, config.expand_planes) for config in candidates}
+    assert {config.dependent_launch for config in candidates} == {False, dependent}
+    assert {config.expand_early_y for config in candidates} == {False, True}
     assert {(256, 4), (128, 6)} <= {(config.block_k, config.shrink_stages) for config in candidates}
     assert all(sum(a != b for a, b in zip(*map(dataclasses.astuple, (base, c)), strict=True)) <= 3 for c in candidates)
 

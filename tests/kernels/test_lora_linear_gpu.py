@@ -73,20 +73,55 @@ def test_planes_loaded_together_match_float64_and_repeat_bit_for_bit(split_k, pl
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
-def test_one_captured_graph_serves_every_later_batch():
+OVERLAPS = [
+    pytest.param(early_y, dependent, id=f"early_y={early_y}-dependent_launch={dependent}")
+    for early_y in (False, True)
+    for dependent in (False, True)
+]
+
+
+def overlapping(linear, plan, tokens, early_y, dependent_launch):
+    if dependent_launch and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs compute capability 9.0: it was not run")
+    launch = plan_launch(linear, plan, tokens, device_shape(CUDA), graph_tokens=512)
+    return dataclasses.replace(launch.config, expand_early_y=early_y, dependent_launch=dependent_launch)
+
+
+@pytest.mark.parametrize(("early_y", "dependent_launch"), OVERLAPS[1:])
+@pytest.mark.parametrize(("in_size", "out_sizes"), SHAPES)
+@pytest.mark.parametrize("tokens", [64, 2048])
+def test_what_overlaps_changes_no_bit(in_size, out_sizes, tokens, early_y, dependent_launch):
+    """Many layers after each other on the same planes: each must wait for the one before it."""
+    linear, metadata = build(in_size, out_sizes, torch.bfloat16)
+    token_slots = np.random.default_rng(1).integers(-1, len(RANKS), tokens).astype(np.int32)
+    plan = metadata.build(token_slots)
+    config = overlapping(linear, plan, tokens, early_y, dependent_launch)
+    xs = torch.randn(20, tokens, in_size, device=CUDA).bfloat16()
+    y = torch.randn(tokens, sum(out_sizes), device=CUDA).bfloat16()
+    outs = {}
+    for name, given in (("plain", None), ("overlapping", config)):
+        outs[name] = [y.clone() for _ in xs]
+        for out, x in zip(outs[name], xs, strict=True):
+            lora_linear(out, x, linear, metadata, config=given)
+    check(outs["plain"][0], y, xs[0], linear, token_slots)
+    assert all(torch.equal(*pair) for pair in zip(*outs.values(), strict=True))
+
+
+@pytest.mark.parametrize(("early_y", "dependent_launch"), OVERLAPS)
+def test_one_captured_graph_serves_every_later_batch(early_y, dependent_launch):
     linear, metadata = build(4096, (4096, 1024, 1024), torch.bfloat16)
     x = torch.randn(64, 4096, device=CUDA).bfloat16()
     y = torch.randn(64, 6144, device=CUDA).bfloat16()
     out = y.clone()
-    metadata.build(np.zeros(64, np.int32))
+    config = overlapping(linear, metadata.build(np.zeros(64, np.int32)), 64, early_y, dependent_launch)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        lora_linear(out, x, linear, metadata)
+        lora_linear(out, x, linear, metadata, config=config)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        lora_linear(out, x, linear, metadata)
+        lora_linear(out, x, linear, metadata, config=config)
     rng = np.random.default_rng(0)
     for tokens in (64, 1, 17, 64, 40):
         token_slots = rng.integers(-1, len(RANKS), tokens).astype(np.int32)

@@ -77,8 +77,8 @@ def test_planes_loaded_at_once_must_divide_the_split():
     linear = synthetic_linear(in_size=4096, out_sizes=(64,), ranks=[[8]], max_rank=8, dtype=torch.float16)
     metadata = StepMetadata(slots=1, max_rank=8, graph_tokens=8, device="cpu")
     config = plan_launch(linear, metadata.build(np.zeros(4, np.int32)), 4, H100, graph_tokens=8).config
-    assert (config.split_k, config.expand_planes) == (8, 1), "what was measured"
-    assert dataclasses.replace(config, expand_planes=8).expand_planes == 8
+    assert (config.split_k, config.expand_planes) == (8, 8)
+    assert dataclasses.replace(config, expand_planes=1).expand_planes == 1
     for planes in (0, 3, 16):
         with pytest.raises(ValueError, match=f"expand_planes={planes} must be a power of two up to split_k=8"):
             dataclasses.replace(config, expand_planes=planes)

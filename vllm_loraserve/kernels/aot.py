@@ -18,6 +18,7 @@ from vllm_loraserve.kernels.tuning import LaunchConfig
 
 TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _SHRINK_UNSPECIALISED = ("table_stride", "ranks_stride", "h_rows")
+_LOAD = r"\bld\.global"
 _EXPAND_UNSPECIALISED = ("n_blocks", *_SHRINK_UNSPECIALISED)
 
 
@@ -31,6 +32,12 @@ class Compiled:
     barriers: int
     """Waits of a whole thread block in the machine code."""
     shared_bytes: int
+    loads: int
+    """Loads from device memory into registers, of any width."""
+    loads_16_bytes: int
+    loads_before_wait: int
+    """Of those, the ones that stand before the first wait for the launch before; 0 where there is no such wait."""
+    lets_next_launch_start: bool
     async_copies: int
     async_copies_16_bytes: int
     matrix_instructions: int
@@ -52,6 +59,7 @@ def compile_shrink(
         "SPLIT_K": config.split_k,
         "EVEN_K": even_k,
         "ALIGNED": aligned,
+        "DEPENDENT_LAUNCH": config.dependent_launch,
     }
     pointers = _pointers("x_ptr arena_ptr", "table_ptr ranks_ptr header_ptr perm_ptr items_ptr", dtype)
     return _compile(
@@ -80,6 +88,8 @@ def compile_expand(
         "PLANES": config.expand_planes,
         "ADD_INPUTS": add_inputs,
         "ALIGNED": aligned,
+        "EARLY_Y": config.expand_early_y,
+        "DEPENDENT_LAUNCH": config.dependent_launch,
     }
     pointers = _pointers("y_ptr arena_ptr", "table_ptr ranks_ptr blocks_ptr header_ptr perm_ptr tiles_ptr", dtype)
     return _compile(
@@ -129,12 +139,17 @@ def _compile(
         options={"num_warps": warps, "num_stages": stages},
     )
     ptx = built.asm["ptx"]
+    before, waits, _ = ptx.partition("griddepcontrol.wait")
     registers, spills, barriers = _machine_code(built.asm["cubin"])
     return Compiled(
         registers=registers,
         spill_instructions=spills,
         barriers=barriers,
         shared_bytes=built.metadata.shared,
+        loads=len(re.findall(_LOAD, ptx)),
+        loads_16_bytes=len(re.findall(_LOAD + r"\.v4\.b32", ptx)),
+        loads_before_wait=len(re.findall(_LOAD, before)) if waits else 0,
+        lets_next_launch_start="griddepcontrol.launch_dependents" in ptx,
         async_copies=len(re.findall(r"cp\.async\.c[ag]\.shared", ptx)),
         async_copies_16_bytes=len(re.findall(r"cp\.async\.c[ag]\.shared[^;]*,\s*0x10\b", ptx)),
         matrix_instructions=len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx)),

@@ -28,7 +28,7 @@ from vllm_loraserve.kernels.lora_linear import plan_launch
 from vllm_loraserve.kernels.metadata import StepMetadata
 from vllm_loraserve.kernels.paged import PagedLinear
 from vllm_loraserve.kernels.stock_sources import recorded
-from vllm_loraserve.kernels.tuning import ENGINE_MAX_RANK, GRAPH_TOKENS, DeviceShape, cdiv
+from vllm_loraserve.kernels.tuning import ENGINE_MAX_RANK, GRAPH_TOKENS, PLANE_COLUMNS, DeviceShape, cdiv
 
 FP32 = 4
 Ints = npt.NDArray[np.integer]
@@ -139,7 +139,7 @@ def count_paged(
         live = np.clip(ranks[s][items[:, 0]] - items[:, 3] * config.block_r, 0, config.block_r).astype(np.int64)
         some, length = live > 0, items[:, 2]
         loaded = (length[some].sum() + live[some].sum()) * k * element_bytes
-        stored = config.split_k * (length * live).sum() * FP32
+        stored = config.split_k * (length * _plane_columns(live)).sum() * FP32
         works = int(some.sum())
         cost += Cost(
             live_programs=works * config.split_k,
@@ -149,7 +149,7 @@ def count_paged(
         rank = ranks[s][tiles[:, 0]].astype(np.int64)
         some, length, blocks = rank > 0, tiles[:, 2], cdiv(size, config.block_n)
         weights = (rank * size).sum() * element_bytes
-        partials = blocks * config.split_k * (rank * length).sum() * FP32
+        partials = blocks * config.split_k * (_plane_columns(rank) * length).sum() * FP32
         outputs = 2 * length[some].sum() * size * element_bytes
         rank_issued = -(-rank[some] // config.block_rank) * config.block_rank
         cost += Cost(
@@ -164,6 +164,11 @@ def count_paged(
             useful_flops=int(2 * (counts * ranks[s][used]).sum() * (k + size)),
         )
     return cost
+
+
+def _plane_columns(ranks: Ints) -> Ints:
+    """Columns of a partial plane that these ranks write and read."""
+    return -(-ranks // PLANE_COLUMNS) * PLANE_COLUMNS
 
 
 def count_stock(

@@ -191,6 +191,7 @@ def run_shrink(planes: torch.Tensor, x: torch.Tensor, linear: PagedLinear, plan:
         SPLIT_K=config.split_k,
         EVEN_K=linear.in_size % config.block_k == 0,
         ALIGNED=linear.aligned,
+        DEPENDENT_LAUNCH=config.dependent_launch,
         num_warps=config.shrink_warps,
         num_stages=config.shrink_stages,
     )
@@ -235,6 +236,9 @@ def run_expand(
         PLANES=config.expand_planes,
         ADD_INPUTS=add_inputs,
         ALIGNED=linear.aligned,
+        EARLY_Y=config.expand_early_y,
+        DEPENDENT_LAUNCH=config.dependent_launch,
         num_warps=config.expand_warps,
         num_stages=config.expand_stages,
+        launch_pdl=config.dependent_launch,
     )

@@ -61,6 +61,8 @@ def expand_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
     PLANES: tl.constexpr,
     ADD_INPUTS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EARLY_Y: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Add (or, without ADD_INPUTS, write) the LoRA part to y, for live tokens and slices of rank > 0 only."""
     step = tl.num_programs(0)
@@ -87,6 +89,10 @@ def expand_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
             in_tile = offs_m < length
             in_slice = offs_n < size
             rows = tl.load(perm_ptr + start + offs_m, mask=in_tile, other=0).to(tl.int64)
+            y_ptrs = y_ptr + rows[:, None] * y_stride + (y_offset + offs_n)[None, :]
+            y_mask = in_tile[:, None] & in_slice[None, :]
+            if ADD_INPUTS and EARLY_Y:
+                y = tl.load(y_ptrs, mask=y_mask, other=0.0)
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for r in range(0, rank, BLOCK_RANK):
                 offs_r = r + tl.arange(0, BLOCK_RANK)
@@ -95,13 +101,20 @@ def expand_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
                 b_rows = pages.to(tl.int64) * page_stride + b_offset + (offs_r % PAGE_ROWS).to(tl.int64) * size
                 b_ptrs = arena_ptr + b_rows[:, None] + offs_n[None, :]
                 b = tl.load(b_ptrs, mask=in_rank[:, None] & in_slice[None, :], other=0.0)
-                h_mask = in_tile[:, None] & in_rank[None, :]
+                # Shrink fills up groups of four columns, so that a load is one instruction of 16 bytes, not four.
+                h_mask = in_tile[:, None] & (offs_r // 4 * 4 < rank)[None, :]
                 plane = tl.cast(slice_id * SPLIT_K, tl.int64) * h_rows + start
                 h_ptrs = h_ptr + (plane + offs_m)[:, None] * h_ranks + offs_r[None, :]
+                if DEPENDENT_LAUNCH:
+                    tl.extra.cuda.gdc_wait()
                 h = _sum_planes(h_ptrs, h_mask, tl.cast(h_rows, tl.int64) * h_ranks, SPLIT_K, PLANES)
                 acc = tl.dot(h.to(b.dtype), b, acc, input_precision="ieee")
-            y_ptrs = y_ptr + rows[:, None] * y_stride + (y_offset + offs_n)[None, :]
-            y_mask = in_tile[:, None] & in_slice[None, :]
             if ADD_INPUTS:
-                acc += tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32)
+                if not EARLY_Y:
+                    y = tl.load(y_ptrs, mask=y_mask, other=0.0)
+                acc += y.to(tl.float32)
             tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
+    if DEPENDENT_LAUNCH:
+        # Also without work: what follows in the stream waits for this launch alone, and must not begin before shrink
+        # has ended (it may write the planes again).
+        tl.extra.cuda.gdc_wait()

@@ -42,9 +42,13 @@ def shrink_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
     SPLIT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     ALIGNED: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Write h[slice, split, start + m, n] for every live token position and every live rank row, and nothing
     else."""
+    if DEPENDENT_LAUNCH:
+        # Expand waits for the whole of this launch before it reads a plane, so it may take free room from now on.
+        tl.extra.cuda.gdc_launch_dependents()
     step = tl.num_programs(0)
     n_work = tl.load(header_ptr + 1) * (N_SLICES * SPLIT_K)
     k_chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
@@ -89,4 +93,5 @@ def shrink_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
                 a_ptrs += BLOCK_K
             plane = tl.cast(slice_id * SPLIT_K + split, tl.int64) * h_rows
             h_ptrs = h_ptr + (plane + start + offs_m)[:, None] * h_ranks + offs_r[None, :]
-            tl.store(h_ptrs, acc, mask=in_tile[:, None] & in_rank[None, :])
+            # Also the zeros up to the next multiple of four columns, which expand loads together.
+            tl.store(h_ptrs, acc, mask=in_tile[:, None] & (offs_r // 4 * 4 < rank)[None, :])

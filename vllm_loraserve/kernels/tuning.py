@@ -2,8 +2,8 @@
 
 A launch is described by the values below alone, so that the cost count, the tests and the launcher agree. The
 formulas come from a roofline model of the H100 and from ahead-of-time compilation (registers, shared memory,
-spills). Measured on an H100 as they are (docs/kernels.md), **not yet tuned there**: `benchmarks/gpu_lora_kernels.py
---only sweep` prints what to change.
+spills). Measured on an H100 as they are, but for `PLANES_AT_ONCE` (docs/kernels.md), **not yet tuned there**:
+`benchmarks/gpu_lora_kernels.py --only sweep` prints what to change.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ ENGINE_MAX_RANK = 256
 """Rank that the engine's page tables have room for unless told otherwise (`LoRAServeConfig.max_rank`). Launches that a
 CUDA graph captures follow from it and not from the adapters' ranks, so counts and timings take it too."""
 MIN_K_PER_SPLIT = 512
+PLANES_AT_ONCE = 8
+"""Partial planes that expand loads together in decode, where it waits for them one after the other otherwise, each on a
+trip through shared memory of its own. 16 take as many registers again."""
+PLANE_COLUMNS = 4
+"""Rank columns of a partial plane that are written and read together, 16 bytes."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -64,8 +69,13 @@ class LaunchConfig:
     expand_warps: int
     expand_stages: int
     expand_planes: int = 1
-    """Partial planes that expand loads at once: a power of two, at most `split_k`. More than one trades registers for
-    fewer trips through shared memory; not measured yet."""
+    """Partial planes that expand loads at once: a power of two, at most `split_k`."""
+    expand_early_y: bool = False
+    """Expand loads its tile of y before the partial planes instead of after the product: one wait less in a row, for
+    the registers that hold the tile meanwhile; not measured yet."""
+    dependent_launch: bool = False
+    """Programmatic dependent launch (compute capability 9.0 and later): expand starts while shrink still runs and reads
+    what does not depend on it (lists, page table, B), then waits for it; not run yet."""
 
     def __post_init__(self) -> None:
         planes = self.expand_planes
@@ -115,12 +125,13 @@ def choose(
     batch can make); top_rank: the largest rank that it must be good at.
     """
     tall = block_m >= PREFILL_BLOCK_M
+    split_k = split_k_for(k, items * n_slices, device, batch_invariant=batch_invariant)
     return LaunchConfig(
         block_m=block_m,
         block_r=block_r,
         # Rows off the 16-byte grid are loaded element by element: half the tile, twice the threads, no spills.
         block_k=(64 if aligned else 32) if tall else 128,
-        split_k=split_k_for(k, items * n_slices, device, batch_invariant=batch_invariant),
+        split_k=split_k,
         shrink_warps=8 if tall and not aligned else 4,
         shrink_stages=4 if tall else 3,
         block_n=128,
@@ -130,6 +141,7 @@ def choose(
         # reported to miscompile on sm_90 (triton issue 9433); ranks up to `block_rank` have nothing to
         # overlap anyway.
         expand_stages=1,
+        expand_planes=1 if tall else min(split_k, PLANES_AT_ONCE),
     )
 
 

@@ -12,7 +12,8 @@ from vllm_loraserve.kernels.synthetic import synthetic_linear
 
 @pytest.mark.parametrize("graph_tokens", [64, 4])
 def test_partial_sums_written_are_those_counted(graph_tokens):
-    """Shrink writes one fp32 for each (split, token, rank row): count the elements that are no longer NaN."""
+    """Shrink writes one fp32 for each (split, token, rank row), ranks filled up to groups of four: count the elements
+    that are no longer NaN."""
     ranks = [[8, 33, 0, 64], [8, 17, 5, 64], [0, 33, 5, 7]]
     linear = synthetic_linear(in_size=512, out_sizes=(64, 32, 32), ranks=ranks, max_rank=64, dtype=torch.float16)
     metadata = StepMetadata(slots=4, max_rank=64, graph_tokens=graph_tokens, device="cpu")
@@ -26,7 +27,8 @@ def test_partial_sums_written_are_those_counted(graph_tokens):
     run_shrink(planes, torch.randn(token_slots.size, 512).half(), linear, plan, launch)
     written = int((~planes.isnan()).sum())
     counts = np.bincount(token_slots[token_slots >= 0])
-    assert written == launch.config.split_k * int((counts * np.asarray(ranks)).sum())
+    columns = -(-np.asarray(ranks) // 4) * 4
+    assert written == launch.config.split_k * int((counts * columns).sum())
     cost = count_paged(linear, metadata, token_slots.size, device)
     loaded = 0
     items = plan.items[: plan.n_items].tolist()
@@ -37,9 +39,9 @@ def test_partial_sums_written_are_those_counted(graph_tokens):
     expand = count_paged(linear, metadata, token_slots.size, device).issued_bytes - loaded - written * 4
     assert expand > 0
     by_hand = 0
-    for row, size in zip(ranks, (64, 32, 32), strict=True):
+    for row, filled, size in zip(ranks, columns.tolist(), (64, 32, 32), strict=True):
         for slot, _, length, _ in plan.tiles[: plan.n_tiles].tolist():
-            by_hand += row[slot] * size * 2 + launch.config.split_k * row[slot] * length * 4
+            by_hand += row[slot] * size * 2 + launch.config.split_k * filled[slot] * length * 4
             by_hand += 2 * length * size * 2 if row[slot] else 0
     assert expand == by_hand
     assert cost.weight_bytes == sum(sum(row) * (512 + size) * 2 for row, size in zip(ranks, (64, 32, 32), strict=True))

@@ -186,6 +186,19 @@ def test_the_result_is_bit_equal_whatever_the_company(linear, split_k, planes):
     assert torch.equal(alone, row([3, 1, 0] * 13))
 
 
+@pytest.mark.parametrize("add_inputs", [True, False])
+def test_y_read_early_changes_no_bit(linear, add_inputs):
+    metadata = metadata_for(linear, graph_tokens=64)
+    token_slots = [0, 3, 1, -1, 2, 2, 3]
+    plan = metadata.build(np.asarray(token_slots, np.int32))
+    launch = plan_launch(linear, plan, len(token_slots), device_shape(torch.device("cpu")), graph_tokens=64)
+    late, early = (
+        check(linear, metadata, token_slots, add_inputs=add_inputs, config=dataclasses.replace(launch.config, **option))
+        for option in ({}, {"expand_early_y": True})
+    )
+    assert torch.equal(late, early)
+
+
 def test_shards_of_a_row_parallel_layer_add_up(linear):
     """Tensor parallelism cuts A along K: the shards' deltas sum to the unsharded delta."""
     whole = synthetic_linear(in_size=256, out_sizes=(64,), ranks=[[12]], max_rank=16, dtype=torch.float32)
