@@ -138,6 +138,15 @@ def hooks() -> tuple[Hook, ...]:
             wrap=None,
         ),
         Hook(
+            name="hash of the configuration",
+            target="vllm.config:VllmConfig.compute_hash",
+            kind="hook",
+            wrap=_ours("config_hash", "wrap_compute_hash"),
+            parameters=("self", "include_version"),
+            used_by=("vllm.config:VllmConfig.compute_hash", "json.dumps(additional_config, sort_keys=True)"),
+            patch="0014-additional-config-hash.patch",
+        ),
+        Hook(
             name="scheduler class",
             target="vllm.config:SchedulerConfig.scheduler_cls",
             kind="semi",
