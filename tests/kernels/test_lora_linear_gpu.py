@@ -13,6 +13,7 @@ from vllm_loraserve.kernels.lora_linear import device_shape, lora_linear, plan_l
 from vllm_loraserve.kernels.metadata import StepMetadata
 from vllm_loraserve.kernels.paged import reference_linear
 from vllm_loraserve.kernels.synthetic import synthetic_linear
+from vllm_loraserve.kernels.warm_up import warm_up
 
 pytestmark = [
     pytest.mark.gpu,
@@ -129,6 +130,23 @@ def test_one_captured_graph_serves_every_later_batch(early_y, dependent_launch):
         out.copy_(y)
         graph.replay()
         check(out, y, x, linear, token_slots)
+
+
+@pytest.mark.parametrize(("in_size", "out_sizes"), SHAPES)
+def test_after_warming_up_nothing_is_compiled(in_size, out_sizes, monkeypatch):
+    from triton import knobs
+
+    linear, metadata = build(in_size, out_sizes, torch.bfloat16)
+    warm_up([linear], metadata)
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **about: compiled.append(about["repr"]))
+    rng = np.random.default_rng(0)
+    for tokens in (1, 64, 512, 600, 2048):
+        for some in ([0], [3], [0, 5], list(range(len(RANKS)))):
+            metadata.build(rng.choice([-1, *some], tokens).astype(np.int32))
+            x = torch.randn(tokens, in_size, device=CUDA).bfloat16()
+            lora_linear(torch.zeros(tokens, sum(out_sizes), device=CUDA).bfloat16(), x, linear, metadata)
+    assert compiled == []
 
 
 def test_a_capture_beyond_the_layout_is_refused():

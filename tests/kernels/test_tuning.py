@@ -82,3 +82,5 @@ def test_planes_loaded_at_once_must_divide_the_split():
     for planes in (0, 3, 16):
         with pytest.raises(ValueError, match=f"expand_planes={planes} must be a power of two up to split_k=8"):
             dataclasses.replace(config, expand_planes=planes)
+    with pytest.raises(ValueError, match="split_k=24 must be a power of two"):
+        dataclasses.replace(config, split_k=24)

@@ -111,6 +111,9 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
         """vLLM has laid out this worker's KV cache."""
         if self.layout.groups:
             log_kv_gain(self._vllm_config, kv_cache_config, self.arena.nbytes, self.stock_bytes)
+        if self._vllm_config.kernel_config.enable_jit_warmup:
+            for wrapper in self._wrappers():
+                wrapper.warm_up()
 
     def _attach_kernels(self) -> None:
         """Every paged layer gets its view of the arena, and its Punica wrapper hears of it."""

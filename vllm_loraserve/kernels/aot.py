@@ -17,9 +17,10 @@ from typing import Any
 from vllm_loraserve.kernels.tuning import LaunchConfig
 
 TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-_SHRINK_UNSPECIALISED = ("table_stride", "ranks_stride", "h_rows")
+_TABLES = ("table_stride", "ranks_stride", "h_rows")
+_SHRINK_UNSPECIALISED = (*_TABLES, "split_shift")
 _LOAD = r"\bld\.global"
-_EXPAND_UNSPECIALISED = ("n_blocks", *_SHRINK_UNSPECIALISED)
+_EXPAND_UNSPECIALISED = ("n_blocks", *_TABLES)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ def compile_shrink(
         "BLOCK_M": config.block_m,
         "BLOCK_R": config.block_r,
         "BLOCK_K": config.block_k,
-        "SPLIT_K": config.split_k,
         "EVEN_K": even_k,
         "ALIGNED": aligned,
         "DEPENDENT_LAUNCH": config.dependent_launch,

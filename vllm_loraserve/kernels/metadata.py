@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_loraserve.kernels.tuning import GRAPH_BLOCK_M, GRAPH_BLOCK_R, cdiv, prefill_blocks
+from vllm_loraserve.kernels.tuning import EAGER_BLOCKS, GRAPH_BLOCK_M, GRAPH_BLOCK_R, cdiv, prefill_blocks
 
 HEADER = 4
 """int32 words at the head of a packed buffer: live tiles, live items, live tokens, reserved."""
@@ -155,6 +155,12 @@ class StepMetadata:
         words = HEADER + self._graph_perm + (self._graph_tiles + self._graph_items) * ENTRY
         self._fixed = torch.zeros(words, dtype=torch.int32, device=self.device)
         self.plan = self.build(self._token_slots)
+
+    def all_blocks(self) -> set[tuple[int, int]]:
+        """(tokens per tile, rank rows per item) of all plans that `build` may make."""
+        if self.batch_invariant:
+            return {self._graph_blocks}
+        return {self._graph_blocks, *((self._blocks,) if self._blocks else EAGER_BLOCKS)}
 
     def set_slot_rank(self, slot: int, rank: int) -> None:
         """State the largest rank in any module of the adapter that `slot` now holds (0: empty).

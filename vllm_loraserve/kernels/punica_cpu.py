@@ -48,6 +48,9 @@ class PunicaWrapperCPU(StockPunicaWrapperCPU):
             self._native.reserve(self._token_lora_indices.shape[0] * rank * linear.n_slices)
         self._layers[linear.handle.data_ptr()] = (linear, native)
 
+    def warm_up(self) -> None:
+        """Nothing is compiled when it is first used (the same call as on a GPU)."""
+
     def set_slot_rank(self, slot: int, rank: int) -> None:
         """The largest rank of the adapter now in `slot`; the ranks are read when they are used."""
 

@@ -7,11 +7,13 @@ it serves, and `set_slot_rank` whenever the adapter in a slot changes.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as StockPunicaWrapperGPU
 
@@ -20,6 +22,9 @@ from vllm_loraserve.kernels.metadata import StepMetadata
 from vllm_loraserve.kernels.op import register_layer, register_op
 from vllm_loraserve.kernels.paged import PagedLinear
 from vllm_loraserve.kernels.tuning import GRAPH_TOKENS
+from vllm_loraserve.kernels.warm_up import warm_up
+
+logger = init_logger("vllm.loraserve.punica_gpu")
 
 
 def largest_captured_batch() -> int:
@@ -38,6 +43,7 @@ class PunicaWrapperGPU(StockPunicaWrapperGPU):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         self.paged_metadata: StepMetadata | None = None
         self.stock_layers = True
+        self._linears: list[PagedLinear] = []
         register_op()
 
     def configure_paged(self, *, max_rank: int, graph_tokens: int | None = None, stock_layers: bool = True) -> None:
@@ -66,6 +72,19 @@ class PunicaWrapperGPU(StockPunicaWrapperGPU):
         """Serve `linear` with the rank-aware kernels; the layer then passes `linear.stacked` as its
         weights."""
         register_layer(linear, self._metadata())
+        self._linears.append(linear)
+
+    def warm_up(self) -> None:
+        """Compile what batches larger than the captured ones launch, before the first request."""
+        began = time.monotonic()
+        logger.info("Compiling the LoRA kernels: up to a minute, where Triton's cache does not have them")
+        try:
+            launches = warm_up(self._linears, self._metadata())
+        except Exception:
+            # A variant that does not compile here may never be asked for.
+            logger.exception("Not all LoRA kernels could be compiled beforehand; steps that want them will do it")
+            return
+        logger.info("The LoRA kernels are compiled: %d launches in %.1f s", launches, time.monotonic() - began)
 
     def set_slot_rank(self, slot: int, rank: int) -> None:
         """See `StepMetadata.set_slot_rank`: the largest rank in any module of the adapter now in `slot`."""

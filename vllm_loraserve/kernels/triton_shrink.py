@@ -16,7 +16,7 @@ import triton.language as tl
 
 
 # Sizes that change from batch to batch must not select compiled variants.
-@triton.jit(do_not_specialize=["table_stride", "ranks_stride", "h_rows"])
+@triton.jit(do_not_specialize=["table_stride", "ranks_stride", "h_rows", "split_shift"])
 def shrink_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are decided at launch
     x_ptr,  # [tokens, K]
     arena_ptr,  # 1-D
@@ -26,7 +26,7 @@ def shrink_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
     header_ptr,  # int32: [1] live items
     perm_ptr,  # int32: token of each sorted position
     items_ptr,  # int32 [items, 4]: slot, start, length, rank block
-    h_ptr,  # fp32 [slices, SPLIT_K, sorted positions, rank columns]
+    h_ptr,  # fp32 [slices, 1 << split_shift, sorted positions, rank columns]
     K,
     x_stride,
     page_stride,
@@ -34,12 +34,12 @@ def shrink_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
     ranks_stride,
     h_rows,
     h_ranks,
+    split_shift,  # K is shared among so many programs, as a power of two: no division by what is not a constant
     N_SLICES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     ALIGNED: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
@@ -50,14 +50,15 @@ def shrink_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
         # Expand waits for the whole of this launch before it reads a plane, so it may take free room from now on.
         tl.extra.cuda.gdc_launch_dependents()
     step = tl.num_programs(0)
-    n_work = tl.load(header_ptr + 1) * (N_SLICES * SPLIT_K)
-    k_chunk = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+    n_work = (tl.load(header_ptr + 1) * N_SLICES) << split_shift
+    last_split = (1 << split_shift) - 1
+    k_chunk = ((tl.cdiv(K, BLOCK_K) + last_split) >> split_shift) * BLOCK_K
     offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     for work in range(tl.program_id(0), n_work, step):
-        split = work % SPLIT_K
-        slice_id = (work // SPLIT_K) % N_SLICES
-        item_ptr = items_ptr + (work // (SPLIT_K * N_SLICES)) * 4
+        split = work & last_split
+        slice_id = (work >> split_shift) % N_SLICES
+        item_ptr = items_ptr + (work >> split_shift) // N_SLICES * 4
         slot = tl.load(item_ptr)
         start = tl.load(item_ptr + 1)
         length = tl.load(item_ptr + 2)
@@ -91,7 +92,7 @@ def shrink_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
                 acc = tl.dot(x, a, acc, input_precision="ieee")
                 x_ptrs += BLOCK_K
                 a_ptrs += BLOCK_K
-            plane = tl.cast(slice_id * SPLIT_K + split, tl.int64) * h_rows
+            plane = tl.cast((slice_id << split_shift) + split, tl.int64) * h_rows
             h_ptrs = h_ptr + (plane + start + offs_m)[:, None] * h_ranks + offs_r[None, :]
             # Also the zeros up to the next multiple of four columns, which expand loads together.
             tl.store(h_ptrs, acc, mask=in_tile[:, None] & (offs_r // 4 * 4 < rank)[None, :])

@@ -20,6 +20,10 @@ GRAPH_BLOCK_R = 16
 """Rank rows per work item in that regime: a rank-8 adapter masks half a block, but reads only its own
 rows."""
 PREFILL_BLOCK_M = 64
+EAGER_BLOCKS = ((GRAPH_BLOCK_M, GRAPH_BLOCK_R), (PREFILL_BLOCK_M, 16), (PREFILL_BLOCK_M, 32), (PREFILL_BLOCK_M, 64))
+"""What `prefill_blocks` chooses among."""
+SMALL_RANK = 16
+"""Batches of ranks up to this take half as wide rank blocks in expand."""
 GRAPH_TOKENS = 512
 """Default bound of that regime: vLLM captures batches up to 512 tokens unless told otherwise."""
 INVARIANT_SPLIT_K = 8
@@ -62,6 +66,7 @@ class LaunchConfig:
     block_r: int
     block_k: int
     split_k: int
+    """Programs that share K, a power of two."""
     shrink_warps: int
     shrink_stages: int
     block_n: int
@@ -78,6 +83,8 @@ class LaunchConfig:
     what does not depend on it (lists, page table, B), then waits for it; not run yet."""
 
     def __post_init__(self) -> None:
+        if self.split_k < 1 or self.split_k & (self.split_k - 1):
+            raise ValueError(f"split_k={self.split_k} must be a power of two")
         planes = self.expand_planes
         if planes < 1 or planes & (planes - 1) or self.split_k % planes:
             raise ValueError(f"expand_planes={planes} must be a power of two up to split_k={self.split_k}")
@@ -135,7 +142,7 @@ def choose(
         shrink_warps=8 if tall and not aligned else 4,
         shrink_stages=4 if tall else 3,
         block_n=128,
-        block_rank=16 if top_rank <= 16 else 32,
+        block_rank=16 if top_rank <= SMALL_RANK else 32,
         expand_warps=8 if tall else 4,
         # One stage: with the fp32 -> bf16 cast feeding the dot, a pipelined loop is what ptxas before 13.3 is
         # reported to miscompile on sm_90 (triton issue 9433); ranks up to `block_rank` have nothing to

@@ -69,6 +69,31 @@ def test_add_lora_linear(wrapper, linear, count):
     close(apart, reference_linear(torch.zeros_like(y), x, linear, slots, add_inputs=False))
 
 
+def test_warming_up_touches_nothing(wrapper, linear):
+    tensors = linear.arena, linear.page_table, linear.ranks
+    before = [tensor.clone() for tensor in tensors]
+    wrapper.warm_up()
+    for tensor, was in zip(tensors, before, strict=True):
+        assert tensor.view(torch.uint8).equal(was.view(torch.uint8))  # byte for byte: NaN is not equal to itself
+    slots = step(wrapper, [7, 0, 4])
+    wrapper.warm_up()
+    x, y = torch.randn(3, 128).half(), torch.randn(3, 96).half()
+    out = y.clone()
+    wrapper.add_lora_linear(out, x, linear.stacked, (), 1.0, linear.out_sizes)
+    close(out, reference_linear(y, x, linear, slots))
+
+
+def test_a_kernel_that_does_not_compile_beforehand_is_left_to_the_step_that_wants_it(wrapper, monkeypatch):
+    from vllm_loraserve.kernels import punica_gpu
+
+    said = []
+    monkeypatch.setattr(punica_gpu.logger, "exception", lambda text: said.append(text))
+    monkeypatch.setattr(punica_gpu, "warm_up", lambda *_: 1 // 0)
+    wrapper.warm_up()
+    assert len(said) == 1
+    assert "could be compiled beforehand" in said[0]
+
+
 def test_torch_compile_traces_it_as_one_node_and_later_batches_are_followed(wrapper, linear):
     nodes = []
 
