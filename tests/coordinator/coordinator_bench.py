@@ -173,3 +173,9 @@ class Bench:
             a.adapter.name: {r.instance: round(r.phi, 6) for r in a.routes}
             for a in self.controller.table(self.now).adapters
         }
+
+
+def add(bench: Bench, *names: str, rank: int = 8) -> None:
+    """Registers adapters of these names, of one rank."""
+    for name in names:
+        bench.controller.add(record(name, rank=rank), bench.now)

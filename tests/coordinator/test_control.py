@@ -1,10 +1,8 @@
-"""The controller's decisions over time: placement, lazy migration, drains, restarts."""
-
-import sqlite3
+"""The controller's decisions over time: placement, lazy migration, restarts."""
 
 import msgspec
 import pytest
-from coordinator_bench import FakeInstance, record
+from coordinator_bench import FakeInstance, add, record
 
 from vllm_loraserve.cluster.operating_points import OperatingPoints, StepCost, shipped_defaults
 from vllm_loraserve.cluster.placement import make_policy
@@ -12,12 +10,6 @@ from vllm_loraserve.coordinator.control import ControlOptions
 from vllm_loraserve.coordinator.insight import explain
 from vllm_loraserve.coordinator.membership import Refused
 from vllm_loraserve.coordinator.messages import PageGroup, Prediction, Residency
-from vllm_loraserve.coordinator.registry import RegistryError
-
-
-def add(bench, *names, rank=8):
-    for name in names:
-        bench.controller.add(record(name, rank=rank), bench.now)
 
 
 def test_adapters_are_placed_prefetched_and_routed(bench):
@@ -216,63 +208,6 @@ def test_failed_prefetch_is_tried_again_later_not_at_once(bench):
     assert not b.controller.problems()
 
 
-def test_removal_drains_then_releases_then_forgets(bench):
-    b = bench()
-    one = b.join("one")
-    add(b, "a", "b")
-    b.run(2)
-    one.running["a"] = 2
-    b.beat()
-    done = b.controller.remove("a", 30.0, b.now)
-    assert b.routes()["a"] == {}
-    with pytest.raises(Refused) as refused:
-        b.controller.check_name("a")
-    assert refused.value.code == "conflict"
-    b.run(5)
-    assert "a" in one.resident
-    assert not done.is_set()
-    one.running["a"] = 0
-    b.run(3)
-    assert done.is_set()
-    assert set(one.resident) == {"b"}
-    assert [r.name for r in b.registry.all()] == ["b"]
-
-
-def test_a_drain_survives_a_restart(bench):
-    b = bench()
-    one = b.join("one")
-    add(b, "a")
-    b.run(2)
-    one.running["a"] = 1
-    b.beat()
-    b.controller.remove("a", 5.0, b.now)
-    b.run(1)
-    b.restart()
-    b.now += 1.0
-    b.controller.tick(b.now)
-    assert [r.name for r in b.registry.all()] == ["a"]  # nobody is there yet to be asked
-    b.controller.register(one.hello(), b.now)
-    b.run(8)
-    assert "a" in one.resident  # it has a running request, and time again
-    one.running["a"] = 0
-    b.run(3)
-    assert "a" not in one.resident
-    assert not b.registry.all()
-
-
-def test_a_drain_ends_at_its_deadline(bench):
-    b = bench()
-    one = b.join("one")
-    add(b, "a")
-    b.run(2)
-    one.running["a"] = 1
-    b.beat()
-    b.controller.remove("a", 5.0, b.now)
-    b.run(8)
-    assert "a" not in one.resident
-    assert not b.registry.all()
-
-
 def test_same_name_other_content_is_a_conflict_and_new_content_replaces_stale_copies(bench):
     b = bench()
     one = b.join("one")
@@ -284,7 +219,7 @@ def test_same_name_other_content_is_a_conflict_and_new_content_replaces_stale_co
     assert refused.value.code == "conflict"
     b.controller.remove("a", 0.0, b.now)
     b.registry.remove("a")
-    b.controller._drains.clear()
+    b.controller._removals._drains.clear()
     fresh, created = b.controller.add(record("a", sha256="new"), b.now)
     assert created
     b.run(3)
@@ -456,74 +391,6 @@ def test_placement_counts_pages_and_not_checkpoints(bench):
     b.run(3)
     assert sorted(len(i.resident) for i in b.instances.values()) == [1, 1]
     assert any("32000" in line for line in explain(b.controller, "a", b.now).lines)
-
-
-class FullDisk:
-    """A connection that refuses to write while `full`."""
-
-    def __init__(self, db):
-        self._db, self.full = db, True
-
-    def execute(self, statement, *values):
-        if self.full and not statement.startswith("SELECT"):
-            raise sqlite3.OperationalError("database or disk is full")
-        return self._db.execute(statement, *values)
-
-    def close(self):
-        self._db.close()
-
-
-def on_disk(bench):
-    return dict(sqlite3.connect(bench.registry.path).execute("SELECT name, state FROM adapters"))
-
-
-def in_memory(bench):
-    return {r.name: r.state for r in bench.registry.all()}
-
-
-def test_a_removal_that_can_not_be_written_is_done_when_it_can(bench):
-    b = bench()
-    b.join("one")
-    add(b, "a", "b")
-    b.run(2)
-    done = b.controller.remove("a", 0.0, b.now)
-    disk = b.registry._db = FullDisk(b.registry._db)
-    b.run(5)
-    assert not done.is_set()
-    assert in_memory(b) == on_disk(b) == {"a": "draining", "b": "active"}
-    assert set(b.routes()["b"]) == {"one"}, "the rest of the cluster goes on"
-    disk.full = False
-    b.run(5)
-    assert done.is_set()
-    assert in_memory(b) == on_disk(b) == {"b": "active"}
-
-
-def test_what_can_not_be_written_has_not_happened(bench):
-    b = bench()
-    b.join("one")
-    add(b, "a")
-    b.run(2)
-    disk = b.registry._db = FullDisk(b.registry._db)
-    for change in (lambda: b.controller.remove("a", 0.0, b.now), lambda: add(b, "c")):
-        with pytest.raises(RegistryError, match=r"can't be written \(database or disk is full\)"):
-            change()
-    b.run(5)
-    assert in_memory(b) == on_disk(b) == {"a": "active"}
-    assert set(b.routes()["a"]) == {"one"}
-    disk.full = False
-    done = b.controller.remove("a", 0.0, b.now)
-    b.run(5)
-    assert done.is_set()
-
-
-def test_an_instance_joins_and_leaves_while_nothing_can_be_written(bench):
-    b = bench()
-    b.join("one")
-    b.registry._db = FullDisk(b.registry._db)
-    b.join("two")
-    assert [m.name for m in b.controller.members.all()] == ["one", "two"]
-    b.controller.leave("two", b.instances["two"].incarnation, b.now)
-    assert [m.name for m in b.controller.members.all()] == ["one"]
 
 
 def test_what_the_base_models_modules_are_survives_a_restart(bench):

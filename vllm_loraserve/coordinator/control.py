@@ -47,7 +47,8 @@ from vllm_loraserve.coordinator.messages import (
 from vllm_loraserve.coordinator.orders import Orders
 from vllm_loraserve.coordinator.placement_loop import PlacementLoop
 from vllm_loraserve.coordinator.rebalance import effective_routes
-from vllm_loraserve.coordinator.registry import Registry, RegistryError
+from vllm_loraserve.coordinator.registry import Registry
+from vllm_loraserve.coordinator.removals import Removals
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +58,8 @@ COMMAND_S = 1.0
 """Time between two looks at what instances should fetch and release, where nothing else asks for one."""
 REFUSED_S = 30.0
 """A refused instance asks again every few seconds; so long after its last try it is no longer mentioned."""
-RESUMED_DRAIN_S = 30.0
-"""A drain that a restart interrupted ends when no instance reports a running request any more, or so long after."""
 MODULES = "modules"
 """Where the registry keeps what its adapters were compared with."""
-RELEASE_PATIENCE_S = 10.0
-"""A removal waits so long, after its drain, for instances to confirm the release."""
-WRITE_AGAIN_S = 2.0
-"""Before a removal that the registry could not write is tried again."""
 
 
 class ControlOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,17 +76,6 @@ class ControlOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Time between two looks at whether another placement would be better."""
     release_after_s: float = 10.0
     """A copy that the placement no longer wants is kept so long after the new one is confirmed."""
-
-
-class Drain(msgspec.Struct):
-    """An adapter on its way out: no routes any more, running requests finish, then it is released, then forgotten."""
-
-    started: float
-    deadline: float
-    releasing: bool = False
-    retry_at: float = -math.inf
-    """Not before that, as the registry could not be written."""
-    done: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
 
 
 class Controller:
@@ -119,7 +103,7 @@ class Controller:
         self.modules_changed = asyncio.Event()
         """The registered adapters have not been compared with `modules`: see `CoordinatorServer._recheck`."""
         self.version = 0
-        self._drains: dict[str, Drain] = {}
+        self._removals = Removals(registry, self.members, self.commands, now)
         self._replacing: dict[str, int] = {}
         """Name that other content has just taken over -> the new `adapter_id`."""
         self._awaited = registry.known_instances()
@@ -127,9 +111,6 @@ class Controller:
         self._commanded_at = now
         self._refused: dict[str, tuple[float, str]] = {}
         """URL of an instance that was not taken -> when, why."""
-        for record in registry.all():
-            if record.state == "draining":
-                self._drains[record.name] = Drain(now, now + RESUMED_DRAIN_S)
 
     def _compared_with(self) -> ModuleTable:
         stored = self.registry.get_meta(MODULES)
@@ -328,15 +309,10 @@ class Controller:
             raise Refused(
                 "not_found", f"There is no adapter '{name}'; see `vllm-loraserve status` for those there are."
             )
-        drain = self._drains.get(name)
-        if drain is None:
-            self.registry.update(name, state="draining")
-            drain = self._drains[name] = Drain(now, now + drain_s)
+        done, begun = self._removals.begin(name, drain_s, now)
+        if begun:
             self._unplace(name)
-            logger.info("Adapter '%s' draining, %d requests running", name, self.members.running(name))
-        else:
-            drain.deadline = min(drain.deadline, now + drain_s)
-        return drain.done
+        return done
 
     def _unplace(self, name: str) -> None:
         """No new request gets the adapter, and no instance is to fetch it."""
@@ -365,35 +341,6 @@ class Controller:
     def all_compared(self, modules: ModuleTable) -> None:
         """Every registered adapter was compared with `modules`; that need not be done again after a restart."""
         self.registry.set_meta(MODULES, msgspec.json.encode((self.base_model, modules)).decode())
-
-    def _drain(self, now: float) -> None:
-        for name, drain in list(self._drains.items()):
-            record = self.registry.get(name)
-            assert record is not None
-            if not drain.releasing:
-                # Reports from before routers heard of it say nothing about requests still on their way.
-                reported = all(m.seen > drain.started + 0.5 for m in self.members.all())
-                if now < drain.deadline and not (self.settled and reported and self.members.running(name) == 0):
-                    continue
-                drain.releasing = True
-                drain.deadline = now + RELEASE_PATIENCE_S
-                for member in self.members.all():
-                    self.commands.tell(member.name, "release", record, now)
-            waiting = any(c.adapter.name == name for _, c in self.commands.pending())
-            if (waiting and now < drain.deadline) or now < drain.retry_at:
-                continue
-            try:
-                self.registry.remove(name)
-            except RegistryError as error:
-                drain.retry_at = now + WRITE_AGAIN_S
-                logger.error("Adapter '%s' is not removed yet: %s", name, error)
-                continue
-            self.commands.forget_adapter(name)
-            self._replacing.pop(name, None)
-            del self._drains[name]
-            drain.done.set()
-            self.dirty.set()
-            logger.info("Adapter '%s' removed", name)
 
     # ---- placement ----
 
@@ -441,7 +388,9 @@ class Controller:
         if expired:
             logger.warning("Instances silent for %.1f s, now out: %s", self.options.expiry_s, ", ".join(expired))
             self._gone(expired, now)
-        self._drain(now)
+        for name in self._removals.step(now, settled=self.settled):
+            self._replacing.pop(name, None)
+            self.dirty.set()
         if self.settled and now - self._commanded_at >= COMMAND_S:
             self._command(now)
         if self.settled and (reason := self.loop.due(now)) and self.loop.look(self.placement_input(now), reason, now):
