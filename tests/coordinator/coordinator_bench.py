@@ -7,6 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vllm_loraserve.cluster.placement import make_policy
+from vllm_loraserve.coordinator.client import CoordinatorClient
 from vllm_loraserve.coordinator.control import Controller, ControlOptions
 from vllm_loraserve.coordinator.messages import (
     AdapterDemand,
@@ -15,8 +16,10 @@ from vllm_loraserve.coordinator.messages import (
     Command,
     CommandResult,
     Heartbeat,
+    HeartbeatReply,
     Load,
     Register,
+    Registered,
     Residency,
 )
 from vllm_loraserve.coordinator.registry import Registry
@@ -179,3 +182,16 @@ def add(bench: Bench, *names: str, rank: int = 8) -> None:
     """Registers adapters of these names, of one rank."""
     for name in names:
         bench.controller.add(record(name, rank=rank), bench.now)
+
+
+async def join(client: CoordinatorClient, name: str = "one") -> FakeInstance:
+    """An instance that has registered over a real socket."""
+    instance = FakeInstance(name)
+    reply = await client.ask(instance.hello(), Registered)
+    assert reply.expiry_s > 0
+    return instance
+
+
+async def beat(client: CoordinatorClient, instance: FakeInstance) -> None:
+    """A heartbeat, and what it asks for is done."""
+    instance.obey((await client.ask(instance.beat(), HeartbeatReply)).commands)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
@@ -113,3 +115,24 @@ async def serve() -> AsyncIterator[Serve]:
     yield start
     for close in reversed(closers):
         await close()
+
+
+async def settled(served: Served) -> None:
+    """Waits until all counters are zero; fails when they do not get there."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not served.idle():
+            await asyncio.sleep(0.005)
+
+
+async def unread(served: Served) -> None:
+    """Waits until all buffers are full: the router has waited for the client at 50 looks in a row."""
+    looks = 0
+    async with asyncio.timeout(PATIENCE_S):
+        while looks < 50:
+            await asyncio.sleep(0.005)
+            attempts = [attempt for upstream in served.router.directory.live() for attempt in upstream.attempts]
+            looks = looks + 1 if attempts and all(a.last_byte == math.inf for a in attempts) else 0
+
+
+async def events(answer: object) -> list[bytes]:
+    return [line async for line in answer.content if line.strip()]  # type: ignore[attr-defined]
