@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,3 +152,27 @@ async def joined(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
     assert len(coordinator.controller.members) == 0, "left in good order"
     assert engine.generate.__func__ is FakeEngine.generate
     assert engine.logger_manager.stat_loggers == []
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
+    """(a scheduler's end of the channel, the worker side with a made-up manager)."""
+    from worker_side import Manager
+
+    from vllm_loraserve.engine import channel
+    from vllm_loraserve.engine.side_loading import side_loading
+
+    monkeypatch.setattr(channel, "address_of", lambda *_: f"ipc://{tmp_path}/loads")
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(rank=0),
+        lora_config=SimpleNamespace(max_loras=2, max_cpu_loras=5),
+        additional_config={"loraserve": {}},
+    )
+    end = channel.SchedulerEnd(f"ipc://{tmp_path}/loads")
+    manager = side_loading(Manager)(config)
+    assert manager.create_lora_manager("model", config) == "model"
+    (hello,) = end.wait_for_workers(1, 120)
+    assert (hello.rank, hello.rank_rows, hello.prepared) == (0, None, 3)
+    yield end, manager
+    manager._channel.close()
+    end.close()

@@ -8,107 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from worker_side import Manager, next_report, next_reports, order
 
 from vllm_loraserve.memory.host_tier import HostTierFullError
 
 pytestmark = pytest.mark.vllm
-
-
-class Manager:
-    """A worker LoRA manager with `prepare`, over dictionaries."""
-
-    def __init__(self, vllm_config: Any) -> None:
-        self.held: set[int] = set()
-        self.active: set[int] = set()
-        self.kept: set[int] = set()
-        """What the scheduler holds."""
-        self.prepared: list[int] = []
-        self.error: Exception | None = None
-        self._adapter_manager = SimpleNamespace()
-
-    def create_lora_manager(self, *_: Any) -> str:
-        return "model"
-
-    def prepare(self, request: Any) -> int:
-        self.prepared.append(request.lora_int_id)
-        if self.error is not None:
-            raise self.error
-        self.held.add(request.lora_int_id)
-        return 16
-
-    def is_prepared(self, adapter: int) -> bool:
-        return adapter in self.held
-
-    def hold(self, adapter: int, held: bool = True) -> None:
-        (self.kept.add if held else self.kept.discard)(adapter)
-
-    def set_active_adapters(self, requests: Any) -> None:
-        for request in requests:
-            self.add_adapter(request)
-
-    def add_adapter(self, request: Any) -> bool:
-        if request.lora_int_id not in self.held:
-            self.prepare(request)
-        self.active.add(request.lora_int_id)
-        return True
-
-    def remove_adapter(self, adapter: int) -> bool:
-        self.held.discard(adapter)
-        return True
-
-    def pin_adapter(self, adapter: int) -> bool:
-        return adapter in self.held
-
-    unpin_adapter = pin_adapter
-
-    def list_adapters(self) -> set[int]:
-        return set(self.active)
-
-
-@pytest.fixture
-def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    from vllm_loraserve.engine import channel
-    from vllm_loraserve.engine.side_loading import side_loading
-
-    monkeypatch.setattr(channel, "address_of", lambda *_: f"ipc://{tmp_path}/loads")
-    config = SimpleNamespace(
-        parallel_config=SimpleNamespace(rank=0),
-        lora_config=SimpleNamespace(max_loras=2, max_cpu_loras=5),
-        additional_config={"loraserve": {}},
-    )
-    end = channel.SchedulerEnd(f"ipc://{tmp_path}/loads")
-    manager = side_loading(Manager)(config)
-    assert manager.create_lora_manager("model", config) == "model"
-    (hello,) = end.wait_for_workers(1, 120)
-    assert (hello.rank, hello.rank_rows, hello.prepared) == (0, None, 3)
-    yield end, manager
-    manager._channel.close()
-    end.close()
-
-
-def next_reports(end: Any, count: int) -> list[Any]:
-    deadline = time.monotonic() + 120
-    reports: list[Any] = []
-    while len(reports) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-        reports += end.reports()
-    return reports
-
-
-def next_report(end: Any) -> Any:
-    (report,) = next_reports(end, 1)
-    return report
-
-
-def order(end: Any, adapter: int, attempt: int = 1) -> None:
-    import msgspec
-    from vllm.lora.request import LoRARequest
-
-    from vllm_loraserve.engine import channel
-
-    request = LoRARequest(f"a{adapter}", adapter, f"/adapters/{adapter}")
-    end.send(channel.Prepare(adapter, attempt, msgspec.msgpack.encode(request)))
 
 
 def test_an_order_is_carried_out_and_activated_without_reading(pair: Any) -> None:
@@ -227,31 +131,6 @@ def test_what_is_released_removed_or_failed_is_not_held(pair: Any) -> None:
     assert manager._held_for == {}
 
 
-def test_a_load_that_was_given_up_does_not_release_what_was_ordered_again(
-    pair: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import threading
-
-    end, manager = pair
-    prepare, gate, began = manager.prepare, threading.Event(), threading.Event()
-
-    def slow_once(request: Any) -> int:
-        if not began.is_set():
-            began.set()
-            gate.wait(60)
-        return prepare(request)
-
-    monkeypatch.setattr(manager, "prepare", slow_once)
-    order(end, 1, attempt=1)
-    assert began.wait(60)
-    order(end, 1, attempt=2)
-    assert next_report(end).attempt == 2
-    gate.set()
-    late = next_report(end)
-    assert (type(late).__name__, late.attempt) == ("Failed", 1)
-    assert manager.kept == {1}
-
-
 def test_what_a_step_pushes_out_is_reported_at_once(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter that only the arena had gives its place to another one: the next request must have it loaded."""
     from vllm.lora.request import LoRARequest
@@ -272,74 +151,6 @@ def test_what_a_step_pushes_out_is_reported_at_once(pair: Any, monkeypatch: pyte
     monkeypatch.setattr(Manager, "add_adapter", activate)
     manager.set_active_adapters({requests[2]})
     assert (type(gone := next_report(end)).__name__, gone.adapter) == ("Gone", 1)
-
-
-@pytest.mark.parametrize("ended", [False, True], ids=["running", "ended"])
-def test_an_order_takes_over_the_load_of_add_lora(pair: Any, tmp_path: Path, ended: bool) -> None:
-    """The load endpoint, and a request right behind it: the adapter is read once."""
-    import threading
-
-    import msgspec
-    from vllm.lora.request import LoRARequest
-
-    from vllm_loraserve.engine import channel
-
-    end, manager = pair
-    (tmp_path / "adapter_config.json").write_text("{}")
-    request = LoRARequest("a1", 1, str(tmp_path))
-    gate, began, prepare = threading.Event(), threading.Event(), manager.prepare
-
-    def held(request: Any) -> Any:
-        began.set()
-        gate.wait(60)
-        return prepare(request)
-
-    manager.prepare = held
-    assert manager.add_adapter(request)
-    assert began.wait(60)
-    if ended:
-        gate.set()
-        assert next_report(end).attempt == 0
-    end.send(channel.Prepare(1, 7, msgspec.msgpack.encode(request)))
-    end.send(channel.Hold(9))
-    while 9 not in manager.kept:
-        time.sleep(0.002)
-    gate.set()
-    ready = next_report(end)
-    assert (type(ready).__name__, ready.attempt, ready.lora_rank) == ("Ready", 7, 16)
-    assert manager.prepared == [1]
-    assert 1 in manager.kept
-
-
-def test_the_order_that_took_a_load_over_hears_of_its_failure(pair: Any, tmp_path: Path) -> None:
-    import threading
-
-    import msgspec
-    from vllm.lora.request import LoRARequest
-
-    from vllm_loraserve.engine import channel
-
-    end, manager = pair
-    (tmp_path / "adapter_config.json").write_text("{}")
-    request = LoRARequest("a1", 1, str(tmp_path))
-    gate, began = threading.Event(), threading.Event()
-
-    def fails(request: Any) -> Any:
-        began.set()
-        gate.wait(60)
-        raise ValueError("it is truncated")
-
-    manager.prepare = fails
-    assert manager.add_adapter(request)
-    assert began.wait(60)
-    end.send(channel.Prepare(1, 7, msgspec.msgpack.encode(request)))
-    while 1 not in manager.kept:
-        time.sleep(0.002)
-    gate.set()
-    failed = next_report(end)
-    assert (type(failed).__name__, failed.attempt) == ("Failed", 7)
-    assert "it is truncated" in failed.reason
-    assert manager.kept == set()
 
 
 def test_vllms_own_manager_keeps_what_is_held() -> None:
@@ -396,86 +207,6 @@ def test_an_order_that_breaks_does_not_end_the_channel(pair: Any, monkeypatch: p
     order(end, 1)
     order(end, 2)
     assert next_report(end).adapter == 2
-
-
-def test_what_an_earlier_load_brings_late_is_not_kept(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its adapter was replaced meanwhile: the scheduler hears of it, and the path stays the newer one's."""
-    import threading
-
-    from vllm.lora.request import LoRARequest
-
-    end, manager = pair
-    prepare, gates, began = manager.prepare, [threading.Event()], threading.Event()
-
-    def slow_once(request: Any) -> int:
-        if gates:
-            gate = gates.pop()
-            began.set()
-            gate.wait(60)
-        return prepare(request)
-
-    first = gates[0]
-    monkeypatch.setattr(manager, "prepare", slow_once)
-    manager._start_load(LoRARequest("a1", 1, "/old"), attempt=1)
-    assert began.wait(60)
-    manager._start_load(LoRARequest("a1", 1, "/new"), attempt=2)
-    ready = next_report(end)
-    assert (ready.attempt, ready.path) == (2, "/new")
-    first.set()
-    late = next_report(end)
-    assert (type(late).__name__, late.attempt, late.transient) == ("Failed", 1, True)
-    assert manager._paths == {1: "/new"}
-    assert manager.load_errors == {}
-
-
-def test_loads_of_add_lora_that_hang_give_their_places_back(pair: Any, tmp_path: Path) -> None:
-    import threading
-
-    from vllm.lora.request import LoRARequest
-
-    end, manager = pair
-    manager.loads.timeout_s = 0.05
-    gate, prepare = threading.Event(), manager.prepare
-    manager.prepare = lambda request: prepare(request) if request.lora_int_id >= 10 or gate.wait(60) else 0
-    try:
-        for adapter in [*range(manager.loads.places + 2), 10]:
-            folder = tmp_path / str(adapter)
-            folder.mkdir()
-            (folder / "adapter_config.json").write_text("{}")
-            assert manager.add_adapter(LoRARequest(f"a{adapter}", adapter + 1 if adapter < 10 else 10, str(folder)))
-        assert next_report(end).adapter == 10
-        assert manager.loads.hung >= manager.loads.places
-    finally:
-        gate.set()
-
-
-def test_a_queued_load_that_the_scheduler_overtakes_fails_for_nobody(pair: Any, tmp_path: Path) -> None:
-    """`add_lora` waits for its turn; a request comes, the scheduler orders the load, and only that one is told of."""
-    import threading
-
-    from vllm.lora.request import LoRARequest
-
-    end, manager = pair
-    gate, prepare = threading.Event(), manager.prepare
-    manager.prepare = lambda request: prepare(request) if request.lora_int_id <= 10 or gate.wait(60) else 0
-    for adapter in [*range(11, 11 + manager.loads.places), 1]:
-        folder = tmp_path / str(adapter)
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text("{}")
-        assert manager.add_adapter(LoRARequest(f"a{adapter}", adapter, str(folder)))
-    order(end, 1, attempt=5)
-    ready = next_report(end)
-    assert (type(ready).__name__, ready.adapter, ready.attempt) == ("Ready", 1, 5)
-    gate.set()
-    others = next_reports(end, manager.loads.places)
-    assert {type(report).__name__ for report in others} == {"Ready"}
-    assert {report.adapter for report in others} == set(range(11, 11 + manager.loads.places))
-    deadline = time.monotonic() + 60
-    while manager.loads._pump is not None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    assert end.reports() == []
-    assert manager.load_errors == {}
 
 
 def test_a_dummy_batch_runs_with_whatever_has_its_number(pair: Any) -> None:
