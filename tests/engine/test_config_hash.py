@@ -43,7 +43,15 @@ def test_names_places_and_turns_are_not_in_the_hash(hash_of: HashOf, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_rank": 64}, {"page_rows": 16}, {"arena_rank_rows": 64}, {"arena_gib": 0.1}, {"host_gib": 2}]
+    "options",
+    [
+        {"max_rank": 64},
+        {"page_rows": 16},
+        {"arena_rank_rows": 64},
+        {"arena_gib": 0.1},
+        {"arena_share": 0.5},
+        {"host_gib": 2},
+    ],
 )
 def test_what_is_computed_from_is(hash_of: HashOf, options: dict[str, Any]) -> None:
     assert hash_of(**options) != hash_of()
@@ -53,8 +61,26 @@ def test_what_others_put_beside_it_is(hash_of: HashOf) -> None:
     assert hash_of(other=2) != hash_of(other=1)
 
 
-def test_they_are_options() -> None:
-    assert set(COMPUTED_FROM) < {field.name for field in msgspec.structs.fields(LoRAServeConfig)}
+def test_another_release_of_ours_has_another_hash(hash_of: HashOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = hash_of()
+    monkeypatch.setattr("vllm_loraserve.__version__", "99")
+    assert hash_of() != before
+
+
+NOT_COMPUTED_FROM = {
+    *("adapter_roots", "page_cache_dir", "page_cache_gib", "coordinator", "instance", "advertise_url", "heartbeat_s"),
+    *("transfer_key_file", "transfer_host", "transfer_advertise", "transfer_ways", "transfer_rdma", "transfer_gib_s"),
+    *("transfer_deadline_s", "prefetch", "concurrent_loads", "load_timeout_s", "load_retries", "skip_window"),
+    *("max_skip_s", "operating_points", "lora_cost_per_rank", "lora_share", "shares", "max_inflight_tokens"),
+    *("limit_wait_s", "cpu_poll_s", "trace_schedule"),
+}
+
+
+def test_every_option_is_one_or_the_other() -> None:
+    """A new option that changes what a worker allocates or computes has to be in the hash."""
+    options = {field.name for field in msgspec.structs.fields(LoRAServeConfig)}
+    assert set(COMPUTED_FROM) | NOT_COMPUTED_FROM == options
+    assert not set(COMPUTED_FROM) & NOT_COMPUTED_FROM
 
 
 def test_without_the_flag_it_is_vllms_own(model_dir: Path) -> None:

@@ -108,6 +108,20 @@ def test_a_cache_of_fixed_size_gains_nothing(config: Any, said: list[str], optio
     assert "tokens" not in said[0]
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_kernels_are_compiled_once_the_cache_is_there_where_vllm_compiles_its_own(config: Any, wanted: bool) -> None:
+    from vllm_loraserve.engine.model_manager import PagedLoRAModelManager
+
+    compiled: list[str] = []
+    wrappers = {"language_model": SimpleNamespace(warm_up=lambda: compiled.append("once"))}
+    wrappers["lm_head"] = wrappers["language_model"]
+    config.kernel_config.enable_jit_warmup = wanted
+    manager = object.__new__(PagedLoRAModelManager)
+    vars(manager).update(_vllm_config=config, layout=SimpleNamespace(groups=()), punica_wrapper_mapping=wrappers)
+    manager.kv_cache_allocated(cache_of(config, MODELS["MLA"], 1 << 30))
+    assert compiled == (["once"] if wanted else [])
+
+
 def test_a_worker_tells_its_manager_what_the_cache_has_become() -> None:
     from vllm_loraserve.engine.worker_hooks import wrap_initialize_from_config
 

@@ -136,7 +136,11 @@ def test_one_captured_graph_serves_every_later_batch(early_y, dependent_launch):
 def test_after_warming_up_nothing_is_compiled(in_size, out_sizes, monkeypatch):
     from triton import knobs
 
+    from vllm_loraserve.kernels import triton_expand, triton_shrink
+
     linear, metadata = build(in_size, out_sizes, torch.bfloat16)
+    for kernel in (triton_shrink.shrink_kernel, triton_expand.expand_kernel):
+        kernel.device_caches.clear()
     warm_up([linear], metadata)
     compiled = []
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **about: compiled.append(about["repr"]))

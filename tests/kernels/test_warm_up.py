@@ -1,40 +1,50 @@
-"""What is launched before the first request has everything that a batch can ask for, by what Triton compiles apart."""
+"""What is launched before the first request has everything that a batch can ask for, by what Triton compiles apart.
+
+The keys are those of Triton's own launcher, which needs no GPU for them.
+"""
 
 import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be named")
+pytest.importorskip("vllm", reason="vLLM is not installed: its layers' tables can't be made")
+pytest.importorskip("triton", reason="Triton is not installed: what it compiles apart can't be asked")
 
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from vllm_loraserve.engine.paged_layers import SlotTables
 from vllm_loraserve.kernels import triton_expand, triton_shrink
-from vllm_loraserve.kernels.lora_linear import device_shape, lora_linear
+from vllm_loraserve.kernels.lora_linear import lora_linear
 from vllm_loraserve.kernels.metadata import StepMetadata
-from vllm_loraserve.kernels.synthetic import synthetic_linear
-from vllm_loraserve.kernels.warm_up import distinct, launch_configs, warm_up
+from vllm_loraserve.kernels.paged import PagedLinear
+from vllm_loraserve.kernels.tuning import DeviceShape
+from vllm_loraserve.kernels.warm_up import distinct, warm_up
 
-RANKS = (1, 8, 16, 17, 33, 64, 128, 200)
-SHAPES = [(4096, (512, 128, 128)), (8192, (256,)), (1000, (200, 72)), (64, (32,))]
+pytestmark = pytest.mark.vllm
+
+RANKS = (16, 8, 64, 200, 33, 128, 17, 1)
+LLAMA = [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))]
+ODD = [(1000, (200, 72)), (64, (32,))]
 
 
 class Recorder:
-    """In place of a kernel: notes what a launch would be compiled for, as Triton's launcher decides it."""
+    """In place of a kernel: notes what each launch would be compiled for on an sm_90."""
 
     def __init__(self, kernel):
-        self.arg_names, self.plain = kernel.arg_names, set(kernel.do_not_specialize)
         self.seen, self.launches = set(), 0
+        self.binder = create_function_from_signature(
+            kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+        )
 
     def __getitem__(self, grid):
         return self.launch
 
     def launch(self, *args, **options):
-        key = [self.of(name, value) for name, value in zip(self.arg_names, args, strict=False)]
-        self.seen.add((*key, *sorted(options.items())))
+        _, specialised, options = self.binder(*args, **options, debug=False)
+        self.seen.add((str(specialised), str(sorted(options.items()))))
         self.launches += 1
-
-    def of(self, name, value):
-        if isinstance(value, torch.Tensor):
-            return value.dtype, value.data_ptr() % 16 == 0
-        return "int" if name in self.plain else (value == 1, value % 16 == 0)
 
 
 @pytest.fixture
@@ -43,66 +53,105 @@ def kernels(monkeypatch):
     shrink, expand = Recorder(triton_shrink.shrink_kernel), Recorder(triton_expand.expand_kernel)
     monkeypatch.setattr(triton_shrink, "shrink_kernel", shrink)
     monkeypatch.setattr(triton_expand, "expand_kernel", expand)
-    shape = device_shape.__wrapped__(torch.device("cpu")).__class__()
     for module in ("lora_linear", "warm_up"):
-        monkeypatch.setattr(f"vllm_loraserve.kernels.{module}.device_shape", lambda device: shape)
+        monkeypatch.setattr(f"vllm_loraserve.kernels.{module}.device_shape", lambda device: DeviceShape())
     return shrink, expand
 
 
-def layer(in_size, out_sizes, name="layer"):
-    ranks = [list(RANKS)] * len(out_sizes)
-    return synthetic_linear(
-        in_size=in_size, out_sizes=out_sizes, ranks=ranks, max_rank=256, dtype=torch.bfloat16, name=name
-    )
+def model(shapes, slots):
+    """Two decoder layers of these linears, with the tables that an engine has for so many slots."""
+    slices = [size for _, out_sizes in shapes * 2 for size in out_sizes]
+    layout = SimpleLayout(slices)
+    tables = SlotTables(layout, slots, 256, torch.device("cpu"))
+    for slot in range(slots):
+        tables.ranks[:, slot] = RANKS[slot % len(RANKS)]
+    linears, at = [], 0
+    for in_size, out_sizes in shapes * 2:
+        offsets = np.cumsum([0] + [8 * size for out in out_sizes for size in (in_size, out)]).tolist()
+        linears.append(
+            PagedLinear(
+                arena=torch.zeros(offsets[-1], dtype=torch.bfloat16),
+                page_table=tables.page_tables[0],
+                ranks=tables.ranks[at : at + len(out_sizes)],
+                page_stride=offsets[-1],
+                page_rows=8,
+                a_offsets=tuple(offsets[:-1:2]),
+                b_offsets=tuple(offsets[1::2]),
+                in_size=in_size,
+                out_sizes=out_sizes,
+                name=f"{len(linears)}",
+            )
+        )
+        at += len(out_sizes)
+    return linears
 
 
-def metadata_of(batch_invariant=False):
-    metadata = StepMetadata(
-        slots=len(RANKS), max_rank=256, graph_tokens=512, device="cpu", batch_invariant=batch_invariant
-    )
-    for slot, rank in enumerate(RANKS):
-        metadata.set_slot_rank(slot, rank)
+class SimpleLayout:
+    """What `SlotTables` asks of a layout of one group."""
+
+    page_rows, groups = 8, (None,)
+
+    def __init__(self, slices):
+        self.slice_index = dict(enumerate(slices))
+
+
+def metadata_of(slots, batch_invariant=False):
+    metadata = StepMetadata(slots=slots, max_rank=256, graph_tokens=512, device="cpu", batch_invariant=batch_invariant)
+    for slot in range(slots):
+        metadata.set_slot_rank(slot, RANKS[slot % len(RANKS)])
     return metadata
 
 
-def batches():
-    """Steps of all sizes, a few adapters or many, short prompts or long, base-model tokens between them."""
+def batches(slots):
+    """Steps of all sizes, one adapter or all, with base-model tokens between them or without."""
     rng = np.random.default_rng(0)
-    for tokens in (1, 7, 16, 40, 64, 100, 200, 256, 512, 513, 600, 1000, 2048, 8192):
-        for some in ([0], [1], [3], [7], [0, 1], [4, 5], [0, 2, 5, 6], list(range(8))):
-            for base in (0.0, 0.5, 0.9, 0.99):
-                slots = rng.choice(some, tokens).astype(np.int32)
-                yield np.where(rng.random(tokens) < base, -1, slots).astype(np.int32)
+    for tokens in (1, 16, 64, 200, 512, 513, 600, 1000, 2048, 4096):
+        for some in ([0], [min(2, slots - 1)], [slots - 1], list(range(slots))):
+            for base in (0.0, 0.9):
+                chosen = rng.choice(some, tokens).astype(np.int32)
+                yield np.where(rng.random(tokens) < base, -1, chosen).astype(np.int32)
 
 
-@pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize(("in_size", "out_sizes"), SHAPES)
-def test_no_batch_asks_for_what_was_not_launched(kernels, in_size, out_sizes, batch_invariant):
-    linear, metadata = layer(in_size, out_sizes), metadata_of(batch_invariant)
-    launches = warm_up([linear], metadata)
+@pytest.mark.parametrize("slots", [1, 2, 3, 4, 8, 32])
+@pytest.mark.parametrize(
+    ("shapes", "options", "add_inputs"),
+    [
+        pytest.param(LLAMA, {}, True, id="llama"),
+        pytest.param(LLAMA, {}, False, id="on two streams"),
+        pytest.param(LLAMA, {"batch_invariant": True}, True, id="batch invariant"),
+        pytest.param(ODD, {}, True, id="odd sizes"),
+    ],
+)
+def test_no_batch_asks_for_what_was_not_launched(kernels, shapes, options, add_inputs, slots):
+    linears, metadata = model(shapes, slots), metadata_of(slots, **options)
+    launches = warm_up(linears, metadata, add_inputs=(True, add_inputs))
     before = [set(kernel.seen) for kernel in kernels]
     assert launches == sum(kernel.launches for kernel in kernels)
-    for token_slots in batches():
+    for kernel in kernels:
+        kernel.seen.clear()
+    for token_slots in batches(slots):
         metadata.build(token_slots)
-        x = torch.empty(token_slots.size, in_size, dtype=torch.bfloat16)
-        lora_linear(torch.empty(token_slots.size, sum(out_sizes), dtype=torch.bfloat16), x, linear, metadata)
-    asked = [kernel.seen for kernel in kernels]
-    assert asked == before
-    if not batch_invariant and in_size == 8192:
-        assert len(asked[1]) > 10, "many variants were asked for"
+        for linear in linears:
+            x = torch.empty(token_slots.size, linear.in_size, dtype=torch.bfloat16)
+            y = torch.empty(token_slots.size, sum(linear.out_sizes), dtype=torch.bfloat16)
+            lora_linear(y, x, linear, metadata, add_inputs=add_inputs)
+    for kernel, warmed in zip(kernels, before, strict=True):
+        assert kernel.seen
+        assert kernel.seen <= warmed
 
 
-def test_the_variants_are_few(kernels):
+@pytest.mark.parametrize("slots", [1, 3, 32])
+def test_the_variants_are_few(kernels, slots):
     """Each takes the compiler about half a second."""
-    layers = [layer(*shape, name=f"{shape}") for shape in [(4096, (64, 32, 32)), (4096, (64,)), (4096, (64, 64))]]
-    warm_up(layers, metadata_of())
-    shrink, expand = kernels
-    assert len(shrink.seen) <= 12
-    assert len(expand.seen) <= 20
+    warm_up(model(LLAMA, slots), metadata_of(slots))
+    assert [len(kernel.seen) for kernel in kernels] == [12, 20]
+    assert not [key for kernel in kernels for key in kernel.seen if "launch_pdl" in str(key)], (
+        "AMD's backend refuses it"
+    )
 
 
 def test_layers_of_one_kind_are_launched_once():
-    layers = [layer(64, (32,), "a"), layer(64, (32,), "b"), layer(64, (48,), "c")]
-    assert [linear.name for linear in distinct(layers)] == ["a", "c"]
-    metadata = metadata_of()
-    assert len(launch_configs(layers[0], metadata, device_shape(torch.device("cpu")))) == 8
+    assert [linear.name for linear in distinct(model(LLAMA, 8))] == ["0", "1", "2", "3"]
+    other = model(LLAMA, 8)[0]
+    other.ranks = torch.zeros(other.ranks.numel() + 1, dtype=torch.int32)[1:].view(other.ranks.shape)
+    assert len(list(distinct([model(LLAMA, 8)[0], other]))) == 2, "Triton compiles for an alignment"

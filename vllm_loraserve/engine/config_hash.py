@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+import vllm_loraserve
 from vllm_loraserve.config import ADDITIONAL_CONFIG_KEY
 from vllm_loraserve.engine.engine_config import config_of
 
@@ -33,7 +34,9 @@ def wrap_compute_hash(original: Callable[..., str]) -> Callable[..., str]:
         hashed = copy.copy(self)
         hashed.additional_config = {
             **self.additional_config,
-            ADDITIONAL_CONFIG_KEY: {name: options[name] for name in COMPUTED_FROM if name in options},
+            # The version stands for the defaults, and for what this code makes of the options.
+            ADDITIONAL_CONFIG_KEY: {name: options[name] for name in COMPUTED_FROM if name in options}
+            | {"version": vllm_loraserve.__version__},
         }
         return original(hashed, include_version)
 

@@ -203,7 +203,9 @@ class SlotTables:
     def __init__(self, layout: Layout, slots: int, max_rank: int, device: torch.device) -> None:
         max_pages = -(-max_rank // layout.page_rows)
         self.page_tables = [torch.zeros((slots, max_pages), dtype=torch.int32, device=device) for _ in layout.groups]
-        self.ranks = torch.zeros((len(layout.slice_index), slots), dtype=torch.int32, device=device)
+        # Layers take rows of it. Triton compiles anew for rows that do not begin on 16 bytes, four int32.
+        padded = -(-slots // 4) * 4
+        self.ranks = torch.zeros((len(layout.slice_index), padded), dtype=torch.int32, device=device)[:, :slots]
 
     def set(self, slot: int, numbers: Sequence[Sequence[int]], ranks: Sequence[int]) -> None:
         """The adapter in `slot` has the pages of these numbers in each group, and these ranks. Queued on the current

@@ -240,5 +240,6 @@ def run_expand(
         DEPENDENT_LAUNCH=config.dependent_launch,
         num_warps=config.expand_warps,
         num_stages=config.expand_stages,
-        launch_pdl=config.dependent_launch,
+        # Not every backend of Triton knows the option.
+        **({"launch_pdl": True} if config.dependent_launch else {}),
     )

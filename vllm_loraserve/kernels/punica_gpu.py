@@ -79,7 +79,9 @@ class PunicaWrapperGPU(StockPunicaWrapperGPU):
         began = time.monotonic()
         logger.info("Compiling the LoRA kernels: up to a minute, where Triton's cache does not have them")
         try:
-            launches = warm_up(self._linears, self._metadata())
+            # On two streams vLLM adds the LoRA part itself, but not outside of a forward context.
+            ways = (True, not envs.VLLM_LORA_ENABLE_DUAL_STREAM)
+            launches = warm_up(self._linears, self._metadata(), add_inputs=ways)
         except Exception:
             # A variant that does not compile here may never be asked for.
             logger.exception("Not all LoRA kernels could be compiled beforehand; steps that want them will do it")

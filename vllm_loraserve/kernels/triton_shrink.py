@@ -94,5 +94,6 @@ def shrink_kernel(  # type: ignore[no-untyped-def]  # a Triton kernel: types are
                 a_ptrs += BLOCK_K
             plane = tl.cast((slice_id << split_shift) + split, tl.int64) * h_rows
             h_ptrs = h_ptr + (plane + start + offs_m)[:, None] * h_ranks + offs_r[None, :]
-            # Also the zeros up to the next multiple of four columns, which expand loads together.
+            # Also zeros up to the next multiple of four columns, which expand loads together (x may hold infinities).
+            acc = tl.where(in_rank[None, :], acc, 0.0)
             tl.store(h_ptrs, acc, mask=in_tile[:, None] & (offs_r // 4 * 4 < rank)[None, :])

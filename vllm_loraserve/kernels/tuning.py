@@ -2,7 +2,7 @@
 
 A launch is described by the values below alone, so that the cost count, the tests and the launcher agree. The
 formulas come from a roofline model of the H100 and from ahead-of-time compilation (registers, shared memory,
-spills). Measured on an H100 as they are, but for `PLANES_AT_ONCE` (docs/kernels.md), **not yet tuned there**:
+spills). Measured on an H100 before planes were loaded together (docs/kernels.md), **not yet tuned there**:
 `benchmarks/gpu_lora_kernels.py --only sweep` prints what to change.
 """
 
@@ -35,8 +35,10 @@ ENGINE_MAX_RANK = 256
 CUDA graph captures follow from it and not from the adapters' ranks, so counts and timings take it too."""
 MIN_K_PER_SPLIT = 512
 PLANES_AT_ONCE = 8
-"""Partial planes that expand loads together in decode, where it waits for them one after the other otherwise, each on a
-trip through shared memory of its own. 16 take as many registers again."""
+"""Partial planes that expand loads together in decode; else it waits for them one after the other, each on a trip
+through shared memory of its own. 16 take as many registers again."""
+TALL_PLANES_AT_ONCE = 2
+"""The same with tall tiles, where a plane takes four times the registers."""
 PLANE_COLUMNS = 4
 """Rank columns of a partial plane that are written and read together, 16 bytes."""
 
@@ -148,7 +150,7 @@ def choose(
         # reported to miscompile on sm_90 (triton issue 9433); ranks up to `block_rank` have nothing to
         # overlap anyway.
         expand_stages=1,
-        expand_planes=1 if tall else min(split_k, PLANES_AT_ONCE),
+        expand_planes=min(split_k, TALL_PLANES_AT_ONCE if tall else PLANES_AT_ONCE),
     )
 
 

@@ -44,24 +44,29 @@ def distinct(linears: Iterable[PagedLinear]) -> Iterator[PagedLinear]:
     """One layer of each kind: a model repeats the same few."""
     kinds = set()
     for linear in linears:
-        kind = (linear.in_size, linear.out_sizes, linear.page_stride, linear.page_rows, linear.aligned, linear.max_rank)
+        kind = (
+            (linear.in_size, linear.out_sizes, linear.page_stride, linear.page_rows, linear.aligned, linear.max_rank),
+            *(tensor.data_ptr() % 16 for tensor in (linear.arena, linear.page_table, linear.ranks)),
+        )
         if kind not in kinds:
             kinds.add(kind)
             yield linear
 
 
-def warm_up(linears: Iterable[PagedLinear], metadata: StepMetadata) -> int:
-    """Launch every variant of both kernels for these layers once; how many there are. Writes nothing."""
+def warm_up(linears: Iterable[PagedLinear], metadata: StepMetadata, *, add_inputs: Iterable[bool] = (True,)) -> int:
+    """Launch every variant of both kernels for these layers once; how many there are. Writes nothing.
+
+    add_inputs: the values that the layers will ask for (see `lora_linear`).
+    """
     launches = 0
     for linear in distinct(linears):
         for config in launch_configs(linear, metadata, device_shape(linear.arena.device)):
-            _launch_nothing(linear, config)
-            launches += 2
+            launches += _launch_nothing(linear, config, add_inputs)
     return launches
 
 
-def _launch_nothing(linear: PagedLinear, config: LaunchConfig) -> None:
-    """Both kernels on a plan without tiles and items: one program each, which leaves at once."""
+def _launch_nothing(linear: PagedLinear, config: LaunchConfig, add_inputs: Iterable[bool]) -> int:
+    """Both kernels on a plan without tiles and items: one program each, which leaves at once; how many launches."""
     device, dtype = linear.arena.device, linear.arena.dtype
     nothing = torch.zeros(max(HEADER, ENTRY), dtype=torch.int32, device=device)
     plan = StepPlan(
@@ -90,4 +95,7 @@ def _launch_nothing(linear: PagedLinear, config: LaunchConfig) -> None:
     x = torch.empty(1, linear.in_size, dtype=dtype, device=device)
     y = torch.empty(1, sum(linear.out_sizes), dtype=dtype, device=device)
     run_shrink(planes, x, linear, plan, launch)
-    run_expand(y, planes, linear, plan, launch, add_inputs=True)
+    wanted = set(add_inputs)
+    for one in wanted:
+        run_expand(y, planes, linear, plan, launch, add_inputs=one)
+    return 1 + len(wanted)

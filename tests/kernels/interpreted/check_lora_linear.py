@@ -96,6 +96,31 @@ def test_tall_tiles_and_wide_rank_blocks_in_the_eager_regime(linear):
     assert (metadata.plan.block_m, metadata.plan.block_r, metadata.plan.fixed) == (64, 64, False)
 
 
+@pytest.mark.parametrize(("split_k", "planes"), [(2, 2), (4, 2), (8, 2), (8, 1)])
+def test_tall_tiles_with_k_split(linear, split_k, planes):
+    metadata = metadata_for(linear, graph_tokens=16)
+    token_slots = np.repeat([0, -1, 3, 1], [70, 20, 90, 65]).astype(np.int32)
+    plan = metadata.build(token_slots)
+    launch = plan_launch(linear, plan, token_slots.size, device_shape(torch.device("cpu")), graph_tokens=16)
+    config = dataclasses.replace(launch.config, split_k=split_k, expand_planes=planes)
+    assert config.block_m == 64
+    uninitialised = torch.full((3, split_k, *launch.planes[2:]), float("nan"))
+    check(linear, metadata, token_slots, config=config, planes=uninitialised)
+
+
+def test_an_infinite_token_stays_in_its_row(linear):
+    """Rank 33 leaves columns of the last group of four that no row of A fills."""
+    metadata = metadata_for(linear, graph_tokens=64)
+    slots = np.asarray([1, 1, 0], np.int32)
+    metadata.build(slots)
+    x, y = torch.randn(3, 512).half(), torch.randn(3, 384).half()
+    x[0, 5] = float("inf")
+    out = y.clone()
+    lora_linear(out, x, linear, metadata)
+    expected = reference_linear(y, x, linear, torch.from_numpy(slots).long())
+    torch.testing.assert_close(out[1:].double(), expected[1:], atol=4e-3, rtol=4e-3)
+
+
 def test_tall_tiles_off_the_16_byte_grid():
     linear = synthetic_linear(
         in_size=37, out_sizes=(33, 20), ranks=[[19], [3]], max_rank=24, dtype=torch.float16, gap=3

@@ -69,12 +69,21 @@ def test_add_lora_linear(wrapper, linear, count):
     close(apart, reference_linear(torch.zeros_like(y), x, linear, slots, add_inputs=False))
 
 
-def test_warming_up_touches_nothing(wrapper, linear):
+@pytest.mark.parametrize("two_streams", [False, True])
+def test_warming_up_touches_nothing(wrapper, linear, two_streams, monkeypatch):
+    from vllm_loraserve.kernels import punica_gpu
+
+    said = []
+    monkeypatch.setattr(punica_gpu.logger, "info", lambda text, *values: said.append(values))
+    monkeypatch.setattr(punica_gpu.logger, "exception", pytest.fail)
+    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", str(int(two_streams)))
     tensors = linear.arena, linear.page_table, linear.ranks
     before = [tensor.clone() for tensor in tensors]
     wrapper.warm_up()
     for tensor, was in zip(tensors, before, strict=True):
         assert tensor.view(torch.uint8).equal(was.view(torch.uint8))  # byte for byte: NaN is not equal to itself
+    (launches, _) = said[-1]
+    assert launches == 8 * (3 if two_streams else 2)
     slots = step(wrapper, [7, 0, 4])
     wrapper.warm_up()
     x, y = torch.randn(3, 128).half(), torch.randn(3, 96).half()
