@@ -1,7 +1,8 @@
 """A real vLLM engine whose LoRA manager serves pages to the interpreted GPU kernels: tokens as from merged weights.
 
-The engine runs on the CPU; its CPU Punica wrapper is replaced by the GPU one. The oracle is transformers with each
-adapter merged into the base weights.
+The engine runs on the CPU; its CPU Punica wrapper is replaced by the GPU one. Once with what vLLM takes on a CPU, once
+as on a GPU: its V2 model runner, whose own Triton kernels are interpreted here too, and asynchronous scheduling. The
+oracle is transformers with each adapter merged into the base weights.
 """
 
 import json
@@ -34,7 +35,18 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 asked = json.loads(sys.argv[1])
-llm = LLM(asked["model"], skip_tokenizer_init=True, dtype="float16", enforce_eager=True, max_model_len=32,
+if asked["as_on_a_gpu"]:
+    # vLLM schedules asynchronously everywhere but on a CPU.
+    from vllm.platforms.cpu import CpuPlatform
+
+    adapt = CpuPlatform.check_and_update_config
+
+    def asynchronous(config):
+        adapt(config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = staticmethod(asynchronous)
+llm = LLM(asked["model"], skip_tokenizer_init=True, dtype="float16", max_model_len=32,
           max_num_seqs=8, max_num_batched_tokens=32, kv_cache_memory_bytes=32 << 20, max_loras=3, max_lora_rank=8,
           enable_prefix_caching=False, additional_config={"loraserve": {"max_rank": 32, "arena_rank_rows": 64}})
 lora = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(asked["adapters"].items(), 1)}
@@ -50,12 +62,22 @@ wrappers = llm.collective_rpc(
     )
 )
 tokens = [[name, p, list(d.outputs[0].token_ids)] for (name, p), d in zip(jobs, done)]
-print("RESULT " + json.dumps({"tokens": tokens, "wrappers": wrappers[0]}))
+config = llm.llm_engine.vllm_config
+used = {"v2": config.use_v2_model_runner, "scheduler": config.scheduler_config.scheduler_cls.rpartition(".")[2]}
+print("RESULT " + json.dumps({"tokens": tokens, "wrappers": wrappers[0]} | used))
 """
 
 REPLACE_WRAPPER = """
 import vllm_loraserve.engine.worker_hooks as hooks
 hooks.PUNICA_WRAPPERS["vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"] = "interpreted_wrapper.PunicaWrapperGPU"
+"""
+
+TRITON_ON_A_CPU = """
+import types
+import triton.backends
+# vLLM takes V2 where Triton has a driver for the device; interpreted kernels need none.
+driver = types.SimpleNamespace(is_active=lambda: True)
+triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
 """
 
 WRAPPER = """
@@ -134,15 +156,17 @@ def merged_tokens(model: Path, weights: dict[str, torch.Tensor], prompt: list[in
 
 
 @pytest.mark.timeout(900)
-def test_tokens_are_those_of_merged_weights(model, tmp_path):
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_tokens_are_those_of_merged_weights(model, tmp_path, as_on_a_gpu):
     weights = {name: make_adapter(tmp_path / name, name) for name in RANKS}
-    (tmp_path / "sitecustomize.py").write_text(REPLACE_WRAPPER)
+    (tmp_path / "sitecustomize.py").write_text(REPLACE_WRAPPER + (TRITON_ON_A_CPU if as_on_a_gpu else ""))
     (tmp_path / "interpreted_wrapper.py").write_text(WRAPPER)
     (tmp_path / "engine.py").write_text(ENGINE)
     asked = {
         "model": str(model),
         "adapters": {name: str(tmp_path / name) for name in RANKS},
         "prompts": PROMPTS,
+        "as_on_a_gpu": as_on_a_gpu,
     }
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))),
@@ -150,6 +174,8 @@ def test_tokens_are_those_of_merged_weights(model, tmp_path):
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(as_on_a_gpu)),
+        "TORCHDYNAMO_DISABLE": "1",
     }
     command = [sys.executable, str(tmp_path / "engine.py"), json.dumps(asked)]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800, check=False)
@@ -157,6 +183,9 @@ def test_tokens_are_those_of_merged_weights(model, tmp_path):
     assert line, run.stdout[-3000:] + run.stderr[-6000:]
     result = json.loads(line.removeprefix("RESULT "))
     assert result["wrappers"] == ["vllm_loraserve.kernels.punica_gpu.PunicaWrapperGPU"]
+    assert result["v2"] is as_on_a_gpu
+    assert result["scheduler"] == ("RankAwareAsyncScheduler" if as_on_a_gpu else "RankAwareScheduler")
+    assert "The LoRA kernels are compiled:" in run.stdout + run.stderr
     expected = {
         (name, tuple(prompt)): merged_tokens(model, weights.get(name, {}), prompt)
         for name, prompt, _ in result["tokens"]
