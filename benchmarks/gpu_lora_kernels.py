@@ -357,12 +357,12 @@ def sweep(run: Run) -> None:
     after the other is tried, each around the best of those before it."""
     rows = []
     quick = Timer(run.device, repeats=3, min_seconds=0.005)
+    dependent = run.timer.measures and torch.cuda.get_device_capability(run.device) >= (9, 0)
     for model, layer, batch in run.cases():
         sets = 1 if run.tiny else weight_sets(layer, batch, 4, most=32, budget_bytes=run.options.gib * 2**30)
         chosen = Ours(layer, batch, sets, run.device, run.dtype, graph_tokens=run.graph_tokens)
         x, y = inputs(layer, batch, run.device, run.dtype)
         found: dict[LaunchConfig, float] = {}
-        dependent = run.timer.measures and torch.cuda.get_device_capability(run.device) >= (9, 0)
         axes = sweep_axes(layer.in_size, len(batch.token_slots), dependent_launch=dependent)
         for axis in (lambda config: [config], *axes):
             around = min(found, key=found.__getitem__, default=chosen.launch.config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import promql_parser
 import pytest
 import yaml
-from world import World
+from world import World, exposition
 
 from vllm_loraserve.cluster.placement import make_policy
 from vllm_loraserve.coordinator.control import Controller, ControlOptions
@@ -39,17 +38,12 @@ def _expressions() -> Iterator[tuple[str, str]]:
 EXPRESSIONS = list(_expressions())
 
 
-def names(exposition: str) -> set[str]:
-    """Series that a scrape has, or will have once there is something to count."""
+def series(url: str) -> set[str]:
+    """What a scrape has, or will have once there is something to count."""
     found = set()
-    for name, kind in TYPE.findall(exposition):
+    for name, kind in TYPE.findall(exposition(url)):
         found |= {f"{name}_bucket", f"{name}_sum", f"{name}_count"} if kind == "histogram" else {name}
     return found
-
-
-def scrape(url: str) -> set[str]:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
-        return names(answer.read().decode())
 
 
 @pytest.fixture
@@ -58,7 +52,7 @@ def coordinator_names(tmp_path: Path, unused_tcp_port: int) -> Iterator[set[str]
     controller = Controller(registry, make_policy("loraserve+"), ControlOptions(), time.monotonic())
     stop = serve_metrics(controller, Counter(), "127.0.0.1", unused_tcp_port)
     try:
-        yield scrape(f"http://127.0.0.1:{unused_tcp_port}")
+        yield series(f"http://127.0.0.1:{unused_tcp_port}")
     finally:
         stop()
         registry.close()
@@ -70,7 +64,7 @@ def test_every_expression_is_promql(title: str, expression: str) -> None:
 
 
 def test_every_series_is_there(world: World, coordinator_names: set[str]) -> None:
-    served = coordinator_names | scrape(world.cluster.url) | scrape(world.cluster.instance_url(0))
+    served = coordinator_names | series(world.cluster.url) | series(world.cluster.instance_url(0))
     asked = {name: title for title, expression in EXPRESSIONS for name in NAME.findall(expression)}
     assert len(asked) > 25
     assert {name: title for name, title in asked.items() if name not in served} == {}

@@ -17,6 +17,13 @@ LONG = 900
 """Tokens: many times the steps of anything that a test does meanwhile."""
 
 
+def exposition(url: str) -> str:
+    """What a server has on its `/metrics`."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
 @dataclass(frozen=True)
 class World:
     """What tests work with."""
@@ -41,8 +48,7 @@ class World:
 
     def metric(self, index: int, name: str) -> float:
         """A metric of one instance, summed over its labels."""
-        with urllib.request.urlopen(f"{self.cluster.instance_url(index)}/metrics", timeout=60) as answer:
-            lines = answer.read().decode().splitlines()
+        lines = exposition(self.cluster.instance_url(index)).splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
     async def running(self) -> list[float]:

@@ -12,8 +12,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 import vllm_loraserve
 from vllm_loraserve.config import ADDITIONAL_CONFIG_KEY
 from vllm_loraserve.engine.engine_config import config_of
@@ -30,12 +28,11 @@ def wrap_compute_hash(original: Callable[..., str]) -> Callable[..., str]:
         config = config_of(self)
         if config is None:
             return original(self, include_version)
-        options = msgspec.to_builtins(config)
         hashed = copy.copy(self)
         hashed.additional_config = {
             **self.additional_config,
-            # The version stands for the defaults, and for what this code makes of the options.
-            ADDITIONAL_CONFIG_KEY: {name: options[name] for name in COMPUTED_FROM if name in options}
+            # The version stands for what this code makes of the options.
+            ADDITIONAL_CONFIG_KEY: {name: getattr(config, name) for name in COMPUTED_FROM}
             | {"version": vllm_loraserve.__version__},
         }
         return original(hashed, include_version)

@@ -27,6 +27,11 @@ def register_layer(linear: PagedLinear, metadata: StepMetadata) -> None:
     _LAYERS[linear.handle.data_ptr()] = (linear, metadata)
 
 
+def layers_of(metadata: StepMetadata) -> list[PagedLinear]:
+    """The layers that were registered with this metadata."""
+    return [linear for linear, registered_with in _LAYERS.values() if registered_with is metadata]
+
+
 def unregister_layer(linear: PagedLinear) -> None:
     """Forget a layer; its handle must no longer be in use by any compiled or captured graph."""
     _LAYERS.pop(linear.handle.data_ptr(), None)

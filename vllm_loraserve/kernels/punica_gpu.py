@@ -19,7 +19,7 @@ from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as StockPunicaW
 
 from vllm_loraserve.kernels.grouping import slots_of
 from vllm_loraserve.kernels.metadata import StepMetadata
-from vllm_loraserve.kernels.op import register_layer, register_op
+from vllm_loraserve.kernels.op import layers_of, register_layer, register_op
 from vllm_loraserve.kernels.paged import PagedLinear
 from vllm_loraserve.kernels.tuning import GRAPH_TOKENS
 from vllm_loraserve.kernels.warm_up import warm_up
@@ -43,7 +43,6 @@ class PunicaWrapperGPU(StockPunicaWrapperGPU):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         self.paged_metadata: StepMetadata | None = None
         self.stock_layers = True
-        self._linears: list[PagedLinear] = []
         register_op()
 
     def configure_paged(self, *, max_rank: int, graph_tokens: int | None = None, stock_layers: bool = True) -> None:
@@ -72,7 +71,6 @@ class PunicaWrapperGPU(StockPunicaWrapperGPU):
         """Serve `linear` with the rank-aware kernels; the layer then passes `linear.stacked` as its
         weights."""
         register_layer(linear, self._metadata())
-        self._linears.append(linear)
 
     def warm_up(self) -> None:
         """Compile what batches larger than the captured ones launch, before the first request."""
@@ -81,7 +79,7 @@ class PunicaWrapperGPU(StockPunicaWrapperGPU):
         try:
             # On two streams vLLM adds the LoRA part itself, but not outside of a forward context.
             ways = (True, not envs.VLLM_LORA_ENABLE_DUAL_STREAM)
-            launches = warm_up(self._linears, self._metadata(), add_inputs=ways)
+            launches = warm_up(layers_of(self._metadata()), self._metadata(), add_inputs=ways)
         except Exception:
             # A variant that does not compile here may never be asked for.
             logger.exception("Not all LoRA kernels could be compiled beforehand; steps that want them will do it")

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from vllm_loraserve.kernels.lora_linear import Launch, device_shape, run_expand, run_shrink
-from vllm_loraserve.kernels.metadata import ENTRY, HEADER, StepMetadata, StepPlan
+from vllm_loraserve.kernels.lora_linear import device_shape, plan_launch, run_expand, run_shrink
+from vllm_loraserve.kernels.metadata import StepMetadata
 from vllm_loraserve.kernels.paged import PagedLinear
 from vllm_loraserve.kernels.tuning import SMALL_RANK, DeviceShape, LaunchConfig, choose
 
@@ -66,31 +66,11 @@ def warm_up(linears: Iterable[PagedLinear], metadata: StepMetadata, *, add_input
 
 
 def _launch_nothing(linear: PagedLinear, config: LaunchConfig, add_inputs: Iterable[bool]) -> int:
-    """Both kernels on a plan without tiles and items: one program each, which leaves at once; how many launches."""
+    """Both kernels on the plan of a batch without tokens: every program leaves at once; how many launches."""
     device, dtype = linear.arena.device, linear.arena.dtype
-    nothing = torch.zeros(max(HEADER, ENTRY), dtype=torch.int32, device=device)
-    plan = StepPlan(
-        header=nothing,
-        perm=nothing,
-        tiles=nothing.view(-1, ENTRY),
-        items=nothing.view(-1, ENTRY),
-        n_tokens=0,
-        n_sorted=0,
-        n_tiles=0,
-        n_items=0,
-        n_active=0,
-        top_rank=0,
-        block_m=config.block_m,
-        block_r=config.block_r,
-        fixed=False,
-    )
-    launch = Launch(
-        config=config,
-        shrink_programs=1,
-        expand_programs=1,
-        column_blocks=linear.column_blocks[config.block_n].shape[0],
-        planes=(linear.n_slices, config.split_k, 1, 16),
-    )
+    blocks = (config.block_m, config.block_r)
+    plan = StepMetadata(slots=1, max_rank=1, graph_tokens=1, device=device, blocks=blocks).plan
+    launch = plan_launch(linear, plan, 1, device_shape(device), graph_tokens=1, config=config)
     planes = torch.empty(launch.planes, dtype=torch.float32, device=device)
     x = torch.empty(1, linear.in_size, dtype=dtype, device=device)
     y = torch.empty(1, sum(linear.out_sizes), dtype=dtype, device=device)

@@ -4,6 +4,7 @@ vLLM's own wrapper cannot be built where Triton has no active driver: its per-st
 plain torch) are loaded from vLLM's sources in its place.
 """
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -96,11 +97,13 @@ def test_a_kernel_that_does_not_compile_beforehand_is_left_to_the_step_that_want
     from vllm_loraserve.kernels import punica_gpu
 
     said = []
-    monkeypatch.setattr(punica_gpu.logger, "exception", lambda text: said.append(text))
-    monkeypatch.setattr(punica_gpu, "warm_up", lambda *_: 1 // 0)
+    monkeypatch.setattr(punica_gpu.logger, "exception", lambda text: said.append((text, sys.exc_info()[0])))
+    monkeypatch.setattr(punica_gpu, "warm_up", lambda *_, **__: 1 // 0)
     wrapper.warm_up()
     assert len(said) == 1
-    assert "could be compiled beforehand" in said[0]
+    text, error = said[0]
+    assert "could be compiled beforehand" in text
+    assert error is ZeroDivisionError
 
 
 def test_torch_compile_traces_it_as_one_node_and_later_batches_are_followed(wrapper, linear):
